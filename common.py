@@ -1,0 +1,390 @@
+"""What a step does that no method changes, in the order in which it happens:
+
+problems → rollouts → verdicts → scores under a model → micro-batches → evaluation.
+
+Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from models import Engine, autocast, base_model
+from settings import RunArgs, refuse, seed_for
+from verifier import Grader, last_boxed
+
+# ------------------------------------------------------------------------------- problems
+
+
+@dataclass
+class Problem:
+    """A question as prompt tokens, and its gold answer."""
+
+    text: str
+    answer: str
+    prompt: list[int]
+
+
+class Problems(list[Problem]):
+    """Problems in a shuffled order that depends on the seed and the epoch alone."""
+
+    position = 0  # how many have been taken; a checkpoint holds it
+
+    def take(self, count: int, seed: int) -> list[Problem]:
+        """The next `count` problems; each epoch has its own order."""
+        taken = []
+        for place in range(self.position, self.position + count):
+            epoch, offset = divmod(place, len(self))
+            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(len(self))
+            taken.append(self[order[offset]])
+        self.position += count
+        return taken
+
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+
+
+def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> Problems:
+    """Read the data set that --dataset or --eval-dataset names; refuse what cannot be used."""
+    name = getattr(args, flag.strip("-").replace("-", "_"))
+    rows = read_rows(flag, name, split="test" if "eval" in flag else "train")
+    if not rows:
+        refuse(flag, name, "holds no problems")
+    question = next((c for c in QUESTION_COLUMNS if c in rows[0]), None)
+    answer = next((c for c in ANSWER_COLUMNS if c in rows[0]), None)
+    if not (question and answer):
+        wanted = f"one of {QUESTION_COLUMNS} and one of {ANSWER_COLUMNS}"
+        refuse(flag, name, f"columns found: {sorted(rows[0])}; wanted: {wanted}")
+
+    golds = [gold_answer(str(row.get(answer, ""))) for row in rows]
+    readable = grader.readable(golds)
+    if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
+        what = f"{len(unread)} of {len(rows)} gold answers cannot be read"
+        examples = ", ".join(repr(gold[:40]) for gold in unread[:5])
+        if args.refuse_unreadable:
+            refuse(flag, name, f"{what}: {examples}")
+        print(f"{flag} {name}: {what} and are dropped: {examples}", file=sys.stderr)
+
+    problems = Problems()
+    for row, gold, fine in zip(rows, golds, readable, strict=True):
+        if fine:
+            text = f"{row[question]}\n{args.instruction}" if args.instruction else row[question]
+            problems.append(Problem(row[question], gold, prompt_tokens(tokenizer, text)))
+    short = [p for p in problems if len(p.prompt) <= args.max_prompt_tokens]
+    if dropped := len(problems) - len(short):
+        what = f"{dropped} of {len(problems)} prompts exceed --max-prompt-tokens"
+        if not short:
+            refuse(flag, name, f"{what} {args.max_prompt_tokens}: none is left")
+        print(f"{flag} {name}: {what} {args.max_prompt_tokens} and are dropped", file=sys.stderr)
+    if not short:
+        refuse(flag, name, "no gold answer can be read")
+    return Problems(short)
+
+
+def read_rows(flag: str, name: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a local jsonl / parquet / csv file, or of a folder or hub name through `datasets`."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
+        refuse(flag, name, "no such file")
+    if suffix == ".jsonl":
+        rows = []
+        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except ValueError as error:
+                    refuse(flag, name, f"line {number} is not JSON: {error}")
+                if row is not None and not isinstance(row, dict):
+                    refuse(flag, name, f"line {number} is not a JSON object")
+                rows += [row] if row else []
+        return rows
+
+    import datasets  # slow to import, and a jsonl needs none of it
+
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            loader = suffix.strip(".")
+            return datasets.load_dataset(loader, data_files=str(path), split="train").to_list()
+        name_and_config, _, wanted_split = name.partition("@")
+        repository, _, config = name_and_config.partition(":")
+        return datasets.load_dataset(
+            repository, config or None, split=wanted_split or split
+        ).to_list()
+    except Exception as error:  # datasets raises a dozen kinds for what is one mistake here
+        refuse(flag, name, f"cannot be loaded: {str(error).splitlines()[0][:200]}")
+
+
+def gold_answer(text: str) -> str:
+    """The final answer of a gold text: after GSM8K's ####, inside MATH's last \\boxed, or all."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    boxed = last_boxed(text)
+    return text.strip() if boxed is None else boxed
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Through the chat template where there is one."""
+    if not tokenizer.chat_template:
+        return tokenizer.encode(text)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+# ------------------------------------------------------------------------------- rollouts
+
+
+@dataclass
+class Group:
+    """One problem and its G rollouts, as lists."""
+
+    problem: Problem
+    tokens: list[list[int]]  # response token ids, the end-of-sequence token included
+    engine_logp: list[list[float]]  # of those tokens, as the engine computed them
+    texts: list[str]
+    correct: list[float] = dataclasses.field(default_factory=list)  # 1.0 or 0.0, once verified
+
+
+@dataclass
+class Rollouts:
+    """P whole groups, right-padded to the longest response."""
+
+    problems: list[Problem]
+    tokens: Tensor  # [P, G, T] token ids
+    mask: Tensor  # [P, G, T] true on response tokens, the end-of-sequence token included
+    engine_logp: Tensor  # [P, G, T] NaN where the engine did not sample the token
+    truncated: Tensor  # [P, G] true where a response reached --max-new-tokens
+    texts: list[list[str]]
+
+
+def roll_out(
+    engine: Engine,
+    problems: list[Problem],
+    args: RunArgs,
+    seed: tuple[int | str, ...],
+    openers: Tensor | None = None,
+) -> list[Group]:
+    """G responses to each problem. A response is a function of the weights and its own seed.
+
+    openers: [P, G] token ids that responses begin with; None: every token is sampled.
+    """
+    prompts, seeds = [], []
+    for p, problem in enumerate(problems):
+        for g in range(args.group_size):
+            opener = [] if openers is None else [int(openers[p, g])]
+            prompts.append(problem.prompt + opener)
+            seeds.append(seed_for(*seed, p, g))
+    length = args.max_new_tokens - (openers is not None)
+    responses = engine.generate(prompts, seeds, length, args.temperature)
+    groups = []
+    for p, problem in enumerate(problems):
+        of_group = slice(p * args.group_size, (p + 1) * args.group_size)
+        start = len(problem.prompt)
+        opened = [prompt[start:] for prompt in prompts[of_group]]
+        tokens = [o + ids for o, (ids, _) in zip(opened, responses[of_group], strict=True)]
+        logp = [
+            [math.nan] * len(o) + values
+            for o, (_, values) in zip(opened, responses[of_group], strict=True)
+        ]
+        groups.append(Group(problem, tokens, logp, engine.decode(tokens)))
+    return groups
+
+
+def verify(grader: Grader, groups: list[Group]) -> None:
+    """Fill in `correct`: 1.0 where the response's last \\boxed{} equals the gold answer."""
+    texts = [text for group in groups for text in group.texts]
+    golds = [group.problem.answer for group in groups for _ in group.texts]
+    verdicts = iter(grader.grade(texts, golds))
+    for group in groups:
+        group.correct = [float(next(verdicts)) for _ in group.texts]
+
+
+def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Rollouts:
+    """Groups as padded tensors; the mask comes from lengths, never from token ids."""
+
+    def pad(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:  # [P, G, T]
+        padded = pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+        return padded.view(len(groups), -1, padded.shape[-1]).to(where)
+
+    responses = [row for group in groups for row in group.tokens]
+    ended = [row[-1] in end_tokens for row in responses]
+    return Rollouts(
+        problems=[group.problem for group in groups],
+        tokens=pad(responses, torch.long),
+        mask=pad([[True] * len(row) for row in responses], torch.bool),
+        engine_logp=pad([row for group in groups for row in group.engine_logp], torch.float32),
+        truncated=~torch.tensor(ended, device=where).view(len(groups), -1),
+        texts=[group.texts for group in groups],
+    )
+
+
+# ------------------------------------------------------------------------------- scoring
+
+Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
+
+
+def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> Iterator[Index]:
+    """The rollouts of some problems ([P'] indices), cut into batches of at most `token_budget`
+    tokens, padding included. Sorted by length, so there is little of it."""
+    group_size = rollouts.mask.shape[1]
+    lengths = rollouts.mask.sum(-1).tolist()
+    order = sorted(
+        (len(rollouts.problems[p].prompt) + int(lengths[p][g]), p, g)
+        for p in problems.tolist()
+        for g in range(group_size)
+    )
+    batch: list[tuple[int, int]] = []
+    for length, p, g in order:
+        if batch and length * (len(batch) + 1) > token_budget:
+            yield tuple(torch.tensor(batch).T)
+            batch = []
+        batch.append((p, g))
+    yield tuple(torch.tensor(batch).T)
+
+
+def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
+    """Last hidden states (after the final norm) at the positions that predict the live response
+    tokens of n rollouts, in the order of `mask[index]`: [tokens, D]."""
+    inputs, predicts = [], []
+    for p, g in zip(*index, strict=True):
+        prompt = torch.tensor(rollouts.problems[p].prompt, device=rollouts.tokens.device)
+        response = rollouts.tokens[p, g][rollouts.mask[p, g]]
+        inputs.append(torch.cat([prompt, response])[:-1])
+        predicts.append(torch.arange(len(inputs[-1])) >= len(prompt) - 1)
+    # Padding is on the right, where causal attention keeps every real token from seeing it.
+    ids = pad_sequence(inputs, batch_first=True)
+    predicts = pad_sequence(predicts, batch_first=True).to(ids.device)
+    model.train(torch.is_grad_enabled())
+    with autocast(args):
+        return base_model(model).base_model(input_ids=ids, use_cache=False)[0][predicts]
+
+
+def token_logp(
+    model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each response token of n rollouts, and the entropy of the distribution
+    it was drawn from (nats, no gradient): two [n, T], 0 outside the mask, float32.
+
+    Logits exist for one chunk of tokens at a time, and are computed again in the backward pass.
+    """
+    mask = rollouts.mask[index]
+    hidden = hidden_states(model, rollouts, index, args)
+    targets = rollouts.tokens[index][mask]
+    head = base_model(model).get_output_embeddings()
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float() / args.temperature
+        normaliser = logits.logsumexp(-1)
+        logp = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        with torch.no_grad():
+            entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+        return logp, entropy
+
+    chunk = max(1, 2**24 // head.weight.shape[0])
+    with autocast(args):
+        scores = [
+            checkpoint(score, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+    logp, entropy = (torch.cat(values) for values in zip(*scores, strict=True))
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def score(model: nn.Module, rollouts: Rollouts, args: RunArgs) -> tuple[Tensor, Tensor]:
+    """`token_logp` of every rollout, without a gradient: two [P, G, T]."""
+    logp, entropy = (torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
+    everything = torch.arange(len(rollouts.problems))
+    for index in micro_batches(rollouts, args.token_budget, everything):
+        logp[index], entropy[index] = token_logp(model, rollouts, index, args)
+    return logp, entropy
+
+
+def standardize(x: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """z-score of x over the live entries of each group.
+
+    x and mask are [..., G, T]; the result too, 0 outside the mask. std is unbiased. Fewer than two
+    live entries, or equal ones, give exact zeros even with eps = 0: equality is tested on the
+    values, because the mean of equal floats can miss them by an ulp, which eps would magnify.
+    """
+    group = {"dim": (-2, -1), "keepdim": True}
+    count = mask.sum(**group)
+    lowest = torch.where(mask, x, torch.inf).amin(**group)
+    highest = torch.where(mask, x, -torch.inf).amax(**group)
+    mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
+    deviation = torch.where(mask, x - mean, 0.0)
+    std = (deviation.square().sum(**group) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(mask & (lowest < highest), deviation / (std + eps), 0.0)
+
+
+class Means:
+    """Running means over live tokens, across micro-batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0.0
+
+    @torch.no_grad()
+    def add(self, mask: Tensor, **values: Tensor) -> None:
+        self.count += mask.sum().item()
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value[mask].float().sum().item()
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tensor:
+    """min(π_old / π_engine, cap) of each token, [P, G, T]: truncated importance sampling between
+    engine and trainer. 1 where cap is 0, and where the engine did not sample the token."""
+    if not cap:
+        return torch.ones_like(old_logp)
+    ratio = (old_logp - rollouts.engine_logp).exp().clamp(max=cap)
+    return torch.where(ratio.isnan(), 1.0, ratio)
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, float]:
+    """Held-out accuracy over samples with a 95% interval over problems, greedy accuracy, length."""
+    chosen = problems[: args.eval_problems]
+    sampled_args = dataclasses.replace(args, group_size=args.eval_samples)
+    groups = roll_out(engine, chosen, sampled_args, (args.seed, "evaluation"))
+    greedy_args = dataclasses.replace(args, group_size=1, temperature=0.0)
+    greedy = roll_out(engine, chosen, greedy_args, (args.seed, "greedy"))
+    verify(grader, groups + greedy)
+    accuracy = np.array([np.mean(group.correct) for group in groups])
+    low, high = bootstrap_interval(accuracy)
+    return {
+        "eval/accuracy": accuracy.mean(),
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/greedy": np.mean([group.correct[0] for group in greedy]),
+        "eval/length": np.mean([len(row) for group in groups for row in group.tokens]),
+    }
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean of [problems] values, resampling problems."""
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
+    return float(low), float(high)

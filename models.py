@@ -1,0 +1,259 @@
+"""The policy, its frozen reference, and the two engines that roll it out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from settings import RunArgs, device, precision, refuse, seed_for
+
+# ------------------------------------------------------------------------------- the policy
+
+
+def load_policy(args: Any) -> tuple[nn.Module, Any]:
+    """The policy (float32 master weights; LoRA where --lora-rank asks) and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(args.model, **trust)
+    except (OSError, ValueError) as error:
+        refuse("--model", args.model, f"cannot be loaded: {str(error).splitlines()[0]}")
+    dtype = precision(args) if args.lora_rank else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, **trust)
+    policy.to(device(args))
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed_for(args.seed, "lora"))
+        policy = get_peft_model(
+            policy,
+            LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+                lora_dropout=args.lora_dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    return policy, AutoTokenizer.from_pretrained(args.model, **trust)
+
+
+def is_lora(policy: nn.Module) -> bool:
+    return hasattr(policy, "disable_adapter")
+
+
+def base_model(policy: nn.Module) -> nn.Module:
+    """The transformers model: what peft wraps, or the policy itself."""
+    return policy.get_base_model() if is_lora(policy) else policy
+
+
+def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its transformers name, LoRA added in; the policy is left as it is."""
+    model = base_model(policy)
+    for name, weight in model.state_dict().items():
+        module, is_adapted, leaf = name.rpartition(".base_layer.")
+        if is_adapted and leaf == "weight":
+            delta = model.get_submodule(module).get_delta_weight("default")
+            weight = weight + delta.to(weight.dtype)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), weight
+
+
+def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
+    """Every token id that ends a response: the generation config's and the tokenizer's."""
+    ids = base_model(policy).generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+class Reference:
+    """The frozen initial policy, as a context: the same model with its adapter off under LoRA,
+    a frozen copy of it otherwise."""
+
+    def __init__(self, policy: nn.Module, args: RunArgs) -> None:
+        self.policy = policy
+        if not is_lora(policy):
+            self.copy = copy.deepcopy(policy).to(precision(args)).requires_grad_(False)
+
+    def __enter__(self) -> nn.Module:
+        if not is_lora(self.policy):
+            return self.copy
+        self.adapter_off = self.policy.disable_adapter()
+        self.adapter_off.__enter__()
+        return self.policy
+
+    def __exit__(self, *error: Any) -> None:
+        if is_lora(self.policy):
+            self.adapter_off.__exit__(*error)
+
+
+def autocast(args: RunArgs) -> Any:
+    """bfloat16 where the forward pass is bfloat16, nothing otherwise."""
+    on = precision(args) is torch.bfloat16
+    return torch.autocast(device(args).type, torch.bfloat16) if on else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------- the engines
+
+
+class VLLM:
+    """vLLM in this process, so that weights pass by reference."""
+
+    def __init__(self, args: RunArgs, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        self.tokenizer = tokenizer
+        self.stops = eos_ids(policy, tokenizer)
+        self.sleeps = device(args).type == "cuda"
+        on_cuda = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
+        self.llm = LLM(
+            args.model,
+            dtype=str(precision(args)).removeprefix("torch."),
+            max_model_len=context,
+            max_num_seqs=min(args.prompts_per_step * args.group_size, 512),
+            logprobs_mode="processed_logprobs",  # those of the distribution that was sampled
+            generation_config="vllm",  # no top-p or top-k from the model's folder
+            enforce_eager=not self.sleeps,
+            enable_prefix_caching=True,
+            trust_remote_code=args.trust_remote_code,
+            seed=args.seed,
+            **(on_cuda if self.sleeps else {}),
+        )
+
+    def sync(self, policy: nn.Module) -> None:
+        """Load the policy's weights. A tied LM head comes along: the state dict names it."""
+        if self.sleeps:
+            self.llm.wake_up()
+        weights = iter(merged_weights(policy))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
+    ) -> list[tuple[list[int], list[float]]]:
+        """For each prompt the response's token ids and their log-probabilities."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [
+                SamplingParams(
+                    max_tokens=length,
+                    temperature=temperature,
+                    seed=seed,
+                    stop_token_ids=self.stops,
+                    logprobs=0,
+                    detokenize=False,
+                )
+                for seed in seeds
+            ],
+            use_tqdm=False,
+        )
+        responses = [output.outputs[0] for output in outputs]
+        return [
+            (
+                list(r.token_ids),
+                [at[i].logprob for at, i in zip(r.logprobs, r.token_ids, strict=True)],
+            )
+            for r in responses
+        ]
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the update."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+
+    def decode(self, responses: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
+class Transformers:
+    """The policy's own `generate`: slower than vLLM, nothing to install, nothing to sync."""
+
+    def __init__(self, args: RunArgs, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        self.tokenizer = tokenizer
+        self.stops = eos_ids(policy, tokenizer)
+        self.args = args
+        self.policy = policy
+
+    def sync(self, policy: nn.Module) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
+    ) -> list[tuple[list[int], list[float]]]:
+        """As VLLM.generate. Sampling is greedy decoding of logits plus Gumbel noise, which draws
+        from the same distribution and lets every response have its own random numbers."""
+        from transformers import GenerationConfig
+
+        width = max(map(len, prompts))
+        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        steps: list[Tensor] = []
+
+        def choose(_: Tensor, logits: Tensor) -> Tensor:
+            logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+            noisy = logp
+            if temperature:
+                uniform = [torch.rand(logp.shape[-1], generator=draw) for draw in draws]
+                noisy = logp - (-torch.stack(uniform).to(logp.device).log()).log()
+            steps.append(logp.gather(-1, noisy.argmax(-1, keepdim=True)))
+            return noisy
+
+        self.policy.eval()
+        where = base_model(self.policy).device
+        with autocast(self.args):
+            sequences = self.policy.generate(
+                input_ids=padded.to(where),
+                attention_mask=real.to(where),
+                logits_processor=[choose],
+                generation_config=GenerationConfig(
+                    max_new_tokens=length, eos_token_id=self.stops, pad_token_id=self.stops[0]
+                ),
+            )
+        logps = torch.cat(steps, dim=-1).tolist()
+        responses = []
+        for row, logp in zip(sequences[:, width:].tolist(), logps, strict=True):
+            end = next((t + 1 for t, token in enumerate(row) if token in self.stops), len(row))
+            responses.append((row[:end], logp[:end]))
+        return responses
+
+    def sleep(self) -> None:
+        pass
+
+    def decode(self, responses: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
+Engine = VLLM | Transformers
+
+
+def make_engine(args: RunArgs, policy: nn.Module, tokenizer: Any, *sets: list[Any]) -> Engine:
+    """vLLM where it is installed, transformers otherwise, for the longest prompt of the sets."""
+    context = max(len(p.prompt) for problems in sets for p in problems) + args.max_new_tokens
+    limit = getattr(base_model(policy).config, "max_position_embeddings", context)
+    if context > limit:
+        longest = f"with the longest prompt it needs {context} positions, the model has {limit}"
+        refuse("--max-new-tokens", args.max_new_tokens, longest)
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm" and not installed:
+        refuse("--engine", "vllm", "vLLM is not installed; see README.md")
+    use_vllm = args.engine == "vllm" or (args.engine == "auto" and installed)
+    return (VLLM if use_vllm else Transformers)(args, policy, tokenizer, context)
