@@ -1,0 +1,43 @@
+# make demo    train the tiny model with GRPO and write a report      make test    run the tests
+# make check   format and lint                                        make clean   remove .venv
+# Each sets up .venv by itself; a second call installs nothing.
+
+PYTHON ?= $(shell for v in python3 python3.13 python3.12 python3.11; do \
+	$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALLED := .venv/installed-$(REQUIREMENTS)
+
+.PHONY: demo test check install clean
+
+demo: $(INSTALLED)
+	.venv/bin/python grpo.py --lr 1e-3 --max-new-tokens 64
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest
+
+check: $(INSTALLED)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+install: $(INSTALLED)
+
+clean:
+	rm -rf .venv
+
+$(INSTALLED): $(REQUIREMENTS)
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed"; exit 2; }
+	@echo "installing $(REQUIREMENTS) into .venv (once, about 4 GB)"
+	$(PYTHON) -m venv .venv
+ifeq ($(REQUIREMENTS),requirements.txt)
+	$(PIP) -r requirements.txt
+else
+ifeq ($(shell uname -s),Linux)
+	# The CPU build of torch is not on PyPI: first where pip is told to look, then at PyTorch's own.
+	$(PIP) --no-deps torch==2.13.0+cpu 2>/dev/null || \
+		$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+endif
+	$(PIP) --no-deps -r requirements-cpu.txt
+endif
+	@touch $@
