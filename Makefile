@@ -8,11 +8,13 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed-$(REQUIREMENTS)
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test check install clean
 
 demo: $(INSTALLED)
-	.venv/bin/python grpo.py --lr 1e-3 --max-new-tokens 64
+	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
+	.venv/bin/python tools/report.py $(DEMO)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest

@@ -7,6 +7,7 @@ Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from models import Engine, autocast, base_model
-from settings import RunArgs, refuse, seed_for
+from settings import RunArgs, first_line, refuse, seed_for
 from verifier import Grader, last_boxed
 
 # ------------------------------------------------------------------------------- problems
@@ -70,6 +71,10 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
         wanted = f"one of {QUESTION_COLUMNS} and one of {ANSWER_COLUMNS}"
         refuse(flag, name, f"columns found: {sorted(rows[0])}; wanted: {wanted}")
 
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(question), str):
+            refuse(flag, name, f"problem {number} has no text in its column {question!r}")
+
     golds = [gold_answer(str(row.get(answer, ""))) for row in rows]
     readable = grader.readable(golds)
     if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
@@ -103,12 +108,12 @@ def read_rows(flag: str, name: str, split: str) -> list[dict[str, Any]]:
         refuse(flag, name, "no such file")
     if suffix == ".jsonl":
         rows = []
-        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        with path.open("rb") as lines:  # json finds the encoding, and what breaks it has a line
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line) if line.strip() else None
                 except ValueError as error:
-                    refuse(flag, name, f"line {number} is not JSON: {error}")
+                    refuse(flag, name, f"line {number} is not JSON in UTF-8: {error}")
                 if row is not None and not isinstance(row, dict):
                     refuse(flag, name, f"line {number} is not a JSON object")
                 rows += [row] if row else []
@@ -127,7 +132,7 @@ def read_rows(flag: str, name: str, split: str) -> list[dict[str, Any]]:
             repository, config or None, split=wanted_split or split
         ).to_list()
     except Exception as error:  # datasets raises a dozen kinds for what is one mistake here
-        refuse(flag, name, f"cannot be loaded: {str(error).splitlines()[0][:200]}")
+        refuse(flag, name, f"cannot be loaded: {first_line(error)[:200]}")
 
 
 def gold_answer(text: str) -> str:
@@ -160,6 +165,7 @@ class Group:
     engine_logp: list[list[float]]  # of those tokens, as the engine computed them
     texts: list[str]
     correct: list[float] = dataclasses.field(default_factory=list)  # 1.0 or 0.0, once verified
+    ranks: list[int] = dataclasses.field(default_factory=list)  # of chosen first tokens (reft.py)
 
 
 @dataclass
@@ -216,6 +222,31 @@ def verify(grader: Grader, groups: list[Group]) -> None:
         group.correct = [float(next(verdicts)) for _ in group.texts]
 
 
+def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
+    """Group-relative length punishment: 0 down to -1/2 (GTPO, arXiv 2508.04349, Appendix D).
+
+    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G]; zeros where gamma is 0.
+    gamma, in (1/2, 1], is the accuracy from which a group is easy: there, long correct rollouts
+    are punished, by the lengths of the correct ones. At 1 - gamma or less, none is. Between, those
+    of the majority are, by the lengths of all, and the wrong ones on a tie [open].
+    """
+    if not gamma:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    correct = correct > 0
+    accuracy = correct.float().mean(-1, keepdim=True)
+    easy, hard = accuracy >= gamma, (~correct).float().mean(-1, keepdim=True) >= gamma
+    measured = correct | ~easy
+    punished = torch.where(accuracy > 0.5, correct, ~correct) & ~hard
+
+    shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
+    longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
+    mean = torch.where(measured, lengths, 0).sum(-1, keepdim=True) / measured.sum(-1, keepdim=True)
+    limit = torch.maximum((shortest + longest) / 2, mean)
+    # No measured length reaches 2 * limit, where the paper's slope would end at -1/2.
+    punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
+    return torch.where(punished, punishment, 0.0)
+
+
 def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Rollouts:
     """Groups as padded tensors; the mask comes from lengths, never from token ids."""
 
@@ -237,6 +268,7 @@ def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Ro
 
 # ------------------------------------------------------------------------------- scoring
 
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32; logits of all tokens could fill the memory
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
 
@@ -290,14 +322,13 @@ def token_logp(
     head = base_model(model).get_output_embeddings()
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / args.temperature
-        normaliser = logits.logsumexp(-1)
-        logp = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        distribution = (head(hidden).float() / args.temperature).log_softmax(-1)
+        logp = distribution.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
-            entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+            entropy = -(distribution.exp() * distribution).sum(-1)
         return logp, entropy
 
-    chunk = max(1, 2**24 // head.weight.shape[0])
+    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     with autocast(args):
         scores = [
             checkpoint(score, h, t, use_reentrant=False)
@@ -367,10 +398,11 @@ def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tens
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, float]:
     """Held-out accuracy over samples with a 95% interval over problems, greedy accuracy, length."""
     chosen = problems[: args.eval_problems]
-    sampled_args = dataclasses.replace(args, group_size=args.eval_samples)
-    groups = roll_out(engine, chosen, sampled_args, (args.seed, "evaluation"))
-    greedy_args = dataclasses.replace(args, group_size=1, temperature=0.0)
-    greedy = roll_out(engine, chosen, greedy_args, (args.seed, "greedy"))
+    of_evaluation = copy.copy(args)  # not checked again: a method may need more rollouts
+    of_evaluation.group_size = args.eval_samples
+    groups = roll_out(engine, chosen, of_evaluation, (args.seed, "evaluation"))
+    of_evaluation.group_size, of_evaluation.temperature = 1, 0.0
+    greedy = roll_out(engine, chosen, of_evaluation, (args.seed, "greedy"))
     verify(grader, groups + greedy)
     accuracy = np.array([np.mean(group.correct) for group in groups])
     low, high = bootstrap_interval(accuracy)

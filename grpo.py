@@ -4,7 +4,7 @@ Roll out G responses to each problem, verify them, and give every token of a res
 of its reward within the group as its advantage. Then take a clipped policy-gradient step.
 The other scripts are this file with other advantages: read `diff grpo.py ep_grpo.py`.
 
-    python grpo.py --lr 1e-3 --max-new-tokens 64        # the tiny model, on a laptop
+    python grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
 

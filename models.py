@@ -7,12 +7,14 @@ import copy
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from settings import RunArgs, device, precision, refuse, seed_for
+from settings import RunArgs, device, first_line, precision, refuse, seed_for
 
 # ------------------------------------------------------------------------------- the policy
 
@@ -24,12 +26,18 @@ def load_policy(args: Any) -> tuple[nn.Module, Any]:
 
     logging.disable_progress_bar()
     trust = {"trust_remote_code": args.trust_remote_code}
+    dtype = precision(args) if args.lora_rank else torch.float32
     try:
         config = AutoConfig.from_pretrained(args.model, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
+        policy = AutoModelForCausalLM.from_pretrained(
+            args.model, config=config, dtype=dtype, **trust
+        )
     except (OSError, ValueError) as error:
-        refuse("--model", args.model, f"cannot be loaded: {str(error).splitlines()[0]}")
-    dtype = precision(args) if args.lora_rank else torch.float32
-    policy = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, **trust)
+        refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    vocabulary = config.get_text_config().vocab_size
+    if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
+        refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
     policy.to(device(args))
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -47,7 +55,7 @@ def load_policy(args: Any) -> tuple[nn.Module, Any]:
                 task_type="CAUSAL_LM",
             ),
         )
-    return policy, AutoTokenizer.from_pretrained(args.model, **trust)
+    return policy, tokenizer
 
 
 def is_lora(policy: nn.Module) -> bool:
@@ -59,6 +67,7 @@ def base_model(policy: nn.Module) -> nn.Module:
     return policy.get_base_model() if is_lora(policy) else policy
 
 
+@torch.no_grad()
 def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its transformers name, LoRA added in; the policy is left as it is."""
     model = base_model(policy)
@@ -69,6 +78,17 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             weight = weight + delta.to(weight.dtype)
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), weight
+
+
+def load_weights(policy: nn.Module, folder: Path) -> None:
+    """Load what `policy.save_pretrained(folder)` wrote, bit for bit."""
+    if is_lora(policy):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    else:  # through transformers, which may store weights under other names
+        saved = type(policy).from_pretrained(folder, dtype=policy.dtype)
+        policy.load_state_dict(saved.state_dict())
 
 
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
@@ -119,20 +139,25 @@ class VLLM:
 
         self.tokenizer = tokenizer
         self.stops = eos_ids(policy, tokenizer)
+        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
         self.sleeps = device(args).type == "cuda"
         on_cuda = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
+        # vLLM's CPU build fails on a seeded request whose prompt is cut into chunks.
+        on_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 8192)}
         self.llm = LLM(
             args.model,
             dtype=str(precision(args)).removeprefix("torch."),
             max_model_len=context,
             max_num_seqs=min(args.prompts_per_step * args.group_size, 512),
             logprobs_mode="processed_logprobs",  # those of the distribution that was sampled
+            max_logprobs=-1,  # no limit: top_tokens asks for many
             generation_config="vllm",  # no top-p or top-k from the model's folder
             enforce_eager=not self.sleeps,
             enable_prefix_caching=True,
+            use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
             seed=args.seed,
-            **(on_cuda if self.sleeps else {}),
+            **(on_cuda if self.sleeps else on_cpu),
         )
 
     def sync(self, policy: nn.Module) -> None:
@@ -173,6 +198,28 @@ class VLLM:
             for r in responses
         ]
 
+    def top_tokens(
+        self, prompts: list[list[int]], count: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest first tokens after each prompt, in descending order, and their
+        log-probabilities: two [P, count]. The prompts stay in the prefix cache."""
+        from vllm import SamplingParams
+
+        count = min(count, self.vocabulary)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(max_tokens=1, temperature=temperature, logprobs=count, detokenize=False),
+            use_tqdm=False,
+        )
+        # The sampled token comes as well, even where it is not among the likeliest.
+        ranked = [
+            sorted((-token.logprob, i) for i, token in output.outputs[0].logprobs[0].items())
+            for output in outputs
+        ]
+        likeliest = [row[:count] for row in ranked]
+        tokens = torch.tensor([[i for _, i in row] for row in likeliest])
+        return tokens, -torch.tensor([[value for value, _ in row] for row in likeliest])
+
     def sleep(self) -> None:
         """Give the GPU's memory to the update."""
         if self.sleeps:
@@ -188,6 +235,7 @@ class Transformers:
     def __init__(self, args: RunArgs, policy: nn.Module, tokenizer: Any, context: int) -> None:
         self.tokenizer = tokenizer
         self.stops = eos_ids(policy, tokenizer)
+        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
         self.args = args
         self.policy = policy
 
@@ -217,23 +265,42 @@ class Transformers:
             steps.append(logp.gather(-1, noisy.argmax(-1, keepdim=True)))
             return noisy
 
-        self.policy.eval()
-        where = base_model(self.policy).device
-        with autocast(self.args):
-            sequences = self.policy.generate(
-                input_ids=padded.to(where),
-                attention_mask=real.to(where),
-                logits_processor=[choose],
-                generation_config=GenerationConfig(
-                    max_new_tokens=length, eos_token_id=self.stops, pad_token_id=self.stops[0]
-                ),
-            )
+        model = base_model(self.policy.eval())
+        # What the folder says on top-p or repetition would fill in what is not set here.
+        defaults, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with autocast(self.args):
+                sequences = model.generate(
+                    input_ids=padded.to(model.device),
+                    attention_mask=real.to(model.device),
+                    logits_processor=[choose],
+                    generation_config=GenerationConfig(
+                        max_new_tokens=length, eos_token_id=self.stops or None, pad_token_id=0
+                    ),
+                )
+        finally:
+            model.generation_config = defaults
         logps = torch.cat(steps, dim=-1).tolist()
         responses = []
         for row, logp in zip(sequences[:, width:].tolist(), logps, strict=True):
             end = next((t + 1 for t, token in enumerate(row) if token in self.stops), len(row))
             responses.append((row[:end], logp[:end]))
         return responses
+
+    @torch.no_grad()
+    def top_tokens(
+        self, prompts: list[list[int]], count: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """As VLLM.top_tokens."""
+        model = base_model(self.policy.eval())
+        rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        with autocast(self.args):  # padding is on the right, where no real token sees it
+            states = model.base_model(input_ids=pad_sequence(rows, batch_first=True))[0]
+            logits = model.get_output_embeddings()(states[range(len(rows)), last])
+        logp = (logits.float() / temperature).log_softmax(-1)
+        top = logp.topk(min(count, self.vocabulary))
+        return top.indices.cpu(), top.values.cpu()
 
     def sleep(self) -> None:
         pass
@@ -247,11 +314,17 @@ Engine = VLLM | Transformers
 
 def make_engine(args: RunArgs, policy: nn.Module, tokenizer: Any, *sets: list[Any]) -> Engine:
     """vLLM where it is installed, transformers otherwise, for the longest prompt of the sets."""
-    context = max(len(p.prompt) for problems in sets for p in problems) + args.max_new_tokens
+    lengths = [len(problem.prompt) for problems in sets for problem in problems]
+    context = max(lengths) + args.max_new_tokens
     limit = getattr(base_model(policy).config, "max_position_embeddings", context)
     if context > limit:
-        longest = f"with the longest prompt it needs {context} positions, the model has {limit}"
-        refuse("--max-new-tokens", args.max_new_tokens, longest)
+        room = max(0, limit - args.max_new_tokens)
+        too_long = sum(length > room for length in lengths)
+        why = (
+            f"{too_long} of {len(lengths)} prompts leave less than that in the model's context of "
+            f"{limit} tokens; --max-prompt-tokens {room} drops them"
+        )
+        refuse("--max-new-tokens", args.max_new_tokens, why)
     installed = importlib.util.find_spec("vllm") is not None
     if args.engine == "vllm" and not installed:
         refuse("--engine", "vllm", "vLLM is not installed; see README.md")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import json
 import math
-import shutil
+import os
 import signal
 import sys
 import time
@@ -20,13 +20,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import files
 from common import Rollouts
-from models import base_model, is_lora, merged_weights
-from settings import check, parse_args, precision, refuse
+from models import base_model, load_weights, merged_weights
+from settings import (
+    StopRun,
+    check,
+    check_unchanged,
+    device,
+    parse_args,
+    precision,
+    refuse,
+    resume_command,
+    seed_for,
+)
 
-
-class StopRun(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class Run:
@@ -39,78 +48,95 @@ class Run:
 
     def __init__(self, args: Any, script: str) -> None:
         check(args)
-        script = Path(script).stem
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.args = args
-        self.folder = Path(args.run_dir or f"runs/{script}-{args.seed}-{stamp}")
-        self.started = self.step_started = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.step, self.state, self.failures, self.interrupted = 0, {}, 0, False
-        metrics = self.folder / "metrics.jsonl"
         if args.resume and not args.run_dir:
             refuse("--resume", "", "needs --run-dir, the folder of the run to go on with")
-        if metrics.exists() and not args.resume:
+        name = Path(script).stem
+        args.run_dir = args.run_dir or time.strftime(f"runs/{name}-{args.seed}-%Y%m%d-%H%M%S")
+        self.args = args
+        self.settings = json.loads(json.dumps({"script": name} | dataclasses.asdict(args)))
+        self.folder = Path(args.run_dir)
+        self.lock = files.lock(self.folder)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.rollouts_file = self.folder / "rollouts.jsonl"
+        self.started = self.step_started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.step = self.failures = self.skipped = self.next_warning = 0
+        self.interrupted = self.stopped = False
+
+        if not args.resume and (self.metrics_file.exists() or self.checkpoints()):
             refuse("--run-dir", self.folder, "already holds a run; add --resume to go on with it")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            refuse("--run-dir", self.folder, f"cannot be written: {error.strerror}")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            refuse("--run-dir", self.folder, "another run is writing here")
         self.checkpoint = self.last_checkpoint() if args.resume else None
         if self.checkpoint:
-            self.check_settings()
-            self.step = int(self.checkpoint.name.removeprefix("step-"))
-        for log in (metrics, self.folder / "rollouts.jsonl"):
-            keep_steps(log, self.step if self.checkpoint else -1)
-        write_whole(self.folder / "args.json", json.dumps(dataclasses.asdict(args), indent=1))
-        self.open_boards()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
+            check_unchanged(args, self.settings, files.read_json(self.checkpoint / "args.json"))
+            self.step = step_of(self.checkpoint)
+            if self.is_finished():
+                print(f"{self.folder} is finished: {self.step} steps; more --steps would go on")
+                raise SystemExit(0)
+        elif self.checkpoints():
+            refuse("--resume", self.folder, "none of its checkpoints is whole")
+        elif args.resume:
+            say(f"{self.folder} holds no checkpoint: the run begins at step 0")
+        first = self.step + 1 if self.checkpoint else 0
+        for log in (self.metrics_file, self.rollouts_file):
+            if damaged := files.keep_steps(log, first - 1):
+                say(f"{log}: {damaged} damaged lines dropped")
+        files.write_json(self.folder / "args.json", self.settings)
+        self.open_boards(first)
 
     # -- steps and time
 
     def steps(self) -> Iterator[int]:
-        """Step numbers from where the run stands to --steps; 1 is the first."""
-        while self.step < self.args.steps and not self.interrupted:
-            self.step_started, self.seconds = time.perf_counter(), {}
-            yield self.step + 1
+        """Step numbers from where the run stands to --steps; 1 is the first.
+
+        Until the last, Ctrl-C and SIGTERM let the step end and be saved.
+        """
+        signals = signal.SIGINT, signal.SIGTERM
+        before = [signal.signal(number, self.interrupt) for number in signals]
+        try:
+            while self.step < self.args.steps and not self.stopped:
+                self.step_started, self.seconds, self.skipped = time.perf_counter(), {}, 0
+                yield self.step + 1
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C: finish the step and save. A second one stops at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        text = "\nfinishing the step, then saving; Ctrl-C again stops at once\n"
+        os.write(2, text.encode())  # print may be what was interrupted
 
     @contextlib.contextmanager
     def time(self, part: str) -> Iterator[None]:
         """Adds what runs inside to the step's seconds of that part."""
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not memory_ran_out(error):
+                raise
+            raise self.out_of_memory(part) from error
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-    def interrupt(self, *_: Any) -> None:
-        """Ctrl-C: finish the step and save. A second one stops at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     # -- log
 
-    def open_boards(self) -> None:
+    def open_boards(self, first: int) -> None:
+        """Start the boards and the progress bar; steps from `first` on will be written anew."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)
         self.wandb = None
         if self.args.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                refuse("--wandb-project", self.args.wandb_project, "wandb is not installed")
-            settings = dataclasses.asdict(self.args)
+            import wandb
+
             self.wandb = wandb.init(
                 project=self.args.wandb_project,
                 name=self.folder.name,
                 id=hashlib.blake2b(str(self.folder).encode(), digest_size=8).hexdigest(),
                 resume="allow",
-                config=settings,
+                config=self.settings,
             )
         self.bar = tqdm(
             total=self.args.steps, initial=self.step, disable=not sys.stderr.isatty(), unit="step"
@@ -125,9 +151,12 @@ class Run:
             metrics["seconds/other"] = total - sum(self.seconds.values())
             metrics["seconds/step"] = total
             metrics["tokens_per_second"] = tokens / total
-        append_line(self.folder / "metrics.jsonl", {"step": step, **metrics})
+            metrics["skipped_updates"] = self.skipped
+            self.report_collapse(step, metrics)
+        files.append_line(self.metrics_file, {"step": step, **metrics})
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
+        self.board.flush()  # or a kill would lose the last two minutes
         if self.wandb:
             self.wandb.log(metrics, step=step)
         self.step = step
@@ -139,43 +168,36 @@ class Run:
         if step > 0:
             self.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items()}, refresh=False)
             self.bar.update(step - self.bar.n)
-        plain = self.bar.disable and step % max(1, self.args.steps // 20) == 0
+        interval = ""
         if "eval/accuracy" in metrics:
             low, high = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]
-            shown["held-out"] = metrics["eval/accuracy"]
-            line = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-            tqdm.write(f"step {step}  {line} [{low:.3f}, {high:.3f}]", file=sys.stderr)
-        elif plain and step:
-            line = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-            print(f"step {step}  {line}", file=sys.stderr)
+            shown["held-out"], interval = metrics["eval/accuracy"], f" [{low:.3f}, {high:.3f}]"
+        if interval or (self.bar.disable and step % max(1, self.args.steps // 20) == 0):
+            say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()) + interval)
 
     def log_rollouts(
         self, step: int, rollouts: Rollouts, rewards: Tensor, **per_token: Tensor
     ) -> None:
         """Write the first --log-rollouts groups, with a value a token of each [P, G, T] given."""
-        for p in range(min(self.args.log_rollouts, len(rollouts.problems))):
+        for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
             for g, text in enumerate(rollouts.texts[p]):
                 live = rollouts.mask[p, g]
-                values = {k: v[p, g][live].tolist() for k, v in per_token.items()}
-                line = {
-                    "step": step,
-                    "problem": rollouts.problems[p].text,
-                    "answer": rollouts.problems[p].answer,
-                    "rollout": g,
-                    "text": text,
-                    "tokens": rollouts.tokens[p, g][live].tolist(),
-                    "reward": rewards[p, g].item(),
-                }
-                append_line(self.folder / "rollouts.jsonl", line | values)
+                row = {"step": step, "problem": problem.text, "answer": problem.answer}
+                row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
+                row |= {"tokens": rollouts.tokens[p, g][live].tolist()}
+                row |= {name: values[p, g][live].tolist() for name, values in per_token.items()}
+                files.append_line(self.rollouts_file, row)
 
     # -- guards
 
     def check_engine(self, rollouts: Rollouts, old_logp: Tensor) -> dict[str, float]:
         """Compare the engine's log-probabilities with the trainer's; stop when they drift apart:
         then the engine does not hold the policy's weights."""
+        if not old_logp[rollouts.mask].isfinite().all():
+            raise StopRun(f"the policy's log-probabilities are not finite; {self.last_good()}")
         sampled = rollouts.mask & rollouts.engine_logp.isfinite()
         gap = (rollouts.engine_logp - old_logp)[sampled].abs()
-        mean, most = gap.mean().item(), gap.max().item()
+        mean, most = gap.mean().item(), max(gap.tolist(), default=math.nan)
         allowed = self.args.max_logp_gap
         if allowed is None:
             allowed = 1e-4 if precision(self.args) is torch.float32 else 0.02
@@ -201,11 +223,38 @@ class Run:
             self.failures = 0
         else:
             self.failures += 1
-            print(f"loss {loss}, gradient norm {norm}: update skipped", file=sys.stderr)
+            self.skipped += 1
+            say(f"loss {loss:g}, gradient norm {norm:g}: update skipped")
         optimizer.zero_grad()
         if self.failures == 3:
             raise StopRun(f"3 updates in a row were not finite; {self.last_good()}")
         return norm
+
+    def report_collapse(self, step: int, metrics: dict[str, float]) -> None:
+        """Say so, at most every 10 steps, when all answers are empty or endless."""
+        empty, endless = metrics["length"] <= 1, metrics["truncated"] == 1
+        if (empty or endless) and step >= self.next_warning:
+            limit = self.args.max_new_tokens
+            what = "empty" if empty else f"cut off at --max-new-tokens {limit}"
+            say(f"warning: step {step}: every answer is {what}")
+            self.next_warning = step + 10
+
+    def out_of_memory(self, part: str) -> StopRun:
+        """Which setting to lower, and to what, after memory ran out in a part of the step."""
+        args = self.args
+        if part in ("score", "update"):
+            half = max(1, args.token_budget // 2)
+            what = f"lower --token-budget from {args.token_budget} to {half}"
+            if not args.gradient_checkpointing:
+                what += "; where that is not enough, add --gradient-checkpointing"
+            changes: dict[str, Any] = {"token_budget": half}
+        elif device(args).type == "cuda" and args.engine != "transformers":
+            less = round(args.gpu_memory * 0.8, 2)
+            what = f"lower --gpu-memory from {args.gpu_memory} to {less}"
+            changes = {"gpu_memory": less}
+        else:
+            what, changes = "a new run with a lower --prompts-per-step needs less", {}
+        return StopRun(f"out of memory ({part}): {what}; {self.last_good()}", **changes)
 
     def last_good(self) -> str:
         saved = self.last_checkpoint()
@@ -214,129 +263,110 @@ class Run:
     # -- checkpoints
 
     def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
-        """Every --save-every steps, after the last, and when interrupted: write a checkpoint into
-        a temporary folder, then rename it, so that it is whole or not there.
+        """Write a checkpoint every --save-every steps, after the last, and when interrupted.
 
         state: what has a state_dict, and plain values.
         """
+        interrupted = self.interrupted  # read once: a signal may come while this runs
         due = self.args.save_every and step % self.args.save_every == 0
-        if not (due or step == self.args.steps or self.interrupted):
+        if not (due or step == self.args.steps or interrupted):
             return
-        folder = self.folder / "checkpoints" / f"step-{step:06d}"
-        torn = folder.with_name("." + folder.name)
-        shutil.rmtree(torn, ignore_errors=True)
-        policy.save_pretrained(torn)
-        tokenizer.save_pretrained(torn)
+        if not all(weight.isfinite().all() for weight in policy.parameters()):
+            raise StopRun(f"the weights are not finite; {self.last_good()}")
         values = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         values["rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
-            values["cuda_rng"] = torch.cuda.get_rng_state_all()
-        torch.save(values, torn / "trainer.pt")
-        write_whole(torn / "args.json", json.dumps(dataclasses.asdict(self.args), indent=1))
-        sizes = {f.name: f.stat().st_size for f in torn.iterdir()}
-        write_whole(torn / "sizes.json", json.dumps(sizes))
-        shutil.rmtree(folder, ignore_errors=True)
-        torn.rename(folder)
-        rows = [row for row in self.metrics() if "eval/accuracy" in row]
-        best = max(rows, key=lambda row: row["eval/accuracy"], default={"step": step})["step"]
-        saved = sorted(folder.parent.glob("step-*"))
-        for old in saved[: -self.args.keep_checkpoints or None]:
-            if old.name != f"step-{best:06d}":
-                shutil.rmtree(old)
+            values["cuda_rng"] = torch.cuda.get_rng_state()
+        checkpoint = self.folder / "checkpoints" / f"step-{step:06d}"
+        with files.whole_folder(checkpoint, self.settings) as folder:
+            policy.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            torch.save(values, folder / "trainer.pt")
+            files.flush(self.metrics_file)
+        self.remove_old_checkpoints(step)
+        self.stopped = interrupted
+
+    def remove_old_checkpoints(self, step: int) -> None:
+        """Keep the last --keep-checkpoints up to this step, and the best of those evaluated."""
+        accuracy = {row["step"]: row["eval/accuracy"] for row in self.evaluations()}
+        saved = [folder for folder in self.checkpoints() if step_of(folder) <= step]
+        scored = [folder for folder in saved if step_of(folder) in accuracy]
+        best = max(scored, key=lambda folder: accuracy[step_of(folder)], default=None)
+        for folder in saved[: -self.args.keep_checkpoints]:
+            if folder != best:
+                files.remove(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """All that are there, the oldest first."""
+        folders = (self.folder / "checkpoints").glob("step-*")
+        return sorted((f for f in folders if f.name[5:].isdigit()), key=step_of)
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files have the sizes they were written with."""
-        for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
-            with contextlib.suppress(OSError, ValueError):
-                sizes = json.loads((folder / "sizes.json").read_text())
-                if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-                    return folder
-            print(f"{folder} is damaged; looking for an older checkpoint", file=sys.stderr)
+        for folder in reversed(self.checkpoints()):
+            if files.is_whole(folder):
+                return folder
+            say(f"{folder} is damaged; looking for an older checkpoint")
         return None
 
-    def check_settings(self) -> None:
-        """Refuse to go on with other settings than the run began with, but for harmless ones."""
-        before = json.loads((self.checkpoint / "args.json").read_text())
-        for name, value in json.loads(json.dumps(dataclasses.asdict(self.args))).items():
-            if name not in self.args.harmless and before.get(name, value) != value:
-                flag = "--" + name.replace("_", "-")
-                refuse(flag, value, f"this run began with {before[name]}; start a new one")
+    def is_finished(self) -> bool:
+        """Whether model/ was written at the end of as many steps."""
+        model = self.folder / "model"
+        return (
+            files.is_whole(model)
+            and files.read_json(model / "args.json")["steps"] >= self.args.steps
+        )
 
     def restore(self, policy: nn.Module, **state: Any) -> dict[str, Any]:
         """Load the last checkpoint into the policy and into what has a state_dict; the plain
-        values come back. Without --resume nothing happens."""
+        values come back. Where there is none, nothing is loaded."""
+        torch.manual_seed(seed_for(self.args.seed, "training"))
         if not self.checkpoint:
             return {}
-        from safetensors.torch import load_file
-
-        weights = {}
-        for file in sorted(self.checkpoint.glob("*.safetensors")):
-            weights |= load_file(file)
-        if is_lora(policy):
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(policy, weights)
-        else:
-            policy.load_state_dict(weights, strict=False)  # a tied LM head is stored once
-        values = torch.load(self.checkpoint / "trainer.pt", weights_only=True)
+        load_weights(policy, self.checkpoint)
+        values = torch.load(self.checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         for name, owner in state.items():
             owner.load_state_dict(values[name])
         torch.set_rng_state(values["rng"])
         if torch.cuda.is_available() and "cuda_rng" in values:
-            torch.cuda.set_rng_state_all(values["cuda_rng"])
+            torch.cuda.set_rng_state(values["cuda_rng"])
         return values
 
-    def metrics(self) -> list[dict[str, float]]:
-        return read_lines(self.folder / "metrics.jsonl")
+    def evaluations(self) -> list[dict[str, float]]:
+        """The metrics of the steps with an evaluation."""
+        return [row for row in files.read_lines(self.metrics_file) if "eval/accuracy" in row]
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Write model/, the policy as an ordinary model folder, and say how the run went."""
         self.bar.close()
         self.board.close()
-        if self.interrupted:
+        if self.step < self.args.steps:
             raise KeyboardInterrupt
-        base = base_model(policy)
-        weights = {name: weight.contiguous() for name, weight in merged_weights(policy)}
-        base.save_pretrained(self.folder / "model", state_dict=weights)
-        tokenizer.save_pretrained(self.folder / "model")
-        scored = [row for row in self.metrics() if "eval/accuracy" in row]
-        for label, row in (("before", scored[0]), ("after", scored[-1])):
-            accuracy, greedy = row["eval/accuracy"], row["eval/greedy"]
+        with files.whole_folder(self.folder / "model", self.settings) as folder:
+            weights = {name: weight.contiguous() for name, weight in merged_weights(policy)}
+            base_model(policy).save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+        rows = self.evaluations()
+        for label, row in zip(("before", "after"), rows[:1] + rows[-1:], strict=False):
             low, high = row["eval/accuracy_low"], row["eval/accuracy_high"]
             print(
-                f"held-out accuracy {label:6}  {accuracy:.3f}  "
-                f"95% interval [{low:.3f}, {high:.3f}]  greedy {greedy:.3f}"
+                f"held-out accuracy {label:6}  {row['eval/accuracy']:.3f}  "
+                f"95% interval [{low:.3f}, {high:.3f}]  greedy {row['eval/greedy']:.3f}"
             )
         print(f"wall time {time.perf_counter() - self.started:.0f} s")
         print(f"checkpoint {self.folder / 'model'}")
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, but for lines that a crash or a disk has damaged."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+def say(text: str) -> None:
+    """A line on the error stream, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Drop the rows after a step: the run will write them again."""
-    if path.exists():
-        rows = [row for row in read_lines(path) if row["step"] <= last]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+# ------------------------------------------------------------------------------- start and stop
 
 
 def learning_rate(step: int, args: Any) -> float:
@@ -348,14 +378,26 @@ def learning_rate(step: int, args: Any) -> float:
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def memory_ran_out(error: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory")  # torch on a CPU, CUDA's libraries
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        part in str(error) for part in words
+    )
+
+
 def launch(main: Callable[[Any], None], settings: type) -> None:
     """Parse the command line, run, and turn what can go wrong into one clear message."""
     args = parse_args(settings)
+    changes: dict[str, Any] = {}
     try:
-        main(args)
+        return main(args)
     except StopRun as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        what, code, changes = f"stopped: {error}", 1, error.changes
     except KeyboardInterrupt:
-        print("interrupted: go on with the same command and --resume --run-dir", file=sys.stderr)
-        raise SystemExit(130) from None
+        what, code = "interrupted", 130
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        what, code = f"stopped: {error}", 1
+    print(f"{what}\ngo on with: {resume_command(args, **changes)}", file=sys.stderr)
+    raise SystemExit(code)

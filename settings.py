@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import itertools
+import shlex
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -117,6 +119,22 @@ def refuse(flag: str, value: Any, why: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class StopRun(Exception):
+    """The run cannot go on as it is; the message says why.
+
+    changes: the settings with which it can go on.
+    """
+
+    def __init__(self, why: str, **changes: Any) -> None:
+        super().__init__(why)
+        self.changes = changes
+
+
 def field_help(section: type) -> dict[str, str]:
     """The docstring below each field of a settings class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
@@ -157,6 +175,19 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     return settings(**values)
 
 
+def resume_command(args: Any, **changes: Any) -> str:
+    """The command that goes on with a run: the settings that differ from their defaults."""
+    words = ["python", sys.argv[0]]
+    for field in dataclasses.fields(args):
+        value = (vars(args) | {"resume": True} | changes)[field.name]
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool) and value != field.default:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != field.default:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
 def device(args: RunArgs) -> torch.device:
     if args.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -180,8 +211,9 @@ def check(args: Any) -> None:
     least |= {"token_budget": 1, "eval_problems": 1, "eval_samples": 1, "grader_workers": 1}
     least |= {"updates_per_rollout": 1, "generation_rounds": 1, "keep_checkpoints": 1}
     least |= {"eval_every": 0, "save_every": 0, "lora_rank": 0, "warmup_steps": 0}
+    least |= {"buckets": 1, "probe_every": 0}  # of the scripts that have them
     for name, minimum in least.items():
-        if getattr(args, name) < minimum:
+        if getattr(args, name, minimum) < minimum:
             refuse(
                 "--" + name.replace("_", "-"), getattr(args, name), f"must be at least {minimum}"
             )
@@ -192,5 +224,20 @@ def check(args: Any) -> None:
         refuse("--temperature", args.temperature, "must be above 0")
     if not args.lr > 0:
         refuse("--lr", args.lr, "must be above 0")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        refuse("--wandb-project", args.wandb_project, "wandb is not installed")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device", "cuda", "no CUDA device is there")
+
+
+def check_unchanged(args: Any, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse to go on with other settings than the run began with, but for harmless ones."""
+    harmless = set(args.harmless)
+    if args.lr_schedule == "cosine":  # which ends at the last step
+        harmless.discard("steps")
+    if before["script"] != now["script"]:
+        refuse("--run-dir", args.run_dir, f"holds a run of {before['script']}.py")
+    for name in sorted(now.keys() - harmless):
+        if now[name] != (first := before.get(name, now[name])):
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, now[name], f"this run began with {first}; start a new one")

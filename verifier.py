@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import wait
 
-MAX_ANSWER = 512  # characters; a longer boxed answer is wrong, a longer gold unreadable
-MAX_RESPONSE = 4096  # characters read from the end of a response without a box, if unboxed=True
+MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
+MAX_TEXT = 4096  # characters of an unboxed response that are read, from its end; of a gold
 START_SECONDS = 120.0  # for a worker's imports, on a busy machine
 # gmpy2 computes in C, where only a kill stops it; a fixed hash seed fixes the order sympy works in
 WORKER_ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
@@ -88,7 +88,7 @@ def plain_verdict(gold: str, answer: str) -> bool | None:
 
 def in_box(text: str) -> str:
     """The form that math-verify reads most reliably; a bare gold it often cannot read."""
-    return f"\\boxed{{{text}}}"
+    return text if "\\boxed" in text else f"\\boxed{{{text}}}"
 
 
 class Worker(subprocess.Popen):
@@ -120,9 +120,7 @@ class Grader:
     """Grades responses against gold answers; also a context manager that ends its workers."""
 
     workers: int = 1  # processes at most, started when first needed
-    deadline: float = (
-        5.0  # seconds of wall-clock time for one answer; past it, the worker is killed
-    )
+    deadline: float = 5.0  # seconds of wall-clock time for one answer before its worker is killed
     strict: bool = True  # for a plain number as gold, `(16-3-4)*2` left to the grader is no answer
     memory_mb: int = 2048  # cap on each worker's address space
     unboxed: bool = False  # read a response that has no box as a whole, not as wrong
@@ -159,21 +157,22 @@ class Grader:
 
     def _request(self, response: str | None, gold: str) -> Request | bool:
         """What to ask a worker, or the verdict where none is needed; without response, readable."""
-        gold = gold if (boxed := last_boxed(gold)) is None else boxed
+        if gold.count("\\boxed") == 1:  # of a gold with several boxes, all are the answer
+            gold = last_boxed(gold) or gold
         number = plain_number(gold) is not None
         if response is None:
-            return number or (len(gold) <= MAX_ANSWER and (in_box(gold), None, False))
+            return number or (len(gold) <= MAX_TEXT and (in_box(gold), None, False))
         answer = last_boxed(response)
         if answer is None and self.unboxed:
-            answer, text = response, response[-MAX_RESPONSE:]
-            if len(response) > MAX_RESPONSE:  # not from the middle of a line, or of a number
+            answer, text = response, response[-MAX_TEXT:]
+            if len(response) > MAX_TEXT:  # not from the middle of a line, or of a number
                 text = text.partition("\n")[2] or text
         elif answer is None or len(answer) > MAX_ANSWER:
             return False
         else:
             text = in_box(answer)
         verdict = plain_verdict(gold, answer)
-        if verdict is None and len(gold) <= MAX_ANSWER:
+        if verdict is None and len(gold) <= MAX_TEXT:
             return in_box(gold), text, self.strict and number
         return bool(verdict)
 

@@ -1,0 +1,159 @@
+"""Small random models, their problems, and a run of grpo.py in the test's own process."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower on models this small
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(pad: str) -> Any:
+    """One token a byte, any text goes; responses end with <|im_end|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    special = ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        eos_token="<|im_end|>",
+        pad_token=pad,
+        extra_special_tokens=special,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_model(
+    folder: Path, *, tied: bool, pad: str, eos: tuple[str, ...], **generation: Any
+) -> Path:
+    """A random Qwen3 whose responses end now and then, and whose distributions are not flat."""
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = byte_tokenizer(pad)
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    ends = tokenizer.convert_tokens_to_ids(list(eos))
+    model.lm_head.weight.data[ends] *= 4  # mostly unlikely, sometimes likely
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+        **generation,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LM head tied to the embedding; the pad token is the EOS token."""
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    return save_model(folder, tied=True, pad="<|im_end|>", eos=("<|im_end|>",))
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its own LM head, two EOS ids, and sampling settings in the folder as Qwen2.5 has them."""
+    return save_model(
+        tmp_path_factory.mktemp("models") / "untied",
+        tied=False,
+        pad="<|endoftext|>",
+        eos=("<|im_end|>", "<|endoftext|>"),
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+        repetition_penalty=1.1,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The trained model that the scripts take by default."""
+    if not list((ROOT / "tiny").glob("*.safetensors")):
+        pytest.skip("tiny/ has no weights")
+    return ROOT / "tiny"
+
+
+@pytest.fixture(scope="session")
+def problem_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve sums; prompts of three lengths."""
+    path = tmp_path_factory.mktemp("problems") / "sums.jsonl"
+    sums = [(a, 10**b) for a in range(1, 5) for b in range(3)]
+    rows = [{"problem": f"{a}+{b}", "answer": str(a + b)} for a, b in sums]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts back the handlers that a run in this process installs."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Settings of a short run of grpo.py on two cores; any of them can be overridden."""
+    import grpo
+
+    def make(**settings: Any) -> grpo.Args:
+        defaults = {
+            "model": str(tied_model),
+            "dataset": str(problem_file),
+            "eval_dataset": str(problem_file),
+            "engine": "transformers",
+            "device": "cpu",
+            "steps": 1,
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "max_new_tokens": 12,
+            "lr": 1e-3,
+            "eval_problems": 2,
+            "eval_samples": 2,
+            "run_dir": str(tmp_path / "run"),
+        }
+        return grpo.Args(**defaults | settings)
+
+    return make
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

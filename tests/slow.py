@@ -1,0 +1,204 @@
+"""The methods once more, one token at a time in plain Python floats, and random groups to try them.
+
+Written from the pages in docs/ and not from the scripts, so that a mistake has to be made twice.
+A group is a list of rollouts, a rollout a list of its tokens' values.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+Rows = list[list[float]]
+
+LARGEST_ENTROPY = math.log(151936)  # of a uniform distribution over Qwen2.5's vocabulary
+
+
+@dataclass
+class Group:
+    rewards: list[float]
+    entropy: Rows
+    logp: Rows
+    ref_logp: Rows
+
+
+def random_group(seed: int) -> Group:
+    """Ragged lengths, single tokens, equal rewards, entropies of 0, a policy like the reference."""
+    rng = random.Random(seed)
+    lengths = [rng.choice([1, rng.randint(1, 12)]) for _ in range(rng.randint(1, 8))]
+    size = len(lengths)
+    rewards = {
+        "verdicts": [float(rng.random() < 0.5) for _ in lengths],
+        "all wrong": [0.0] * size,
+        "all right": [1.0] * size,
+        "no exact mean": [0.1] * size,
+        "graded": [rng.random() for _ in lengths],
+    }[rng.choice(["verdicts", "verdicts", "all wrong", "all right", "no exact mean", "graded"])]
+
+    zeros = rng.choice([0.0, 0.0, 0.3, 1.0])
+    largest = rng.choice([0.5, LARGEST_ENTROPY])
+
+    def token_entropy() -> float:
+        return 0.0 if rng.random() < zeros else rng.uniform(0, largest)
+
+    entropy = [[token_entropy() for _ in range(length)] for length in lengths]
+    logp = [[-rng.expovariate(1) for _ in range(length)] for length in lengths]
+    shift = rng.choice([0.0, 0.2, 0.2])
+    ref_logp = [[value + rng.gauss(0, shift) for value in row] for row in logp]
+    return Group(rewards, entropy, logp, ref_logp)
+
+
+def z_scores(values: list[float], eps: float) -> list[float]:
+    if len(values) < 2 or len(set(values)) == 1:
+        return [0.0] * len(values)
+    mean, std = fmean(values), stdev(values)
+    return [(value - mean) / (std + eps) for value in values]
+
+
+def token_z_scores(rows: Rows, keep: list[list[bool]], eps: float) -> Rows:
+    """z-scores over the tokens to keep, 0 elsewhere."""
+    places = [(i, t) for i, row in enumerate(rows) for t in range(len(row)) if keep[i][t]]
+    scores = [[0.0] * len(row) for row in rows]
+    for (i, t), score in zip(places, z_scores([rows[i][t] for i, t in places], eps), strict=True):
+        scores[i][t] = score
+    return scores
+
+
+def gates(entropy: Rows, gamma: float, eps: float) -> Rows:
+    scores = token_z_scores(entropy, [[True] * len(row) for row in entropy], eps)
+    return [[1 / (1 + math.exp(-gamma * score)) for score in row] for row in scores]
+
+
+def entropy_buckets(entropy: Rows, buckets: int) -> list[list[int]]:
+    result = []
+    for row in entropy:
+        spent, numbers, total = 0.0, [], 0.0
+        for value in row:
+            total += value
+        for value in row:
+            spent += value
+            number = math.floor(buckets * spent / total) if total > 0 else 0
+            numbers.append(min(number, buckets - 1))
+        result.append(numbers)
+    return result
+
+
+def position_buckets(rows: Rows, buckets: int) -> list[list[int]]:
+    return [[math.floor(buckets * t / len(row)) for t in range(len(row))] for row in rows]
+
+
+def bucketed_z_scores(rows: Rows, bucket: list[list[int]], buckets: int, eps: float) -> Rows:
+    result = [[0.0] * len(row) for row in rows]
+    for k in range(buckets):
+        scores = token_z_scores(rows, [[b == k for b in row] for row in bucket], eps)
+        result = [
+            [a + b for a, b in zip(*pair, strict=True)] for pair in zip(result, scores, strict=True)
+        ]
+    return result
+
+
+def sign(x: float) -> float:
+    return 0.0 if x == 0 else math.copysign(1, x)
+
+
+def ep_grpo(
+    group: Group,
+    *,
+    gamma: float = 1.0,
+    buckets: int = 10,
+    reward_threshold: float = 0.5,
+    gate_progress: bool = False,
+    eps: float = 1e-6,
+) -> Rows:
+    outcome = z_scores(group.rewards, eps)
+    gate = gates(group.entropy, gamma, eps)
+    equal = len(set(group.rewards)) == 1
+    signal = []
+    for i, reward in enumerate(group.rewards):
+        direction = sign(reward - reward_threshold) if equal else sign(outcome[i])
+        signal.append([])
+        for t in range(len(group.logp[i])):
+            value = direction * (group.logp[i][t] - group.ref_logp[i][t])
+            signal[i].append(gate[i][t] * value if gate_progress else value)
+    progress = bucketed_z_scores(signal, entropy_buckets(group.entropy, buckets), buckets, eps)
+    return [
+        [gate[i][t] * outcome[i] + progress[i][t] for t in range(len(row))]
+        for i, row in enumerate(signal)
+    ]
+
+
+def erpo(group: Group, *, gamma: float = 1.0, buckets: int = 10, eps: float = 1e-6) -> Rows:
+    outcome = z_scores(group.rewards, eps)
+    gate = gates(group.entropy, gamma, eps)
+    psi = [
+        [
+            gate[i][t] * sign(outcome[i]) * (group.logp[i][t] - group.ref_logp[i][t])
+            for t in range(len(row))
+        ]
+        for i, row in enumerate(group.logp)
+    ]
+    progress = bucketed_z_scores(psi, position_buckets(psi, buckets), buckets, eps)
+    return [[outcome[i] + value for value in row] for i, row in enumerate(progress)]
+
+
+def gtpo_rewards(correct: list[bool], entropy: Rows, alpha1: float, alpha2: float) -> Rows:
+    """r+ on the tokens of correct, r- on those of wrong rollouts."""
+    result: Rows = [[] for _ in entropy]
+    for i, row in enumerate(entropy):
+        for t in range(len(row)):
+            running = [
+                k for k in range(len(entropy)) if correct[k] == correct[i] and len(entropy[k]) > t
+            ]
+            floored = {k: max(entropy[k][t], 1e-6) for k in running}
+            if correct[i]:
+                share = floored[i] / sum(floored.values())
+                result[i].append(alpha1 + alpha2 * share * len(running))
+            else:
+                share = (1 / floored[i]) / sum(1 / value for value in floored.values())
+                result[i].append(-alpha1 - alpha2 * share * len(running))
+    return result
+
+
+def gtpo(
+    correct: list[bool],
+    entropy: Rows,
+    *,
+    alpha1: float = 1.0,
+    alpha2: float = 0.1,
+    normalize: str = "with-zeros",
+    eps: float = 1e-6,
+) -> Rows:
+    if len(set(correct)) == 1:
+        return [[0.0] * len(row) for row in entropy]
+    shaped = gtpo_rewards(correct, entropy, alpha1, alpha2)
+    everything = [[True] * len(row) for row in entropy]
+    if normalize == "joint":
+        return token_z_scores(shaped, everything, eps)
+    result: Rows = [[] for _ in entropy]
+    for verdict in (True, False):
+        of_verdict = [[correct[i] == verdict] * len(row) for i, row in enumerate(entropy)]
+        signed = [
+            row if correct[i] == verdict else [0.0] * len(row) for i, row in enumerate(shaped)
+        ]
+        population = everything if normalize == "with-zeros" else of_verdict
+        scores = token_z_scores(signed, population, eps)
+        result = [scores[i] if correct[i] == verdict else result[i] for i in range(len(correct))]
+    return result
+
+
+def grpo_s(
+    correct: list[bool], entropy: Rows, *, beta1: float = 1.0, beta2: float = 0.1, eps: float = 1e-6
+) -> list[float]:
+    if len(set(correct)) == 1:
+        return [0.0] * len(correct)
+    mean = [max(fmean(row), 1e-6) for row in entropy]
+    right = [i for i, verdict in enumerate(correct) if verdict]
+    wrong = [i for i, verdict in enumerate(correct) if not verdict]
+    positive, negative = [0.0] * len(correct), [0.0] * len(correct)
+    for i in right:
+        positive[i] = beta1 + beta2 * mean[i] / sum(mean[k] for k in right) * len(right)
+    for j in wrong:
+        share = (1 / mean[j]) / sum(1 / mean[k] for k in wrong)
+        negative[j] = -beta1 - beta2 * share * len(wrong)
+    up, down = z_scores(positive, eps), z_scores(negative, eps)
+    return [up[i] if verdict else down[i] for i, verdict in enumerate(correct)]

@@ -1,0 +1,189 @@
+"""EP-GRPO's advantages: docs/ep_grpo.md, by hand, token by token, and at the edges."""
+
+import math
+
+import pytest
+import slow
+import torch
+import worked_example as example
+from torch import Tensor
+from worked_example import pad, pad_mask
+
+from ep_grpo import ep_grpo_advantages, grpo_advantages
+
+
+def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, ...]:
+    """rewards [1, G]; entropy, logp, ref_logp and mask [1, G, T]."""
+    rewards = torch.tensor([group.rewards], dtype=torch.float64)
+    rows = (pad(values, fill) for values in (group.entropy, group.logp, group.ref_logp))
+    return rewards, *rows, pad_mask(group.entropy)
+
+
+def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
+    return ep_grpo_advantages(
+        rewards, example.entropy, example.logp, example.ref_logp, example.mask, **settings
+    )
+
+
+def test_worked_example():
+    expected = [[0.7203, -1.1116, 0.5494], [-0.4381, 1.4637], [0.5096, -1.8238, 0.5806], [0.1134]]
+    torch.testing.assert_close(on_example(buckets=2, eps=0), pad(expected), atol=5e-5, rtol=0)
+
+
+def test_worked_example_all_wrong():
+    expected = [[-0.6124, 0.6124, -0.6124], [-0.7071, -1.2247], [0.7071, -0.6124, 1.2247], [1.2247]]
+    advantages = on_example(torch.zeros_like(example.rewards), buckets=2, eps=0)
+    torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gamma": 2.5, "buckets": 3},
+        {"gate_progress": True},
+        {"reward_threshold": 0.05, "eps": 0},
+    ],
+    ids=str,
+)
+def test_agrees_with_a_loop_over_tokens(settings: dict):
+    for seed in range(200):
+        group = slow.random_group(seed)
+        advantages = ep_grpo_advantages(*tensors(group), **settings)
+        expected = pad(slow.ep_grpo(group, **settings))
+        torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
+
+
+def test_policy_equal_to_reference_leaves_the_gated_outcome():
+    advantages = ep_grpo_advantages(
+        example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
+    )
+    gate = pad(slow.gates(example.ENTROPY, gamma=1, eps=0))
+    outcome = grpo_advantages(example.rewards, eps=0)[..., None]
+    torch.testing.assert_close(advantages, gate * outcome * example.mask)
+
+
+def test_policy_equal_to_reference_and_no_gate_gives_exactly_half_of_grpo():
+    advantages = ep_grpo_advantages(
+        example.rewards, example.entropy, example.logp, example.logp, example.mask, gamma=0
+    )
+    half = grpo_advantages(example.rewards)[..., None] / 2 * example.mask
+    assert torch.equal(advantages, half)
+
+
+def test_an_equal_signal_is_not_noise_divided_by_eps():
+    logp = torch.full_like(example.logp, -0.2)
+    ref_logp = torch.full_like(example.logp, -0.1)
+    wrong = torch.zeros_like(example.rewards)
+    advantages = ep_grpo_advantages(wrong, example.entropy, logp, ref_logp, example.mask, eps=0)
+    assert torch.equal(advantages, torch.zeros_like(advantages))
+
+
+@pytest.mark.parametrize("gate_progress", [False, True])
+@pytest.mark.parametrize("factor", [0.01, 3.0, 100.0])
+def test_the_scale_of_the_log_ratio_cancels(factor: float, gate_progress: bool):
+    for seed in range(20):
+        rewards, entropy, logp, ref_logp, mask = tensors(slow.random_group(seed))
+        settings = {"gate_progress": gate_progress, "eps": 0}
+        once = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask, **settings)
+        scaled = ref_logp + factor * (logp - ref_logp)
+        again = ep_grpo_advantages(rewards, entropy, scaled, ref_logp, mask, **settings)
+        torch.testing.assert_close(again, once, atol=1e-6, rtol=0)
+
+
+def test_progress_has_mean_zero_in_each_bucket():
+    for seed in range(50):
+        group = slow.random_group(seed)
+        rewards, entropy, logp, ref_logp, mask = tensors(group)
+        whole = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask)
+        outcome = ep_grpo_advantages(rewards, entropy, ref_logp, ref_logp, mask)
+        bucket = pad(slow.entropy_buckets(group.entropy, 10), fill=-1)
+        for k in range(10):
+            assert (whole - outcome)[bucket == k].sum().abs() < 1e-9
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
+def test_a_group_of_equal_rewards_redistributes_credit(reward: float):
+    rewards = torch.full_like(example.rewards, reward)
+    assert torch.equal(grpo_advantages(rewards), torch.zeros_like(rewards))
+    advantages = on_example(rewards, buckets=2)
+    assert advantages.abs().max() > 0.5
+    bucket = pad(slow.entropy_buckets(example.ENTROPY, 2), fill=-1)
+    for k in range(2):
+        assert advantages[bucket == k].any()
+        assert advantages[bucket == k].mean().abs() < 1e-12
+
+
+def test_all_wrong_and_all_right_are_opposite():
+    wrong = on_example(torch.zeros_like(example.rewards))
+    right = on_example(torch.ones_like(example.rewards))
+    assert wrong.any()
+    assert torch.equal(wrong, -right)
+
+
+def test_rewards_at_the_threshold_have_no_polarity():
+    advantages = on_example(torch.full_like(example.rewards, 0.5))
+    assert torch.equal(advantages, torch.zeros_like(advantages))
+
+
+@pytest.mark.parametrize("nothing", [0.0, -1e-8])  # rounding can leave an entropy below 0
+def test_a_rollout_without_entropy_lies_in_the_first_bucket(nothing: float):
+    # tau is 0 on both tokens of the first rollout, 1/2 and 1 on those of the others.
+    rows = [[nothing, nothing], [1.0, 1.0], [1.0, 1.0]]
+    logp = pad([[-0.1, -0.3], [-0.2, -0.4], [-0.5, -0.7]])
+    wrong = torch.zeros(1, 3, dtype=torch.float64)
+    advantages = ep_grpo_advantages(
+        wrong, pad(rows), logp, torch.zeros_like(logp), pad_mask(rows), buckets=2, eps=0
+    )
+    pair = torch.tensor([-1, 1], dtype=torch.float64) / math.sqrt(2)
+    torch.testing.assert_close(advantages[0, 0], pair)
+
+
+def test_finite_in_float32():
+    grid = torch.tensor([-1e-7, 0.0, 1e-45, 1e-30, 1e-6, 1.0, slow.LARGEST_ENTROPY])
+    generator = torch.Generator().manual_seed(0)
+    entropy = grid[torch.randint(len(grid), (64, 8, 16), generator=generator)]
+    logp, ref_logp = -10 * torch.rand(2, 64, 8, 16, generator=generator)
+    mask = torch.arange(16) < torch.randint(1, 17, (64, 8, 1), generator=generator)
+    for rewards in (torch.zeros(64, 8), torch.randint(2, (64, 8), generator=generator).float()):
+        advantages = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask)
+        assert advantages.dtype == torch.float32
+        assert advantages.isfinite().all()
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_nothing_outside_the_mask_is_read(garbage: float):
+    for seed in range(20):
+        group = slow.random_group(seed)
+        clean, dirty = (ep_grpo_advantages(*tensors(group, fill)) for fill in (0.0, garbage))
+        assert torch.equal(clean, dirty)
+        assert not dirty[~pad_mask(group.entropy)].any()
+
+
+def test_no_gradient():
+    inputs = [x.clone().requires_grad_() for x in (example.rewards, example.entropy, example.logp)]
+    advantages = ep_grpo_advantages(
+        *inputs, example.ref_logp.clone().requires_grad_(), example.mask
+    )
+    assert not advantages.requires_grad
+
+
+def test_inputs_are_left_alone():
+    inputs = tensors(slow.random_group(1), fill=7.0)
+    before = [x.clone() for x in inputs]
+    ep_grpo_advantages(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_groups_do_not_mix():
+    first = example.rewards, example.entropy, example.logp, example.ref_logp, example.mask
+    second = (
+        1 - example.rewards,
+        example.entropy.flip(1),
+        example.ref_logp,
+        example.logp,
+        example.mask,
+    )
+    both = ep_grpo_advantages(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
+    apart = torch.cat([ep_grpo_advantages(*first), ep_grpo_advantages(*second)])
+    torch.testing.assert_close(both, apart, atol=1e-12, rtol=0)

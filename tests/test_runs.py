@@ -1,0 +1,843 @@
+"""A run that is killed, starved, misled or interrupted goes on as if nothing had happened."""
+
+import dataclasses
+import errno
+import gc
+import hashlib
+import importlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import common
+import files
+import grpo
+import runs
+import settings
+
+SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft")
+FULL = {"dynamic_sampling": True, "updates_per_rollout": 2}
+LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it, and nothing is tidied up."""
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(autouse=True)
+def quiet(signals: None) -> None:
+    """Every test leaves the signal handlers as they were."""
+
+
+@pytest.fixture
+def graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models solve nothing: here an answer is right by the parity of its tokens' sum."""
+
+    def verify(_: Any, groups: list[common.Group]) -> None:
+        for group in groups:
+            group.correct = [float(sum(row) % 2) for row in group.tokens]
+
+    monkeypatch.setattr(common, "verify", verify)
+
+
+def launch(args: Any, script: str = "grpo") -> int:
+    """The exit code of a script with these settings, started in a random state of its own."""
+    torch.manual_seed(int.from_bytes(os.urandom(4)))
+    module = importlib.import_module(script)
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "parse_args", lambda _: dataclasses.replace(args))
+        patch.setattr(sys, "argv", [f"{script}.py"])
+        try:
+            module.launch(module.main, module.Args)
+        except SystemExit as error:
+            code = error.code or 0
+        except Killed:
+            code = 137
+    gc.collect()  # a dead process holds no lock
+    return code
+
+
+def of_script(script: str, args: Any, **changes: Any) -> Any:
+    """The settings of grpo.py as another script's, as far as it has them."""
+    kind = importlib.import_module(script).Args
+    names = {field.name for field in dataclasses.fields(kind)}
+    values = dataclasses.asdict(args) | changes
+    return kind(**{k: v for k, v in values.items() if k in names})
+
+
+def steady(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log but for what the clock has put there."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    clock = ("seconds/", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The hash of every file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    return {k: v for k, v in content(folder).items() if k.endswith(".safetensors")}
+
+
+def assert_same(one: Path, other: Path, last: str = "step-000004") -> None:
+    """The same weights, optimiser, logs; bit for bit."""
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        assert steady(one / log) == steady(other / log), log
+    assert weights_of(one / "model") == weights_of(other / "model")
+    a, b = (content(run / "checkpoints" / last) for run in (one, other))
+    assert a["trainer.pt"] == b["trainer.pt"]
+    assert weights_of(one / "checkpoints" / last) == weights_of(other / "checkpoints" / last)
+
+
+def killed_after(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a finished run as a kill in a later step would have left it."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "model")
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def scalars(run: Path, name: str) -> list[int]:
+    """The steps that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [e.step for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(name)]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_steps_resumed_are_four_steps(
+    script: str, kind: str, graded: None, make_args: Callable, tmp_path: Path
+) -> None:
+    if not (ROOT / f"{script}.py").exists():
+        pytest.skip("not there")
+    if (script, kind) == ("arca", "full"):
+        pytest.skip("ARCA needs LoRA")
+    changes = {"steps": 4, "save_every": 2, "eval_every": 2} | (LORA if kind == "lora" else FULL)
+    args = of_script(script, make_args(**changes))
+    alone, killed = Path(args.run_dir), tmp_path / "killed"
+    assert launch(args, script) == 0
+    killed_after(alone, 2, killed)
+    middle, end = (weights_of(alone / "checkpoints" / f"step-00000{n}") for n in (2, 4))
+    assert middle != end  # else a run that loads nothing would pass
+    args.run_dir, args.resume = str(killed), True
+    assert launch(args, script) == 0
+    assert_same(alone, killed)
+    assert scalars(killed, "reward") == [1, 2, 3, 4]
+    assert scalars(killed, "eval/accuracy") == [0, 2, 4]
+
+
+def test_more_steps_after_the_last(graded: None, make_args: Callable, tmp_path: Path) -> None:
+    once = make_args(steps=4, run_dir=str(tmp_path / "once"), save_every=0)
+    twice = make_args(steps=2, run_dir=str(tmp_path / "twice"), save_every=0)
+    assert launch(once) == launch(twice) == 0
+    first = weights_of(tmp_path / "twice" / "model")
+    assert launch(dataclasses.replace(twice, steps=4, resume=True)) == 0
+    assert first != weights_of(tmp_path / "once" / "model")
+    assert weights_of(tmp_path / "once" / "model") == weights_of(tmp_path / "twice" / "model")
+
+
+def test_killed_before_the_first_checkpoint(
+    graded: None,
+    make_args: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps 0 and 1 are written anew; and --resume may stand in the first command too."""
+    changes = {"steps": 2, "save_every": 2} | LORA
+    alone = make_args(**changes, run_dir=str(tmp_path / "alone"), resume=True)
+    assert launch(alone) == 0
+    assert "holds no checkpoint: the run begins at step 0" in capsys.readouterr().err
+    killed = make_args(**changes, run_dir=str(tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save", kill)
+        assert launch(killed) == 137
+    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [0, 1]
+    killed.resume = True
+    assert launch(killed) == 0
+    assert_same(tmp_path / "alone", tmp_path / "killed", "step-000002")
+    assert scalars(tmp_path / "killed", "eval/accuracy") == [0, 2]
+
+
+def kill(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors", "sizes.json", "config.json"])
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_damaged_checkpoint(
+    name: str,
+    damage: Callable[[Path], None],
+    small_run: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The one before it is used. Where none is whole the run refuses and touches nothing."""
+    run = small_run(steps=3, save_every=1, keep_checkpoints=3)
+    run.train(2)
+    good = weights_of(run.folder / "checkpoints" / "step-000001")
+    damage(run.folder / "checkpoints" / "step-000002" / name)
+    again = small_run(steps=3, resume=True, save_every=1, keep_checkpoints=1)
+    assert again.run.step == 1
+    assert "step-000002 is damaged; looking for an older" in capsys.readouterr().err
+    assert again.weights() == load_file(run.folder / "checkpoints/step-000001/model.safetensors")
+    assert good == weights_of(run.folder / "checkpoints" / "step-000001")
+    assert [row["step"] for row in read_metrics(run.folder)] == [0, 1]
+
+    damage(run.folder / "checkpoints" / "step-000001" / name)
+    again.close()
+    before = content(run.folder)
+    with pytest.raises(SystemExit) as refused:
+        small_run(steps=3, resume=True)
+    assert refused.value.code == 2
+    assert "none of its checkpoints is whole" in capsys.readouterr().err
+    assert content(run.folder) == before
+
+
+def test_damaged_newer_checkpoint_does_not_push_out_a_good_one(small_run: Callable) -> None:
+    run = small_run(steps=9, save_every=3, keep_checkpoints=1)
+    run.train(3)
+    run.train(3)
+    good, bad = (run.folder / "checkpoints" / f"step-00000{n}" for n in (3, 6))
+    shutil.copytree(bad, good)
+    truncate(bad / "trainer.pt")
+    again = small_run(steps=9, save_every=1, keep_checkpoints=1, resume=True)
+    assert again.run.step == 3
+    again.train(1)
+    assert files.is_whole(run.folder / "checkpoints" / "step-000004")
+
+
+# ------------------------------------------------------------------------------- a small policy
+
+
+class Small(nn.Linear):
+    """A policy of four weights that is saved and loaded as transformers does it."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__(4, 1, bias=False)
+        nn.init.ones_(self.weight)
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **_: Any) -> nn.Module:
+        policy = cls()
+        policy.load_state_dict(load_file(folder / "model.safetensors"))
+        return policy
+
+
+class SmallRun:
+    """The loop of a script, on four weights."""
+
+    def __init__(self, args: Any) -> None:
+        self.args, self.policy = args, Small()
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.1)
+        self.run = runs.Run(args, "grpo.py")
+        self.folder = self.run.folder
+        self.run.restore(self.policy, optimizer=self.optimizer)
+        if self.run.step == 0:
+            self.run.log(0, {"reward": 0.0})
+
+    def train(self, steps: int, **metrics: Any) -> None:
+        for step in self.run.steps():
+            self.update(self.policy.weight.square().sum() * torch.rand(()))
+            shown = {"reward": 0.0, "length": 9.0, "truncated": 0.0} | metrics
+            self.run.log(step, shown, tokens=1)
+            self.run.save(step, self.policy, self, optimizer=self.optimizer, position=step)
+            steps -= 1
+            if not steps:
+                break
+
+    def update(self, loss: torch.Tensor) -> float:
+        loss.backward()
+        return self.run.update(self.optimizer, 0.1, loss.item())
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {k: v.clone() for k, v in self.policy.state_dict().items()}
+
+    def close(self) -> None:
+        self.run.lock.close()
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., SmallRun]:
+    """A new process for each call: the one before has let go of the folder."""
+    open_runs: list[SmallRun] = []
+
+    def make(**changes: Any) -> SmallRun:
+        for run in open_runs:
+            run.close()
+        open_runs.clear()
+        open_runs.append(SmallRun(grpo.Args(run_dir=str(tmp_path / "small"), **changes)))
+        return open_runs[0]
+
+    return make
+
+
+def test_a_kill_at_any_operation_on_files(
+    small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before and after every single one that changes the folder, through three checkpoints."""
+    operations = [
+        *[(Path, name) for name in ("mkdir", "rename", "replace", "unlink", "open")],
+        *[(os, name) for name in ("rmdir", "unlink", "fsync")],
+        *[(Small, "save_pretrained"), (torch, "save"), (SmallRun, "save_pretrained")],
+    ]
+    fuse = [math.inf]
+
+    def burning(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def operate(*args: Any, **kwargs: Any) -> Any:
+            fuse[0] -= 1
+            if fuse[0] == 0:
+                raise Killed
+            value = operation(*args, **kwargs)
+            fuse[0] -= 1
+            if fuse[0] == 0:
+                raise Killed
+            return value
+
+        return operate
+
+    whole = small_run(steps=3, save_every=1, keep_checkpoints=1)
+    whole.train(3)
+    expected = whole.weights()
+    shutil.rmtree(whole.folder)
+    for owner, name in operations:
+        monkeypatch.setattr(owner, name, burning(getattr(owner, name)))
+    kills = 0
+    for moment in range(1, 2000):
+        fuse[0] = moment
+        reached = 0
+        try:
+            run = small_run(steps=3, save_every=1, keep_checkpoints=1)
+            for step in (1, 2, 3):
+                run.train(1)
+                reached = step
+        except Killed:
+            kills += 1
+        done = fuse[0] > 0
+        fuse[0] = math.inf
+        again = small_run(steps=3, save_every=1, keep_checkpoints=1, resume=True)
+        assert again.run.step >= reached, moment  # what was saved is still there
+        again.train(3)
+        assert again.weights()["weight"].equal(expected["weight"]), moment
+        assert [row["step"] for row in read_metrics(again.folder)] == [0, 1, 2, 3]
+        assert not list(again.folder.rglob("*.unfinished"))
+        shutil.rmtree(again.folder)
+        if done:
+            break
+    assert kills > 100
+
+
+def test_last_and_best_are_kept(small_run: Callable) -> None:
+    run = small_run(steps=9, save_every=1, keep_checkpoints=2)
+    interval = {"eval/accuracy_low": 0.0, "eval/accuracy_high": 1.0, "eval/greedy": 0.0}
+    for step in range(1, 8):
+        accuracy = {2: 0.4, 3: 0.9, 5: 0.5}.get(step)
+        run.train(1, **({"eval/accuracy": accuracy} | interval if accuracy else {}))
+    names = [folder.name for folder in run.run.checkpoints()]
+    assert names == ["step-000003", "step-000006", "step-000007"]
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def refusal(capsys: pytest.CaptureFixture[str], start: Callable[[], Any]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        start()
+    assert refused.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_settings_that_may_not_change(
+    small_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(steps=4, save_every=1)
+    run.train(2)
+    before = content(run.folder)
+    for name, value in (
+        *[("group_size", 4), ("seed", 2), ("lr", 1.0), ("dataset", "other"), ("temperature", 0.5)],
+        *[("lr_schedule", "cosine"), ("max_new_tokens", 9), ("engine", "transformers")],
+    ):
+        flag = "--" + name.replace("_", "-")
+        error = refusal(capsys, lambda n=name, v=value: small_run(resume=True, **{n: v}))
+        assert error.startswith(f"error: {flag} {value}: this run began with "), error
+    assert content(run.folder) == before
+    for name, value in (
+        *[("steps", 9), ("token_budget", 9), ("save_every", 3), ("gradient_checkpointing", True)],
+        *[("eval_every", 7), ("keep_checkpoints", 5), ("log_rollouts", 0), ("max_logp_gap", 1.0)],
+    ):
+        assert small_run(**{"steps": 4, "resume": True, name: value}).run.step == 2
+
+
+def test_steps_shape_a_cosine(small_run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    small_run(steps=4, save_every=1, lr_schedule="cosine").train(2)
+    again = {"lr_schedule": "cosine", "resume": True}
+    assert "--steps 8" in refusal(capsys, lambda: small_run(steps=8, **again))
+    assert small_run(steps=4, **again).run.step == 2
+
+
+def test_run_of_another_script(small_run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_run(steps=4, save_every=1)
+    run.train(2)
+    run.close()
+    args = dataclasses.replace(run.args, resume=True)
+    assert "holds a run of grpo.py" in refusal(capsys, lambda: runs.Run(args, "erpo.py"))
+
+
+def test_folder_of_another_run(small_run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that runs, with --resume or without; one that has ended, without --resume."""
+    run = small_run(steps=4, save_every=1)
+    for resume in (True, False):
+        args = dataclasses.replace(run.args, resume=resume)
+        error = refusal(capsys, lambda a=args: runs.Run(a, "grpo.py"))
+        assert "another run is writing here" in error
+    run.train(1)
+    before = content(run.folder)
+    assert "already holds a run; add --resume" in refusal(capsys, lambda: small_run(steps=4))
+    assert content(run.folder) == before
+    assert "needs --run-dir" in refusal(capsys, lambda: runs.Run(grpo.Args(resume=True), "grpo"))
+
+
+def test_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    inside = grpo.Args(run_dir=str(tmp_path / "file" / "run"))
+    error = refusal(capsys, lambda: runs.Run(inside, "grpo.py"))
+    assert "cannot be written: Not a directory" in error
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", read_only)
+    args = grpo.Args(run_dir=str(tmp_path / "run"))
+    error = refusal(capsys, lambda: runs.Run(args, "grpo.py"))
+    assert "cannot be written: Read-only file system" in error
+
+
+def test_hidden_files_of_others_stay(small_run: Callable) -> None:
+    run = small_run(steps=4)
+    (run.folder / ".git").mkdir()
+    (run.folder / "notes.txt").touch()
+    small_run(steps=4, resume=True)
+    assert (run.folder / ".git").exists() and (run.folder / "notes.txt").exists()
+
+
+def test_finished_run(
+    graded: None, make_args: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = make_args(steps=1)
+    assert launch(args) == 0
+    before = content(Path(args.run_dir))
+    capsys.readouterr()
+    args.resume = True
+    assert launch(args) == 0
+    assert "is finished: 1 steps" in capsys.readouterr().out
+    assert content(Path(args.run_dir)) == before
+    shutil.rmtree(Path(args.run_dir) / "model")  # killed after the last checkpoint
+    assert launch(args) == 0
+    assert weights_of(Path(args.run_dir)) == {
+        k: v for k, v in before.items() if k.endswith(".safetensors")
+    }
+
+
+# ------------------------------------------------------------------------------- guards
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_update_that_is_not_finite(
+    value: float, small_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes neither weights nor optimiser; the third in a row ends the run."""
+    run = small_run(steps=9, save_every=1)
+    run.train(1)
+    weights, state = run.weights(), json.dumps(str(run.optimizer.state_dict()))
+    for bad in (lambda: run.policy.weight.sum() * value, lambda: slope_of(run, value)):
+        run.update(bad())
+        run.update(bad())
+        assert run.weights()["weight"].equal(weights["weight"])
+        assert json.dumps(str(run.optimizer.state_dict())) == state
+        assert "update skipped" in capsys.readouterr().err
+        run.update(run.policy.weight.sum())  # so that they are not in a row
+        weights, state = run.weights(), json.dumps(str(run.optimizer.state_dict()))
+    run.update(bad())
+    run.update(bad())
+    with pytest.raises(settings.StopRun, match="3 updates in a row.*step-000001"):
+        run.update(bad())
+    assert run.weights()["weight"].equal(weights["weight"])
+
+
+def slope_of(run: SmallRun, slope: float) -> torch.Tensor:
+    """A finite loss, the gradient of which is not finite."""
+    loss = run.policy.weight.sum()
+    loss.register_hook(lambda _: torch.tensor(slope))
+    return loss
+
+
+def test_skipped_updates_are_counted(
+    graded: None, make_args: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a whole run: step 2 leaves the weights where step 1 put them, and step 3 moves them."""
+    seen = []
+
+    def clipped_loss(logp: torch.Tensor, *rest: Any) -> Any:
+        seen.append(1)
+        loss, clipped = original(logp, *rest)
+        return loss * (math.nan if len(seen) == 2 else 1.0), clipped
+
+    original = grpo.clipped_loss
+    monkeypatch.setattr(grpo, "clipped_loss", clipped_loss)
+    args = make_args(steps=3, save_every=1, keep_checkpoints=3)
+    assert launch(args) == 0
+    run = Path(args.run_dir)
+    assert [row["skipped_updates"] for row in read_metrics(run)[1:]] == [0, 1, 0]
+    one, two, three = (weights_of(run / f"checkpoints/step-00000{n}") for n in (1, 2, 3))
+    assert one == two != three
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_run: Callable) -> None:
+    run = small_run(steps=9, save_every=1)
+    run.train(1)
+    with torch.no_grad():
+        run.policy.weight[0, 0] = math.inf
+    with pytest.raises(settings.StopRun, match="weights are not finite.*step-000001"):
+        run.run.save(2, run.policy, run)
+    assert [folder.name for folder in run.run.checkpoints()] == ["step-000001"]
+
+
+def test_collapse_is_reported(small_run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_run(steps=40, save_every=0)
+    run.train(5, length=1.5, truncated=0.9)
+    assert "warning" not in capsys.readouterr().err
+    run.train(12, length=64.0, truncated=1.0)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said == [
+        f"warning: step {step}: every answer is cut off at --max-new-tokens 64" for step in (6, 16)
+    ]
+    run.train(10, length=1.0, truncated=0.0)
+    assert "warning: step 26: every answer is empty" in capsys.readouterr().err
+
+
+def test_policy_that_is_not_finite(
+    graded: None,
+    make_args: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def update(run: runs.Run, optimizer: torch.optim.Optimizer, *_: Any) -> float:
+        optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+        return 0.0
+
+    monkeypatch.setattr(runs.Run, "update", update)
+    args = make_args(steps=3, save_every=0)
+    assert launch(args) == 1
+    assert "log-probabilities are not finite; no checkpoint" in capsys.readouterr().err
+
+
+MEMORY_ERRORS = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+}
+
+
+@pytest.mark.parametrize("where", MEMORY_ERRORS)
+def test_out_of_memory(
+    where: str,
+    graded: None,
+    make_args: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The message names the flag and a value, and the command it prints goes on."""
+
+    def token_logp(policy: Any, rollouts: Any, index: Any, args: Any) -> Any:
+        if torch.is_grad_enabled() and (Path(args.run_dir) / "checkpoints/step-000001").exists():
+            if args.token_budget > 100:
+                raise MEMORY_ERRORS[where]
+            lengths = rollouts.mask[index].sum(-1)
+            assert len(lengths) == 1 or len(lengths) * int(lengths.max()) <= 100
+        return original(policy, rollouts, index, args)
+
+    original = common.token_logp
+    monkeypatch.setattr(common, "token_logp", token_logp)
+    args = make_args(steps=2, save_every=1, token_budget=200)
+    assert launch(args) == 1
+    error = capsys.readouterr().err
+    assert "out of memory (update): lower --token-budget from 200 to 100" in error
+    assert "step-000001" in error
+    command = shlex.split(error.rpartition("go on with: ")[2])
+    assert command[:2] == ["python", "grpo.py"]
+    again = settings.parse_args(grpo.Args, command[2:])
+    assert again == dataclasses.replace(args, token_budget=100, resume=True)
+    assert launch(again) == 0
+    assert [row["step"] for row in read_metrics(Path(args.run_dir))] == [0, 1, 2]
+
+
+def test_other_errors_are_not_taken_for_memory(small_run: Callable) -> None:
+    run = small_run(steps=2).run
+    with pytest.raises(RuntimeError, match="size mismatch"), run.time("update"):
+        raise RuntimeError("size mismatch")
+    with pytest.raises(settings.StopRun, match="--prompts-per-step"), run.time("rollout"):
+        raise MEMORY_ERRORS["cpu"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_command_is_read_back(script: str) -> None:
+    if not (ROOT / f"{script}.py").exists():
+        pytest.skip("not there")
+    kind = importlib.import_module(script).Args
+    lora = {"lora_rank": 2} if script == "arca" else {}
+    args = kind(lr=1e-7, run_dir="a folder/it's here", dynamic_sampling=True, **lora)
+    command = shlex.split(settings.resume_command(args, token_budget=7))
+    expected = dataclasses.replace(args, resume=True, token_budget=7)
+    assert settings.parse_args(kind, command[2:]) == expected
+
+
+# ------------------------------------------------------------------------------- disks
+
+
+def test_full_disk_under_a_log(small_run: Callable, tmp_path: Path) -> None:
+    """A real one: every write to /dev/full fails."""
+    run = small_run(steps=9, save_every=1)
+    run.train(1)
+    log = run.folder / "metrics.jsonl"
+    kept = log.read_text()
+    log.rename(tmp_path / "kept")
+    log.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        run.run.log(2, {"reward": 1.0})
+    log.unlink()
+    log.write_text(kept + '{"step": 2, "rew')  # what fitted
+    assert small_run(steps=9, resume=True).run.step == 1
+    assert log.read_text() == kept
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("PytorchStreamWriter failed writing file data/2: file write failed"),
+    ],
+)
+def test_full_disk_under_a_checkpoint(
+    error: Exception,
+    graded: None,
+    make_args: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One message with the command that goes on; the checkpoint before it is whole."""
+    saved = []
+
+    def save(values: Any, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 2:
+            path.write_bytes(b"some")
+            raise error
+        original(values, path)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    args = make_args(steps=3, save_every=1)
+    assert launch(args) == 1
+    said = capsys.readouterr().err
+    assert "stopped: " in said and "step-000002 cannot be written: " in said
+    assert "--resume" in said.rpartition("go on with: ")[2]
+    checkpoints = Path(args.run_dir) / "checkpoints"
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step-000001"]
+    assert files.is_whole(checkpoints / "step-000001")
+    args.resume = True
+    assert launch(args) == 0
+
+
+def test_full_disk_anywhere_else(
+    make_args: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(files, "append_line", full)
+    assert launch(make_args()) == 1
+    said = capsys.readouterr().err
+    assert "stopped: [Errno 28] No space left on device: 'metrics.jsonl'\ngo on with: " in said
+
+
+def test_damaged_lines(small_run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are dropped with a message; the others stay as they are, byte for byte."""
+    run = small_run(steps=9, save_every=1)
+    run.train(3)
+    log = run.folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(
+        lines[0] + lines[1][:20] + b"\n" + lines[2] + b"\xff\0\xfe{}\n7\n[]\n{}\n" + lines[3]
+    )
+    small_run(steps=9, resume=True)
+    assert log.read_bytes() == lines[0] + lines[2] + lines[3]
+    assert f"{log}: 5 damaged lines dropped" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_ends_the_step_and_saves(
+    number: int,
+    graded: None,
+    make_args: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    args = make_args(steps=4, save_every=4, run_dir=str(tmp_path / "alone"))
+    assert launch(args) == 0
+    args.run_dir = str(tmp_path / "interrupted")
+    original = common.stack
+    steps = []
+
+    def stack(*rest: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        return original(*rest)
+
+    monkeypatch.setattr(common, "stack", stack)
+    capsys.readouterr()
+    assert launch(args) == 130
+    assert [row["step"] for row in read_metrics(tmp_path / "interrupted")] == [0, 1, 2]
+    command = shlex.split(capsys.readouterr().err.rpartition("go on with: ")[2])
+    assert launch(settings.parse_args(grpo.Args, command[2:])) == 0
+    assert len(steps) == 4
+    assert_same(tmp_path / "alone", tmp_path / "interrupted")
+
+
+def test_second_signal_stops_at_once(
+    graded: None, make_args: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stack(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    args = make_args(steps=2, save_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "stack", stack)
+        assert launch(args) == 130
+    assert [row["step"] for row in read_metrics(Path(args.run_dir))] == [0]
+    args.resume = True
+    assert launch(args) == 0
+
+
+def test_signal_while_saving(small_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes too late for this step's checkpoint, so another step is made and saved."""
+    run = small_run(steps=9, save_every=2)
+    original = runs.Run.save
+
+    def save(this: runs.Run, step: int, *rest: Any, **state: Any) -> None:
+        original(this, step, *rest, **state)
+        if step == 3:
+            this.interrupt()
+
+    monkeypatch.setattr(runs.Run, "save", save)
+    run.train(9)
+    assert run.run.step == 4
+    assert small_run(steps=9, resume=True).run.step == 4
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_others_can_load_a_checkpoint(
+    kind: str, graded: None, make_args: Callable, tied_model: Path
+) -> None:
+    """The policy through transformers and peft alone: what they compute is what model/ computes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    args = make_args(steps=1, **(LORA if kind == "lora" else {}))
+    assert launch(args) == 0
+    last, end = (Path(args.run_dir) / name for name in ("checkpoints/step-000001", "model"))
+    before = AutoModelForCausalLM.from_pretrained(tied_model)
+    final = AutoModelForCausalLM.from_pretrained(end)
+    if kind == "lora":
+        policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied_model), last)
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(last)
+    ids = torch.arange(8)[None]
+    logits = [model.eval()(ids).logits for model in (before, policy, final)]
+    assert torch.allclose(logits[1], logits[2], atol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def script(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+SHORT = "--lr 1e-3 --prompts-per-step 4 --group-size 4 --max-new-tokens 32 --eval-problems 4"
+SHORT += " --eval-samples 1"
+
+
+def test_resume_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, as in life."""
+    pytest.importorskip("vllm")
+    command = ["grpo.py", *SHORT.split(), "--engine", "vllm", "--steps", "4", "--save-every", "2"]
+    script(*command, "--run-dir", str(tmp_path / "alone"))
+    killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
+    script(*command, "--run-dir", str(killed), "--resume")
+    assert_same(tmp_path / "alone", killed)
+
+
+def test_short_soak(tiny_model: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments; benchmark/soak.py has the long one."""
+    results = tmp_path / "results.json"
+    command = ["benchmark/soak.py", "--engine", "transformers", "--kills", "4", "--steps", "9"]
+    folders = ["--folder", str(tmp_path / "soak"), "--results", str(results)]
+    script(*command, *folders, *SHORT.split(), "--eval-every", "4")
+    result = json.loads(results.read_text())
+    assert result["kills"] == 4 and all(result["same"].values())
