@@ -4,7 +4,7 @@ GRPO's advantage, shared out over a response's tokens in proportion to how far t
 moved the hidden state that predicts each of them. --credit names the signals that the paper
 compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs/arca.md.
 
-    python arca.py --lr 1e-3 --max-new-tokens 64        # the tiny model, on a laptop
+    python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \\
         my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \\
         --lr 5e-6 --lr-schedule cosine --warmup-steps 10 --lora-dropout 0.05

@@ -75,7 +75,8 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
         if not isinstance(row.get(question), str):
             refuse(flag, name, f"problem {number} has no text in its column {question!r}")
 
-    golds = [gold_answer(str(row.get(answer, ""))) for row in rows]
+    texts = ["" if row.get(answer) is None else str(row[answer]) for row in rows]
+    golds = [gold_answer(text) for text in texts]
     readable = grader.readable(golds)
     if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
         what = f"{len(unread)} of {len(rows)} gold answers cannot be read"

@@ -125,7 +125,6 @@ def shaped_rewards(
     return torch.where(right, positive, 0.0), torch.where(wrong, negative, 0.0)
 
 
-@torch.no_grad()
 def gtpo_advantages(
     correct: Tensor,
     entropy: Tensor,
@@ -293,9 +292,7 @@ def main(args: Args) -> None:
         # <method>
         doubt = entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else entropy
         punishment = common.overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-        alpha1 = (
-            1 + torch.where(correct > 0, punishment, -punishment)[..., None]
-        )  # Eq. r + p [open]
+        alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
         if args.level == "token":
             shaped = shaped_rewards(correct, doubt, mask, alpha1, args.alpha2)
             shaping = {"alpha1": alpha1, "alpha2": args.alpha2, "normalize": args.normalize}

@@ -4,7 +4,7 @@ GRPO with one ratio a response, the power mean of its tokens' ratios, clipped on
 falls over training: p > 0 learns most from the tokens that the policy has made likelier, p < 0
 from those that it has made rarer. The advantage is GRPO's. Page: docs/holderpo.md.
 
-    python holderpo.py --lr 1e-3 --max-new-tokens 64        # the tiny model, on a laptop
+    python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \\
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \\boxed{}.'
 

@@ -29,16 +29,20 @@ def load_policy(args: Any) -> tuple[nn.Module, Any]:
     dtype = precision(args) if args.lora_rank else torch.float32
     try:
         config = AutoConfig.from_pretrained(args.model, **trust)
+        vocabulary = config.get_text_config().vocab_size
+        if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
+            refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
         tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
         policy = AutoModelForCausalLM.from_pretrained(
             args.model, config=config, dtype=dtype, **trust
         )
     except (OSError, ValueError) as error:
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
-    vocabulary = config.get_text_config().vocab_size
-    if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
-        refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
     policy.to(device(args))
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without sampling, say: it can be loaded but not be saved
+        policy.generation_config.do_sample = True
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if args.lora_rank:
@@ -105,7 +109,8 @@ class Reference:
     def __init__(self, policy: nn.Module, args: RunArgs) -> None:
         self.policy = policy
         if not is_lora(policy):
-            self.copy = copy.deepcopy(policy).to(precision(args)).requires_grad_(False)
+            # In float32 like the policy, so that rounding does not tell the two apart.
+            self.copy = copy.deepcopy(policy).requires_grad_(False)
 
     def __enter__(self) -> nn.Module:
         if not is_lora(self.policy):
@@ -326,7 +331,5 @@ def make_engine(args: RunArgs, policy: nn.Module, tokenizer: Any, *sets: list[An
         )
         refuse("--max-new-tokens", args.max_new_tokens, why)
     installed = importlib.util.find_spec("vllm") is not None
-    if args.engine == "vllm" and not installed:
-        refuse("--engine", "vllm", "vLLM is not installed; see README.md")
     use_vllm = args.engine == "vllm" or (args.engine == "auto" and installed)
     return (VLLM if use_vllm else Transformers)(args, policy, tokenizer, context)

@@ -4,7 +4,7 @@ GRPO or DAPO whose rollouts begin elsewhere: of the N tokens that the policy fin
 the prompt, K are drawn uniformly, and each opens G / K of the G rollouts. Verifier, advantage and
 objective stay. Page: docs/reft.md.
 
-    python reft.py --lr 1e-3 --max-new-tokens 64        # the tiny model, on a laptop
+    python reft.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --dataset openai/gsm8k:main \\
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
 

@@ -101,12 +101,12 @@ class Run:
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def interrupt(self, *_: Any) -> None:
-        """Ctrl-C: finish the step and save. A second one stops at once."""
+        """Ctrl-C: finish the step and save. A second one stops at once. No print here: a print
+        may be what was interrupted."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        text = "\nfinishing the step, then saving; Ctrl-C again stops at once\n"
-        os.write(2, text.encode())  # print may be what was interrupted
+        os.write(2, b"\nfinishing the step, then saving; Ctrl-C again stops at once\n")
 
     @contextlib.contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -214,7 +214,7 @@ class Run:
 
         Returns the gradient norm before clipping.
         """
-        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(loss):
             for group in optimizer.param_groups:
@@ -234,8 +234,7 @@ class Run:
         """Say so, at most every 10 steps, when all answers are empty or endless."""
         empty, endless = metrics["length"] <= 1, metrics["truncated"] == 1
         if (empty or endless) and step >= self.next_warning:
-            limit = self.args.max_new_tokens
-            what = "empty" if empty else f"cut off at --max-new-tokens {limit}"
+            what = "empty" if empty else f"cut off at --max-new-tokens {self.args.max_new_tokens}"
             say(f"warning: step {step}: every answer is {what}")
             self.next_warning = step + 10
 
@@ -379,10 +378,9 @@ def learning_rate(step: int, args: Any) -> float:
 
 
 def memory_ran_out(error: Exception) -> bool:
-    words = ("can't allocate memory", "out of memory")  # torch on a CPU, CUDA's libraries
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        part in str(error) for part in words
-    )
+    kinds = torch.OutOfMemoryError, MemoryError
+    words = "can't allocate memory", "out of memory"  # PyTorch on a CPU, CUDA's libraries
+    return isinstance(error, kinds) or any(part in str(error) for part in words)
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:
@@ -391,13 +389,11 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
     changes: dict[str, Any] = {}
     try:
         return main(args)
-    except StopRun as error:
-        what, code, changes = f"stopped: {error}", 1, error.changes
     except KeyboardInterrupt:
         what, code = "interrupted", 130
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+    except (StopRun, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_TROUBLE:
             raise
-        what, code = f"stopped: {error}", 1
+        what, code, changes = f"stopped: {error}", 1, getattr(error, "changes", {})
     print(f"{what}\ngo on with: {resume_command(args, **changes)}", file=sys.stderr)
     raise SystemExit(code)

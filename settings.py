@@ -46,7 +46,7 @@ class RolloutArgs:
     """P: problems in a step"""
     group_size: int = 8
     """G: rollouts of each problem"""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 1024
     """T: longest response (tokens)"""
     temperature: float = 1.0
     """of sampling and of every log-probability"""
@@ -211,6 +211,7 @@ def check(args: Any) -> None:
     least |= {"token_budget": 1, "eval_problems": 1, "eval_samples": 1, "grader_workers": 1}
     least |= {"updates_per_rollout": 1, "generation_rounds": 1, "keep_checkpoints": 1}
     least |= {"eval_every": 0, "save_every": 0, "lora_rank": 0, "warmup_steps": 0}
+    least |= {"max_prompt_tokens": 1, "overlong_buffer": 0, "importance_cap": 0, "kl": 0}
     least |= {"buckets": 1, "probe_every": 0}  # of the scripts that have them
     for name, minimum in least.items():
         if getattr(args, name, minimum) < minimum:
@@ -220,10 +221,11 @@ def check(args: Any) -> None:
     if args.prompts_per_step % args.updates_per_rollout:
         why = f"must divide --prompts-per-step {args.prompts_per_step}"
         refuse("--updates-per-rollout", args.updates_per_rollout, why)
-    if not args.temperature > 0:
-        refuse("--temperature", args.temperature, "must be above 0")
-    if not args.lr > 0:
-        refuse("--lr", args.lr, "must be above 0")
+    for name in ("temperature", "lr", "max_grad_norm", "grader_deadline"):
+        if not getattr(args, name) > 0:
+            refuse("--" + name.replace("_", "-"), getattr(args, name), "must be above 0")
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        refuse("--engine", "vllm", "vLLM is not installed; see README.md")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         refuse("--wandb-project", args.wandb_project, "wandb is not installed")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -59,7 +59,8 @@ def run_once(method: str, seed: int) -> dict:
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"python {shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-        rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").open()]
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     steps = rows[1:]
     parts = ("sync", "rollout", "verify", "score", "update", "other")
     return {

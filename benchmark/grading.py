@@ -5,7 +5,7 @@ r"""How fast the verifier grades, and what hostile answers cost it.
 Prints its figures and writes them to benchmark/results/grading.json. Two sittings:
 
 - ordinary answers, a second: written differently from their gold or plainly wrong, half and half,
-  read by math-verify; and plain numbers, which are compared without it;
+  read by math-verify; plain numbers, which are compared without it; and a mixture;
 - hostile answers, made by hand and by mutation, with ordinary ones between them: seconds, workers
   killed, the peak memory of all processes together, and whether the ordinary ones were graded
   exactly as without the hostile ones.
@@ -14,13 +14,15 @@ Prints its figures and writes them to benchmark/results/grading.json. Two sittin
 import argparse
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import random
+import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +99,7 @@ def ordinary_pairs(count: int, seed: int) -> list[tuple[str, str, bool]]:
                 (rf"\frac{{{a}\pi}}{{{c}}}", rf"\dfrac{{{a}}}{{{c}}}\pi"),
                 (rf"{a}\sqrt{{{c}}}", rf"\sqrt{{{c}}} \cdot {a}"),
                 (rf"x^2+{a}x-{b}", rf"-{b}+x^2+{a}x"),
-                (rf"({a}, {b}]", rf"\left({a},{b}\right]"),
+                (rf"({a}, {a + b}]", rf"\left({a},{a + b}\right]"),
                 (rf"\left( {a}, -{b} \right)", rf"({a},-{b})"),
                 (rf"{a}, {b + 99}", rf"{b + 99},\, {a}"),
                 (rf"{a}\sin {c}x", rf"\sin({c}x) \cdot {a}"),
@@ -106,6 +108,9 @@ def ordinary_pairs(count: int, seed: int) -> list[tuple[str, str, bool]]:
                 (rf"({a}x+{b})(x-{c})", rf"(x-{c})({a}x+{b})"),
                 (rf"\frac{{{a}}}{{{c}}} + {b}i", rf"{b}i+\frac{{{a}}}{{{c}}}"),
                 (rf"{a} \text{{ cm}}^2", rf"{a}"),
+                (rf"{a}\%", rf"{a}"),
+                (rf"{a}\frac{{1}}{{{c}}}", rf"\frac{{{a * c + 1}}}{{{c}}}"),
+                (rf"\text{{case {a}-{b}}}", rf"\text{{ case {a}-{b} }}"),
                 (rf"{a}e^{{{c}}}", rf"e^{{{c}}} \cdot {a}"),
                 (rf"\frac{{\sqrt{{{c}}}}}{{{a}}}", rf"\frac{{1}}{{{a}}}\sqrt{{{c}}}"),
             ]
@@ -160,29 +165,44 @@ class PeakMemory:
 
 
 def ordinary_sitting(workers: int, deadline: float, count: int) -> dict[str, float]:
-    """Answers a second through math-verify, after the workers have started, and without it."""
+    """Answers a second once the workers run: read by math-verify, plain numbers, and a mixture.
+
+    Of the mixture three quarters are plain numbers, as in MATH. The seconds of processor time that
+    the workers used tell a slow grader from a machine that was busy with something else.
+    """
     responses, golds, labels = zip(*ordinary_pairs(count, seed=1), strict=True)
-    with Grader(workers, deadline) as grader:
-        for _ in range(workers):  # both workers start before the clock does
-            grader.grade([rf"\boxed{{x+{i}}}" for i in range(8 * workers)], ["y"] * 8 * workers)
-        start = time.perf_counter()
-        verdicts = grader.grade(responses, golds)
-        seconds = time.perf_counter() - start
-        agreement = sum(a == b for a, b in zip(verdicts, labels, strict=True)) / count
-        timeouts = grader.timeouts
     rng = random.Random(2)
     numbers = [str(rng.randint(0, 10**5)) for _ in range(20 * count)]
     plain = [rf"So the answer is \boxed{{{number}.0}}." for number in numbers]
-    start = time.perf_counter()
+
     with Grader(workers, deadline) as grader:
-        grader.grade(plain, numbers)
+
+        def timed(responses: Sequence[str], golds: Sequence[str]) -> tuple[float, list[bool]]:
+            start = time.perf_counter()
+            verdicts = grader.grade(responses, golds)
+            return time.perf_counter() - start, verdicts
+
+        timed([rf"\boxed{{x+{i}}}" for i in range(8 * workers)], ["y"] * 8 * workers)
+        mixed, _ = timed(
+            [*responses[: count // 4], *plain[: 3 * count // 4]],
+            [*golds[: count // 4], *numbers[: 3 * count // 4]],
+        )
+        plain_seconds, _ = timed(plain, numbers)
+        # the rest of the answers, so that no parse is remembered
+        read, verdicts = timed(responses[count // 4 :], golds[count // 4 :])
+        agreeing = sum(map(operator.eq, verdicts, labels[count // 4 :]))
+        timeouts = grader.timeouts
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "answers": count,
-        "answers_per_second": round(count / seconds, 1),
-        "verdicts_as_labelled": agreement,
+        "mixture_per_second": round(count // 4 * 4 / mixed, 1),
+        "read_by_math_verify_per_second": round((count - count // 4) / read, 1),
+        "read_by_math_verify_per_processor_second": round(
+            count / (used.ru_utime + used.ru_stime), 1
+        ),
+        "plain_numbers_per_second": round(len(plain) / plain_seconds),
+        "verdicts_as_labelled": f"{agreeing} of {count - count // 4}",
         "timeouts": timeouts,
-        "plain_numbers": len(plain),
-        "plain_numbers_per_second": round(len(plain) / (time.perf_counter() - start)),
     }
 
 

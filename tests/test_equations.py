@@ -79,7 +79,7 @@ def test_what_the_comparison_notices():
     assert tags_in_code("x = 1  # Eq. 3 [paper]") == {("3", "paper")}
     with pytest.raises(AssertionError):
         tags_in_code("x = 1  # Eq. 3")
-    page = f"{HEAD}\n|---|\n| 3 | x = 1 | [paper] | [`f`](../f.py) | |\n\n"
+    page = f"{HEAD}\n|---|\n| 3 | x = 1 | [paper] | [`f`](../f.py) | `t` |\n\n"
     assert tags_on_page(page) == {("3", "paper"): "[`f`](../f.py)"}
     with pytest.raises(AssertionError):
         tags_on_page(page.replace("[paper]", "the paper"))

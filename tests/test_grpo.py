@@ -167,7 +167,10 @@ def verdicts(_: grpo.Grader, texts: list[str], golds: list[str]) -> list[bool]:
 
 @pytest.fixture
 def gradients(
-    make_args: Callable[..., grpo.Args], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_args: Callable[..., grpo.Args],
+    untied_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> Callable[..., tuple[list[Tensor], list[dict[str, Any]]]]:
     """Runs one step of grpo.py; returns the gradient of each of its updates, as one vector each,
     and what went into each: the policy's weights, and the problems."""
@@ -207,7 +210,8 @@ def gradients(
             patch.setattr(common, "stack", keep_rollouts)
             patch.setattr(common, "micro_batches", keep_share)
             patch.setattr(Run, "update", keep_gradient)
-            args = make_args(run_dir=str(tmp_path / f"run{len(runs)}"), **settings)
+            folders = {"model": str(untied_model), "run_dir": str(tmp_path / f"run{len(runs)}")}
+            args = make_args(max_new_tokens=24, **folders, **settings)
             grpo.main(args)
         for item in inputs:
             item |= {"rollouts": stacked[0], "args": args}
@@ -512,3 +516,28 @@ def test_dynamic_sampling_run_keeps_all_groups(run: Callable, tmp_path: Path):
     rows = [row for row in map(json.loads, lines) if row["step"] == 1]
     assert len(rows) == 8
     assert metrics[1]["zero_variance"] == 0
+
+
+# ------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kl": 0.1}, {"lora_rank": 4, "kl": 0.1}], ids=["all", "LoRA"]
+)
+def test_bfloat16_run(run: Callable, settings: dict):
+    """The forward passes are bfloat16, the weights that learn are not: a small lr still moves."""
+    metrics = run(steps=2, precision="bfloat16", lr=1e-4, max_logp_gap=0.1, **settings)
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert 1e-5 < metrics[1]["logp_gap/mean"] < 0.1
+    assert metrics[1]["kl_to_reference"] < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_run_on_cuda(run: Callable, precision: str, lora_rank: int):
+    settings = {"updates_per_rollout": 2, "gradient_checkpointing": True, "max_logp_gap": 0.1}
+    metrics = run(steps=2, device="cuda", precision=precision, lora_rank=lora_rank, **settings)
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert metrics[2]["logp_gap/mean"] < (1e-4 if precision == "float32" else 0.1)

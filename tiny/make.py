@@ -141,7 +141,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=2048,
         padding_side="left",
         chat_template=(
             "{% for message in messages %}"
@@ -162,7 +162,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,  # the smallest that vLLM's CPU attention knows
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.1,  # about 1 / sqrt(hidden size): the default is for wide models
         bos_token_id=None,
