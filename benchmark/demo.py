@@ -35,7 +35,7 @@ METHODS = {
     "GTPO": "gtpo.py",
     "GRPO-S": "gtpo.py --level sequence",
     "HölderPO": "holderpo.py",
-    "ARCA": "arca.py --lr 2e-3",
+    "ARCA": "arca.py",
     "REFT": "reft.py",
 }
 
@@ -99,31 +99,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write_tables(results: dict) -> None:
-    """Put the table between the marks of README.md and of the pages of the methods."""
-    where = f"{results['machine']}, vLLM {results['versions']['vllm']} for the CPU"
-    said = f"`python benchmark/demo.py`; {where}; settings `{results['settings']}`."
-    pages = {
-        "README.md": None,
-        **{f"docs/{Path(m.split()[0]).stem}.md": m for m in METHODS.values()},
-    }
-    for page in pages:
-        path = ROOT / page
-        if not path.exists():
-            continue
-        stem = path.stem
-        chosen = [
-            row
-            for row in results["rows"]
-            if page == "README.md" or METHODS[row["method"]].split(".")[0] in (stem, "grpo")
-        ]
-        block = f"{table(chosen)}\n\n{said}"
+def filled_pages(results: dict) -> dict[str, str]:
+    """README.md and the pages of the methods, with the table between their marks."""
+    said = (
+        f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']} for the "
+        f"CPU; settings `{results['settings']}`, and what `benchmark/results/demo.json` names."
+    )
+    stems = {method: command.split(".py")[0] for method, command in METHODS.items()}
+    pages = {"README": ROOT / "README.md"}
+    pages |= {stem: ROOT / "docs" / f"{stem}.md" for stem in stems.values()}
+    filled = {}
+    for name, path in pages.items():
+        shown = set(stems.values()) if name == "README" else {"grpo", name}
+        rows = [row for row in results["rows"] if stems[row["method"]] in shown]
+        marks = rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)"
         text = path.read_text(encoding="utf-8")
-        marks = r"(<!-- results:\w+ -->\n).*?(<!-- /results -->)"
-        path.write_text(
-            re.sub(marks, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.S),
-            encoding="utf-8",
-        )
+        block = f"{table(rows)}\n\n{said}\n"
+        text = re.sub(marks, lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
+        filled[str(path.relative_to(ROOT))] = text
+    return filled
 
 
 def main(args: Args) -> None:
@@ -158,7 +152,8 @@ def main(args: Args) -> None:
                 results["rows"].sort(key=lambda r: (order.index(r["method"]), r["seed"]))
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_tables(results)
+    for page, text in filled_pages(results).items():
+        (ROOT / page).write_text(text, encoding="utf-8")
     print(table(results["rows"]))
 
 

@@ -7,6 +7,7 @@ python docs/figures_aggregation.py --arca runs/A --reft runs/B     # from two ru
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def measure_arca(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     settings = json.loads((folder / "args.json").read_text())
-    args = arca.Args(**{k: v for k, v in settings.items() if k in arca.Args.__dataclass_fields__})
+    names = {field.name for field in dataclasses.fields(arca.Args)}
+    args = arca.Args(**{name: settings[name] for name in names & settings.keys()})
     policy, tokenizer = models.load_policy(args)
     checkpoint = sorted((folder / "checkpoints").glob("step-*"))[-1]
     set_peft_model_state_dict(policy, load_file(checkpoint / "adapter_model.safetensors"))

@@ -216,6 +216,32 @@ def test_holder_steps_may_not_change_where_p_depends_on_them(
         assert "--steps 2: this run began with 1" in capsys.readouterr().err
 
 
+def test_holder_importance_weighs_responses(run: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Half of each response's tokens (or so) are half as likely for the engine: it counts more."""
+
+    def other_engine(*call: Any) -> common.Rollouts:
+        rollouts = stack(*call)
+        rollouts.engine_logp[..., ::2] -= torch.tensor(2.0).log()
+        return rollouts
+
+    stack = common.stack
+    monkeypatch.setattr(common, "stack", other_engine)
+    settings = {"updates_per_rollout": 1, "max_logp_gap": 1.0}
+    seen = run(holderpo, importance_cap=10.0, **settings)
+    rollouts, advantages = seen.rollouts[0], plain_advantages(seen)
+    policy = seen.policies[0]
+    theirs = gradient(policy)
+    policy.zero_grad()
+    loss = 0.0
+    for p in range(4):
+        for g in range(4):
+            logp = plain_logp(policy, rollouts, p, g)
+            weight = torch.tensor([2.0, 1.0]).repeat(6)[: len(logp)].mean()
+            loss = loss - advantages[p, g] * weight * logp.mean() / 16
+    loss.backward()
+    assert_same(theirs, gradient(policy), 1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -169,7 +169,7 @@ def test_room_and_structure_for_credit(stats: dict) -> None:
     assert 0.03 <= careful["probability"] <= 0.12
     assert common["sampled_accuracy"] < 0.4 < mediocre["sampled_accuracy"] < 0.6
     assert mediocre["sampled_accuracy"] < good["sampled_accuracy"] < careful["sampled_accuracy"]
-    assert careful["sampled_accuracy"] >= 0.85
+    assert careful["sampled_accuracy"] >= 0.80
 
 
 def test_openers_differ_in_their_first_byte() -> None:
