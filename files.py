@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from settings import StopRun, refuse
+from settings import StopRun, first_line, refuse
 
 UNFINISHED = ".unfinished"  # ends the name of what must not be taken for whole
 
@@ -113,7 +113,8 @@ def whole_folder(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
         SafetensorError,
     ) as error:  # torch and safetensors have their own
         shutil.rmtree(torn, ignore_errors=True)
-        raise StopRun(f"{folder} cannot be written: {error}") from error
+        why = f"{folder} cannot be written; is the disk full? ({first_line(error)})"
+        raise StopRun(why) from error
 
 
 def is_whole(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -140,6 +141,8 @@ class VLLM:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if device(args).type == "cpu":  # vLLM would compile with g++, which not every machine has
+            torch._dynamo.config.disable = True
         from vllm import LLM
 
         self.tokenizer = tokenizer

@@ -1,23 +1,14 @@
 """The tables of README.md and docs/ are those of the results file."""
 
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
+import demo
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "benchmark" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_page_shows_the_results_file(demo):
+def test_every_page_shows_the_results_file():
     results = json.loads(demo.RESULTS.read_text(encoding="utf-8"))
     for page, text in demo.filled_pages(results).items():
         assert (ROOT / page).read_text(encoding="utf-8") == text, (
@@ -25,14 +16,14 @@ def test_every_page_shows_the_results_file(demo):
         )
 
 
-def test_every_method_has_a_row_and_learned(demo):
+def test_every_method_has_a_row_and_learned():
     rows = json.loads(demo.RESULTS.read_text(encoding="utf-8"))["rows"]
     assert {row["method"] for row in rows} == set(demo.METHODS)
     gain = {row["method"]: row["after"] - row["before"] for row in rows if row["seed"] == 1}
     assert gain["GRPO"] >= 0.25
 
 
-def test_a_changed_figure_changes_the_pages(demo):
+def test_a_changed_figure_changes_the_pages():
     results = json.loads(demo.RESULTS.read_text(encoding="utf-8"))
     before = demo.filled_pages(results)
     results["rows"][0]["after"] += 0.1
