@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ class VLLM:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if device(args).type == "cpu":  # vLLM would compile with g++, which not every machine has
             torch._dynamo.config.disable = True
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         from vllm import LLM
 
         self.tokenizer = tokenizer
