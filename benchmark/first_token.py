@@ -8,6 +8,7 @@ benchmark/results/first_token.json.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,6 +38,8 @@ def main() -> None:
     texts = [text.format(i, 7 * i, 3 * i) for i in range(args.prompts_per_step)]
     problems = [common.Problem(t, "", common.prompt_tokens(tokenizer, t)) for t in texts]
     engine = models.make_engine(args, policy, tokenizer, problems)
+    # Every response is to have 256 tokens: nothing ends one early.
+    vllm.SamplingParams = functools.partial(vllm.SamplingParams, ignore_eos=True)
     seconds: dict[str, list[float]] = {"plain": [], "reft": [], "first_token_pass": []}
     stops = engine.stops
     for attempt in range(ROUNDS):
@@ -48,7 +52,7 @@ def main() -> None:
                 draw = torch.Generator().manual_seed(attempt)
                 openers, _ = reft.choose_openers(engine, problems, args, draw)
                 seconds["first_token_pass"].append(time.perf_counter() - start)
-            engine.stops = []  # so that every response has 256 tokens
+            engine.stops = []
             groups = common.roll_out(engine, problems, args, (1, attempt), openers)
             seconds[kind].append(time.perf_counter() - start)
             if any(len(tokens) != 256 for group in groups for tokens in group.tokens):

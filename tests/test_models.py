@@ -198,11 +198,13 @@ def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind
 @all_models
 @both_engines
 def test_sync_is_exact(setup: Setup, kind: str):
+    prompts = [*PROMPTS, list(b"1 + 2 = 3, " * 15)]  # the last fills a block of the prefix cache
     engine = setup.engine(kind)
     perturb(setup.policy)
     if kind == "VLLM":
-        assert gap(setup.policy, *sample(engine)) > 0.01, "the engine must not see it before sync"
-    assert gap(setup.policy, *sample(setup.engine(kind))) < 1e-4
+        unseen = gap(setup.policy, *sample(engine, prompts))
+        assert unseen > 0.01, "the engine must not see it before sync"
+    assert gap(setup.policy, *sample(setup.engine(kind), prompts)) < 1e-4
 
 
 @all_models
