@@ -28,6 +28,7 @@ install: $(INSTALLED)
 clean:
 	rm -rf .venv
 
+# torch's CPU build is not on PyPI: pip looks first where it is told to, then at PyTorch's own index.
 $(INSTALLED): $(REQUIREMENTS)
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed"; exit 2; }
 	@echo "installing $(REQUIREMENTS) into .venv (once, about 4 GB)"
@@ -36,7 +37,6 @@ ifeq ($(REQUIREMENTS),requirements.txt)
 	$(PIP) -r requirements.txt
 else
 ifeq ($(shell uname -s),Linux)
-	# The CPU build of torch is not on PyPI: first where pip is told to look, then at PyTorch's own.
 	$(PIP) --no-deps torch==2.13.0+cpu 2>/dev/null || \
 		$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 endif

@@ -503,7 +503,11 @@ def test_update_that_is_not_finite(
     run = small_run(steps=9, save_every=1)
     run.train(1)
     weights, state = run.weights(), json.dumps(str(run.optimizer.state_dict()))
-    for bad in (lambda: run.policy.weight.sum() * value, lambda: slope_of(run, value)):
+    for bad in (
+        lambda: run.policy.weight.sum() * value,
+        lambda: run.policy.weight.sum() + value,  # a fine gradient
+        lambda: slope_of(run, value),  # a fine loss
+    ):
         run.update(bad())
         run.update(bad())
         assert run.weights()["weight"].equal(weights["weight"])
