@@ -364,6 +364,8 @@ def test_a_kill_at_any_operation_on_files(
             kills += 1
         done = fuse[0] > 0
         fuse[0] = math.inf
+        named = (tmp_path / "small" / "checkpoints").glob("step-??????")
+        assert all(map(files.is_whole, named)), moment
         again = small_run(steps=3, save_every=1, keep_checkpoints=1, resume=True)
         assert again.run.step >= reached, moment  # what was saved is still there
         again.train(3)
