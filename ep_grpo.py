@@ -23,7 +23,7 @@ from torch import Tensor
 import common
 import diagnostics
 from common import standardize
-from models import Engine, Reference, eos_ids, load_policy, make_engine
+from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
 from runs import Run, launch, learning_rate
 from settings import RunArgs, device, seed_for
 from verifier import Grader
@@ -206,16 +206,17 @@ def collect(
         groups += varied if args.dynamic_sampling else new
         if len(groups) == args.prompts_per_step:
             return groups
-    rest = [group for group in new if group not in varied]
+    rest = [group for group in new if sum(group.correct) in (0, args.group_size)]
     return groups + rest[: args.prompts_per_step - len(groups)]
 
 
 def main(args: Args) -> None:
     run = Run(args, script=__file__)
     grader = Grader(args.grader_workers, args.grader_deadline)
-    policy, tokenizer = load_policy(args)
+    tokenizer = load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
+    policy = load_policy(args)
     engine = make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = Reference(policy, args)

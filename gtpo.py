@@ -1,15 +1,14 @@
 """GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 
-grpo.py, but the reward is shaped before it is standardised: a token of a correct rollout earns more
-where the policy was uncertain, one of a wrong rollout loses more where it was confident, compared
-with the same position of the group's rollouts of that verdict (GTPO, --level token). GRPO-S
+A token of a correct rollout earns more where the policy was uncertain, one of a wrong rollout loses
+more where it was sure, compared with the same position of its group (GTPO, --level token). GRPO-S
 (--level sequence) does this to whole rollouts by their mean entropy, with one ratio a rollout.
 
     python gtpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
 
-Where the text of the paper leaves a choice it is a flag: see docs/gtpo.md.
+What the paper leaves open is a flag: see docs/gtpo.md.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -23,8 +22,8 @@ from torch import Tensor
 
 import common
 import diagnostics
-from common import standardize
-from models import Engine, Reference, eos_ids, load_policy, make_engine
+from common import masked_mean, standardize
+from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
 from runs import Run, launch, learning_rate
 from settings import RunArgs, device, refuse, seed_for
 from verifier import Grader
@@ -64,8 +63,7 @@ class Args(RunArgs):
             refuse("--entropy-clamp", self.entropy_clamp, "needs 0 <= LOW <= HIGH")
         if self.overlong_gamma and not 0.5 < self.overlong_gamma <= 1:
             refuse("--overlong-gamma", self.overlong_gamma, "must lie in (0.5, 1], or be 0: off")
-        if self.level == "sequence":
-            self.loss_average = "sequence"  # 1 / G in Eq. 11
+        self.loss_average = "sequence" if self.level == "sequence" else self.loss_average
 
     # </method>
     lora_alpha: int = 0
@@ -138,24 +136,15 @@ def gtpo_advantages(
     """GTPO's advantage of each token, [P, G, T], 0 outside the mask; arguments as above.
 
     normalize: r+ and r- are standardised each over all the group's tokens, those of the other
-    verdict as zeros; each over its own; or joint, as one, over all [open].
-    A group of one verdict gives exact zeros [open].
+    verdict as zeros; each over its own; or both as one. A group of one verdict gets zeros [open].
     """
     right = mask & (correct > 0)[..., None]
-    positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
-    if normalize == "joint":
-        positive = negative = positive + negative
     sets = {"with-zeros": (mask, mask), "own-set": (right, mask & ~right), "joint": (mask, mask)}
-    positive = standardize(positive, sets[normalize][0], eps)  # Eq. 6 [paper]
-    negative = standardize(negative, sets[normalize][1], eps)  # Eq. 6 [paper]
+    rewards = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
+    rewards = [sum(rewards)] * 2 if normalize == "joint" else rewards
+    scores = [standardize(r, over, eps) for r, over in zip(rewards, sets[normalize], strict=True)]
     contrast = (grpo_advantages((correct > 0).float()) != 0)[..., None]
-    return torch.where(mask & contrast, torch.where(right, positive, negative), 0.0)
-
-
-def rollout_entropy(entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each rollout's mean entropy, and its mask, as if it were one token: two [P, G, 1]."""
-    total = torch.where(mask, entropy, 0.0).sum(-1, keepdim=True)
-    return total / mask.sum(-1, keepdim=True), mask.any(-1, keepdim=True)  # Eq. 8 [paper]
+    return torch.where(mask & contrast, torch.where(right, *scores), 0.0)  # Eq. 6 [paper]
 
 
 def grpo_s_advantages(
@@ -167,17 +156,15 @@ def grpo_s_advantages(
     beta2: float = 0.1,
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRPO-S's advantage of each rollout, [P, G]; arguments as for `gtpo_advantages`."""
+    """GRPO-S's advantage of each rollout, [P, G]: GTPO's, of rollouts taken as one token each."""
+    entropy, mask = masked_mean(entropy, mask), mask.any(-1, keepdim=True)  # Eq. 8 [paper]
     shaping = {"alpha1": beta1, "alpha2": beta2, "eps": eps}
-    rollouts = rollout_entropy(entropy, mask)
-    return gtpo_advantages(correct, *rollouts, **shaping).squeeze(-1)  # Eq. 9 [paper]
+    return gtpo_advantages(correct, entropy, mask, **shaping)[..., 0]  # Eq. 9 [paper]
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """logp that gives all tokens their rollout's ratio, the mean of its token ratios. [n, T]."""
-    ratio = torch.where(mask, logp - old_logp, -torch.inf).exp()
-    mean = ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)  # Eq. 10 [paper]
-    return old_logp + mean.log()
+    return old_logp + masked_mean((logp - old_logp).exp(), mask).log()  # Eq. 10 [paper]
 
 
 # </method>
@@ -241,16 +228,17 @@ def collect(
         groups += varied if args.dynamic_sampling else new
         if len(groups) == args.prompts_per_step:
             return groups
-    rest = [group for group in new if group not in varied]
+    rest = [group for group in new if sum(group.correct) in (0, args.group_size)]
     return groups + rest[: args.prompts_per_step - len(groups)]
 
 
 def main(args: Args) -> None:
     run = Run(args, script=__file__)
     grader = Grader(args.grader_workers, args.grader_deadline)
-    policy, tokenizer = load_policy(args)
+    tokenizer = load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
+    policy = load_policy(args)
     engine = make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = Reference(policy, args) if args.kl else None
@@ -298,7 +286,8 @@ def main(args: Args) -> None:
             shaping = {"alpha1": alpha1, "alpha2": args.alpha2, "normalize": args.normalize}
             advantages = gtpo_advantages(correct, doubt, mask, **shaping)  # [P, G, T]
         else:
-            shaped = shaped_rewards(correct, *rollout_entropy(doubt, mask), alpha1, args.alpha2)
+            rollout = masked_mean(doubt, mask), mask.any(-1, keepdim=True)  # as one token
+            shaped = shaped_rewards(correct, *rollout, alpha1, args.alpha2)
             advantages = grpo_s_advantages(correct, doubt, mask, beta1=alpha1, beta2=args.alpha2)
             advantages = advantages[..., None] * mask  # [P, G, T]
         shaped = sum(shaped) * mask  # [P, G, T]: r+ and r-
@@ -319,11 +308,10 @@ def main(args: Args) -> None:
                 for index in common.micro_batches(rollouts, args.token_budget, share):
                     logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
                     # <method>
-                    new_logp = logp
-                    if args.level == "sequence":  # Eq. 11 [paper]
-                        new_logp = rollout_logp(logp, old_logp[index], mask[index])
-                    loss, clipped = clipped_loss(
-                        new_logp, old_logp[index], advantages[index], args.clip_low, args.clip_high
+                    old, live = old_logp[index], mask[index]
+                    new = logp if args.level == "token" else rollout_logp(logp, old, live)
+                    loss, clipped = clipped_loss(  # Eq. 7, 11 [paper]
+                        new, old, advantages[index], args.clip_low, args.clip_high
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_to_reference(logp, ref_logp[index])

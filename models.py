@@ -21,22 +21,32 @@ from settings import RunArgs, device, first_line, precision, refuse, seed_for
 # ------------------------------------------------------------------------------- the policy
 
 
-def load_policy(args: Any) -> tuple[nn.Module, Any]:
-    """The policy (float32 master weights; LoRA where --lora-rank asks) and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(args: Any) -> Any:
+    """The tokenizer of --model. What cannot be trained is refused here, before its weights load."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(args.model, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
+    except (OSError, ValueError) as error:
+        refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    vocabulary = config.get_text_config().vocab_size
+    if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
+        refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
+    return tokenizer
+
+
+def load_policy(args: Any) -> nn.Module:
+    """The policy: float32 master weights, or LoRA adapters where --lora-rank asks for them."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    trust = {"trust_remote_code": args.trust_remote_code}
     dtype = precision(args) if args.lora_rank else torch.float32
     try:
-        config = AutoConfig.from_pretrained(args.model, **trust)
-        vocabulary = config.get_text_config().vocab_size
-        if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
-            refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
         policy = AutoModelForCausalLM.from_pretrained(
-            args.model, config=config, dtype=dtype, **trust
+            args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
@@ -61,7 +71,7 @@ def load_policy(args: Any) -> tuple[nn.Module, Any]:
                 task_type="CAUSAL_LM",
             ),
         )
-    return policy, tokenizer
+    return policy
 
 
 def is_lora(policy: nn.Module) -> bool:
@@ -110,9 +120,17 @@ class Reference:
 
     def __init__(self, policy: nn.Module, args: RunArgs) -> None:
         self.policy = policy
-        if not is_lora(policy):
-            # In float32 like the policy, so that rounding does not tell the two apart.
-            self.copy = copy.deepcopy(policy).requires_grad_(False)
+        if is_lora(policy):
+            return
+        half = {}
+        if precision(args) is torch.bfloat16:
+            # Autocast rounds the weights of linear layers to bfloat16 in either model, so a copy in
+            # bfloat16 gives the same values in half the memory. All else stays float32.
+            embedding = base_model(policy).get_input_embeddings().weight
+            layers = [m.weight for m in policy.modules() if isinstance(m, nn.Linear)]
+            half = {id(w): w.detach().bfloat16() for w in layers if w is not embedding}
+        memo = {key: nn.Parameter(weight, requires_grad=False) for key, weight in half.items()}
+        self.copy = copy.deepcopy(policy, memo).requires_grad_(False)
 
     def __enter__(self) -> nn.Module:
         if not is_lora(self.policy):

@@ -33,7 +33,7 @@ ROUNDS = 11
 
 def main() -> None:
     args = reft.Args(model=str(ROOT / "tiny"), engine="vllm", max_new_tokens=256)
-    policy, tokenizer = models.load_policy(args)
+    tokenizer, policy = models.load_tokenizer(args), models.load_policy(args)
     text = "What is {}+{} and also what is {}*4? Put the final answer in a box."
     texts = [text.format(i, 7 * i, 3 * i) for i in range(args.prompts_per_step)]
     problems = [common.Problem(t, "", common.prompt_tokens(tokenizer, t)) for t in texts]

@@ -99,7 +99,7 @@ def measure_arca(folder: Path) -> dict[str, Any]:
     settings = json.loads((folder / "args.json").read_text())
     names = {field.name for field in dataclasses.fields(arca.Args)}
     args = arca.Args(**{name: settings[name] for name in names & settings.keys()})
-    policy, tokenizer = models.load_policy(args)
+    tokenizer, policy = models.load_tokenizer(args), models.load_policy(args)
     checkpoint = sorted((folder / "checkpoints").glob("step-*"))[-1]
     set_peft_model_state_dict(policy, load_file(checkpoint / "adapter_model.safetensors"))
     row = json.loads((folder / "rollouts.jsonl").read_text().splitlines()[-1])

@@ -74,7 +74,7 @@ def run(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[.
             return seen.rollouts[-1]
 
         def keep_gradient(self: Run, *call: Any) -> float:
-            policy = loaded[0][0]
+            policy = loaded[0]
             seen.policies.append(copy.deepcopy(policy))
             for ours, kept in zip(policy.parameters(), seen.policies[-1].parameters(), strict=True):
                 kept.grad = None if ours.grad is None else ours.grad.clone()
@@ -287,7 +287,7 @@ def test_arca_gradient_is_the_plain_one(credit: str, run: Callable):
     assert (seen.metrics[2]["gini"] > 0.01) is (credit != "uniform")
 
     policy, rollouts = seen.policies[1], seen.rollouts[1]
-    base = arca.load_policy(dataclasses.replace(grpo.Args(**run_settings(seen.args))))[0]
+    base = arca.load_policy(dataclasses.replace(grpo.Args(**run_settings(seen.args))))
     theirs = gradient(policy)
     policy.zero_grad()
     seen.groups = seen.groups[1:]
@@ -334,7 +334,7 @@ def plain_score(credit: str, policy: Any, base: Any, rollouts: Any, p: int, g: i
 
 def moved_policy(args: Any) -> nn.Module:
     """A policy whose adapter is no longer zero."""
-    policy, _ = models.load_policy(args)
+    policy = models.load_policy(args)
     torch.manual_seed(0)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
@@ -357,7 +357,7 @@ def rollouts() -> common.Rollouts:
 def test_arca_base_states_are_the_models_own(make: Callable, rollouts: common.Rollouts):
     args = make(arca, lora_rank=4, lora_dropout=0.5)
     policy = moved_policy(args)
-    bare, _ = models.load_policy(make(grpo))  # never had an adapter
+    bare = models.load_policy(make(grpo))  # never had an adapter
     reference = models.Reference(policy, args)
     everything = torch.arange(2)
     for index in common.micro_batches(rollouts, 40, everything):
@@ -426,7 +426,8 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
     seen = run(reft, candidates=6, openers=2, log_rollouts=4)
     groups, rollouts = seen.groups[0], seen.rollouts[0]
     texts = next(texts for of_call, texts in graded if of_call[0] is groups[0])
-    policy, tokenizer = models.load_policy(seen.args)  # the first step's policy
+    policy = models.load_policy(seen.args)  # the first step's policy
+    tokenizer = models.load_tokenizer(seen.args)
     special = set(tokenizer.all_special_ids)
     for p, group in enumerate(groups):
         first = [tokens[0] for tokens in group.tokens]
@@ -460,7 +461,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
 def test_reft_with_one_candidate_takes_the_likeliest(run: Callable):
     for seed in (1, 2):
         seen = run(reft, candidates=1, openers=1, seed=seed)
-        policy, tokenizer = models.load_policy(seen.args)
+        policy, tokenizer = models.load_policy(seen.args), models.load_tokenizer(seen.args)
         for group in seen.groups[0]:
             with torch.no_grad():
                 logits = policy(torch.tensor([group.problem.prompt])).logits[0, -1]
@@ -558,7 +559,7 @@ def test_reft_refuses_more_candidates_than_tokens(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(SystemExit) as stop:
-        models.load_policy(make(reft, candidates=260))
+        models.load_tokenizer(make(reft, candidates=260))
     assert stop.value.code == 2
     assert "--candidates 260: the model knows 259 tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -568,7 +569,7 @@ def test_reft_refuses_more_candidates_than_tokens(
 
 def test_top_tokens_are_the_policys(make: Callable):
     args = make(reft, temperature=0.7)
-    policy, tokenizer = models.load_policy(args)
+    policy, tokenizer = models.load_policy(args), models.load_tokenizer(args)
     engine = models.Transformers(args, policy, tokenizer, 64)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     tokens, logp = engine.top_tokens(prompts, 30, 0.7)
@@ -589,8 +590,8 @@ def test_reft_on_vllm(run: Callable):
         assert [row[0] for row in a.tokens] == [row[0] for row in b.tokens]
         assert a.ranks == b.ranks
     prompts = [group.problem.prompt for group in ours.groups[0]]
-    theirs.engine.sync(models.load_policy(theirs.args)[0])
-    ours.engine.sync(models.load_policy(ours.args)[0])
+    theirs.engine.sync(models.load_policy(theirs.args))
+    ours.engine.sync(models.load_policy(ours.args))
     mine, others = (engine.top_tokens(prompts, 300, 1.0) for engine in (ours.engine, theirs.engine))
     assert mine[0].shape == others[0].shape == (4, 259)
     torch.testing.assert_close(mine[1], others[1], atol=1e-4, rtol=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import common
 import grpo
 from common import Group, Problem, Rollouts
-from models import Transformers, eos_ids, load_policy
+from models import Transformers, eos_ids, load_policy, load_tokenizer
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]
@@ -33,7 +33,7 @@ def args(make_args: Callable[..., grpo.Args], folder: Path) -> grpo.Args:
 
 @pytest.fixture
 def policy(args: grpo.Args) -> nn.Module:
-    return load_policy(args)[0]
+    return load_policy(args)
 
 
 def random_groups(lengths: list[list[int]] = LENGTHS) -> list[Group]:
@@ -155,7 +155,7 @@ def test_mask_comes_from_lengths():
 
 def test_eos_is_trained_where_pad_is_eos(tied_model: Path, make_args: Callable[..., grpo.Args]):
     args = make_args(group_size=64, max_new_tokens=24)
-    policy, tokenizer = load_policy(args)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     engine = Transformers(args, policy, tokenizer, 200)
     groups = common.roll_out(engine, [Problem("", "", list(b"1+1"))], args, (1,))

@@ -183,9 +183,8 @@ def gradients(
         load, update, micro_batches = grpo.load_policy, Run.update, common.micro_batches
 
         def keep_policy(args: grpo.Args) -> Any:
-            policy, tokenizer = load(args)
-            weights.append(policy)
-            return policy, tokenizer
+            weights.append(load(args))
+            return weights[-1]
 
         def keep_rollouts(*groups: Any) -> common.Rollouts:
             stacked.append(stack(*groups))
@@ -223,7 +222,7 @@ def gradients(
 def plain_gradients(updates: list[dict[str, Any]]) -> list[Tensor]:
     """The same gradients from the definition: full logits, one sequence at a time, no masks."""
     args, rollouts = updates[0]["args"], updates[0]["rollouts"]
-    old, reference = updates[0]["policy"], load_policy(args)[0]
+    old, reference = updates[0]["policy"], load_policy(args)
     old = copy.deepcopy(old)
 
     def logp(policy: nn.Module, p: int, g: int) -> Tensor:

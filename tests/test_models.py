@@ -15,7 +15,14 @@ import common
 import grpo
 import models
 from common import Group, Problem
-from models import Reference, base_model, eos_ids, load_policy, merged_weights
+from models import (
+    Reference,
+    base_model,
+    eos_ids,
+    load_policy,
+    load_tokenizer,
+    merged_weights,
+)
 from runs import StopRun
 
 PROMPTS = [list(b"1+1"), list(b"What is 12 + 34?"), list(b"x"), list(b"so\nthe answer is ")]
@@ -38,7 +45,7 @@ class Setup:
 
     def __init__(self, folder: Path) -> None:
         self.args = settings(folder)
-        self.policy, self.tokenizer = load_policy(self.args)
+        self.policy, self.tokenizer = load_policy(self.args), load_tokenizer(self.args)
         self.weights = {k: v.clone() for k, v in self.policy.state_dict().items()}
         self.engines: dict[str, models.Engine] = {}
 
@@ -210,7 +217,7 @@ def test_sync_is_exact(setup: Setup, kind: str):
 @all_models
 @both_engines
 def test_sync_merges_lora(setup: Setup, kind: str):
-    policy, _ = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
     perturb(policy)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     responses = sample(setup.engine(kind, policy))
@@ -223,7 +230,7 @@ def test_sync_merges_lora(setup: Setup, kind: str):
 
 @all_models
 def test_merged_weights_have_the_models_own_names(setup: Setup):
-    policy, _ = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
     merged = dict(merged_weights(policy))
     assert merged.keys() == setup.policy.state_dict().keys()
     assert all(torch.equal(weight, setup.weights[name]) for name, weight in merged.items())
@@ -232,7 +239,7 @@ def test_merged_weights_have_the_models_own_names(setup: Setup):
 
 @all_models
 def test_merging_adds_lora_and_leaves_the_policy_alone(setup: Setup):
-    policy, _ = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
     perturb(policy)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     adapted = plain_logp(policy, PROMPTS[1], PROMPTS[3], 1.0)
@@ -246,7 +253,7 @@ def test_merging_adds_lora_and_leaves_the_policy_alone(setup: Setup):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_reference_stays_what_the_policy_was(tied_model: Path, lora_rank: int):
     args = settings(tied_model, lora_rank=lora_rank)
-    policy, _ = load_policy(args)
+    policy = load_policy(args)
     perturb(policy, 0.0 if lora_rank else 0.05)
     prompt, response = PROMPTS[1], PROMPTS[3]
     before = plain_logp(policy, prompt, response, 1.0)
@@ -260,9 +267,9 @@ def test_reference_stays_what_the_policy_was(tied_model: Path, lora_rank: int):
 
 
 def test_master_weights_are_float32(tied_model: Path):
-    policy, _ = load_policy(settings(tied_model, precision="bfloat16"))
+    policy = load_policy(settings(tied_model, precision="bfloat16"))
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
-    adapted, _ = load_policy(settings(tied_model, precision="bfloat16", lora_rank=4))
+    adapted = load_policy(settings(tied_model, precision="bfloat16", lora_rank=4))
     trained = {weight.dtype for weight in adapted.parameters() if weight.requires_grad}
     assert trained == {torch.float32}
 
