@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from models import Engine, autocast, base_model
-from settings import RunArgs, first_line, refuse, seed_for
+from settings import RunArgs, first_line, precision, refuse, seed_for
 from verifier import Grader, last_boxed
 
 # ------------------------------------------------------------------------------- problems
@@ -75,7 +74,9 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
         if not isinstance(row.get(question), str):
             refuse(flag, name, f"problem {number} has no text in its column {question!r}")
 
-    texts = ["" if row.get(answer) is None else str(row[answer]) for row in rows]
+    answers = [row.get(answer) for row in rows]
+    answers = [", ".join(map(str, a)) if isinstance(a, list) else a for a in answers]
+    texts = ["" if a is None else str(a) for a in answers]
     golds = [gold_answer(text) for text in texts]
     readable = grader.readable(golds)
     if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
@@ -269,7 +270,7 @@ def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Ro
 
 # ------------------------------------------------------------------------------- scoring
 
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32; logits of all tokens could fill the memory
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32; all logits at once could fill the memory
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
 
@@ -309,35 +310,69 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
         return base_model(model).base_model(input_ids=ids, use_cache=False)[0][predicts]
 
 
+class HeadLogp(torch.autograd.Function):
+    """The LM head, up to the log-probability of each target and the entropy (nats; no gradient):
+    two [tokens], float32. Logits exist for one tile of the vocabulary at a time, and are computed
+    again in the backward pass.
+
+    hidden: [tokens, D], in the precision of the products; weight: [V, D]; targets: [tokens].
+    """
+
+    @staticmethod
+    def tiles(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Iterator[Any]:
+        width = max(1, LOGITS_AT_ONCE // len(hidden))
+        for start, w in zip(range(0, len(weight), width), weight.split(width), strict=True):
+            w = w.to(hidden.dtype)
+            column = (targets - start)[:, None]
+            here = (column >= 0) & (column < len(w))  # whether the target lies in this tile
+            logits = (hidden @ w.T).float().div_(temperature)
+            yield slice(start, start + len(w)), w, logits, column * here, here
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        masses, picked, entropies = [], [], []  # one value a token of each tile
+        for _, _, logits, column, here in HeadLogp.tiles(*inputs):
+            logp = logits.log_softmax(-1)
+            masses.append(logits.amax(-1) - logp.amax(-1))  # log Σ exp(logits)
+            picked.append(logp.gather(-1, column)[:, 0].where(here[:, 0], -torch.inf))
+            entropies.append(-torch.linalg.vecdot(logp.exp(), logp))
+        masses, picked, entropies = (torch.stack(x) for x in (masses, picked, entropies))
+        *tensors, ctx.temperature = inputs
+        ctx.save_for_backward(*tensors, masses.logsumexp(0))
+        # A token is drawn by drawing its tile first: probabilities multiply, entropies add up.
+        tile_logp = masses.log_softmax(0)
+        entropy = (tile_logp.exp() * (entropies - tile_logp)).sum(0)
+        ctx.mark_non_differentiable(entropy)
+        return (picked + tile_logp).amax(0), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, log_total = ctx.saved_tensors
+        hidden, weight, _ = inputs
+        scale = grad[:, None] / ctx.temperature
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for rows, w, logits, column, here in HeadLogp.tiles(*inputs, ctx.temperature):
+            # ∂ log p_target / ∂ logits = (1[target] - p) / temperature
+            d_logits = logits.sub_(log_total[:, None]).exp_().mul_(-scale)
+            d_logits = d_logits.scatter_add_(-1, column, scale * here).to(hidden.dtype)
+            d_hidden += d_logits @ w
+            if d_weight is not None:
+                d_weight[rows] = d_logits.T @ hidden
+        return d_hidden.to(hidden.dtype), d_weight, None, None
+
+
 def token_logp(
     model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token of n rollouts, and the entropy of the distribution
-    it was drawn from (nats, no gradient): two [n, T], 0 outside the mask, float32.
-
-    Logits exist for one chunk of tokens at a time, and are computed again in the backward pass.
-    """
+    it was drawn from (nats, no gradient): two [n, T], 0 outside the mask, float32."""
     mask = rollouts.mask[index]
-    hidden = hidden_states(model, rollouts, index, args)
-    targets = rollouts.tokens[index][mask]
-    head = base_model(model).get_output_embeddings()
-
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        distribution = (head(hidden).float() / args.temperature).log_softmax(-1)
-        logp = distribution.gather(-1, targets[:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -(distribution.exp() * distribution).sum(-1)
-        return logp, entropy
-
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    with autocast(args):
-        scores = [
-            checkpoint(score, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-    logp, entropy = (torch.cat(values) for values in zip(*scores, strict=True))
-    empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+    hidden = hidden_states(model, rollouts, index, args).to(precision(args))
+    weight = base_model(model).get_output_embeddings().weight
+    scores = HeadLogp.apply(hidden, weight, rollouts.tokens[index][mask], args.temperature)
+    nothing = torch.zeros(mask.shape, device=mask.device)
+    return tuple(nothing.masked_scatter(mask, values) for values in scores)
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 import common
-from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
+from models import (
+    Engine,
+    Reference,
+    eos_ids,
+    load_policy,
+    load_tokenizer,
+    make_engine,
+    make_optimizer,
+)
 from runs import Run, launch, learning_rate
 from settings import RunArgs, device, seed_for
 from verifier import Grader
@@ -163,11 +171,7 @@ def main(args: Args) -> None:
     # <method>
     reference = Reference(policy, args) if args.kl else None
     # </method>
-    optimizer = torch.optim.AdamW(
-        [weight for weight in policy.parameters() if weight.requires_grad],
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-    )
+    optimizer = make_optimizer(policy, args)
     train.position = run.restore(policy, optimizer=optimizer).get("position", 0)
 
     if run.step == 0:

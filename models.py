@@ -74,6 +74,17 @@ def load_policy(args: Any) -> nn.Module:
     return policy
 
 
+def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.adamw_8bit:  # torchao: plain PyTorch, so on every device, and its state saves like any
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(weights, **settings)
+    return torch.optim.AdamW(weights, **settings, fused=True)
+
+
 def is_lora(policy: nn.Module) -> bool:
     return hasattr(policy, "disable_adapter")
 
@@ -274,26 +285,29 @@ class Transformers:
     def generate(
         self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
     ) -> list[tuple[list[int], list[float]]]:
-        """As VLLM.generate. Sampling is greedy decoding of logits plus Gumbel noise, which draws
-        from the same distribution and lets every response have its own random numbers."""
+        """As VLLM.generate. Each response draws from its own random numbers, one a token: it is
+        the first token whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
         width = max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        model = base_model(self.policy.eval())
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws], dim=-1)
+        uniform = uniform.to(model.device)[..., None]  # [T, n, 1]
         steps: list[Tensor] = []
 
         def choose(_: Tensor, logits: Tensor) -> Tensor:
             logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-            noisy = logp
+            tokens = logp.argmax(-1, keepdim=True)
             if temperature:
-                uniform = [torch.rand(logp.shape[-1], generator=draw) for draw in draws]
-                noisy = logp - (-torch.stack(uniform).to(logp.device).log()).log()
-            steps.append(logp.gather(-1, noisy.argmax(-1, keepdim=True)))
-            return noisy
+                below = logp.exp().cumsum(-1)
+                tokens = torch.searchsorted(below, uniform[len(steps)] * below[:, -1:], right=True)
+                tokens = tokens.clamp(max=logp.shape[-1] - 1)  # where rounding went past the end
+            steps.append(logp.gather(-1, tokens))
+            return torch.zeros_like(logp).scatter_(-1, tokens, 1.0)  # the largest is taken
 
-        model = base_model(self.policy.eval())
         # What the folder says on top-p or repetition would fill in what is not set here.
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:

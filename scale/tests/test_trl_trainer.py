@@ -1,0 +1,102 @@
+"""The trainer against the single-file scripts, in one process and in two. `make scale-test`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("trl") is None:
+    pytest.skip("TRL is not installed: make scale-test", allow_module_level=True)
+
+HERE = Path(__file__).parent
+METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "reft"]
+EXACT = 1e-5
+
+
+def run(script: Path, *words: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """Under accelerate where a number of processes is given. With --cpu it starts one, whatever
+    --num_processes says, unless there is MPI; so the flag for several is --multi_gpu."""
+    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    launch = ["-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *(launch if processes else []), str(script), *words],
+        env=os.environ | quiet | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def worker(mode: str, folder: Path, processes: int = 0) -> Any:
+    """{method: [what each process found]}"""
+    ended = run(HERE / "worker.py", mode, str(folder), *METHODS, processes=processes)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    results = folder / f"{mode}-{processes}.json"
+    return json.loads(results.read_text()) if processes else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two steps of every script."""
+    where = tmp_path_factory.mktemp("scripts")
+    worker("script", where)
+    return where
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def compared(request: pytest.FixtureRequest, folder: Path) -> dict[str, list[dict[str, float]]]:
+    found = worker("compare", folder, processes=request.param)
+    assert all(len(of_process) == request.param for of_process in found.values())
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_the_scripts(method: str, compared: dict[str, list[dict[str, float]]]) -> None:
+    """Of two processes, both hold rollouts of the second group."""
+    for gaps in compared[method]:
+        assert gaps.pop("largest_advantage") > 0.1
+        assert {name: gap for name, gap in gaps.items() if not gap <= EXACT} == {}
+        assert {"advantages", "logp", "mean_loss", "grad_norm"} <= gaps.keys()
+        assert ("credit" in gaps, "loss" in gaps) == (method == "arca", method == "holderpo")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return worker("train", tmp_path_factory.mktemp("trained"), processes=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_stay_one_policy(
+    method: str, trained: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert len(trained[method]) == 2
+    for found in trained[method]:
+        assert found["same"] and found["moved"]
+        assert len(found["losses"]) == 5
+        if method == "reft":
+            assert set(found["openers"]) == {2}  # --openers 2, in every group
+
+
+REFUSED = {
+    "--group-size 3": "--group-size 3: whole groups do not divide evenly over 2 processes "
+    "with 1 updates a step",
+    "--dynamic-sampling": "--dynamic-sampling True: only the single-file scripts do",
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_cannot_be_served_is_refused_by_name(flag: str) -> None:
+    command = ["--method", "grpo", "--prompts-per-step", "3", "--device", "cpu", *flag.split()]
+    ended = run(HERE.parent / "trl_trainer.py", *command, processes=2)
+    assert ended.returncode != 0
+    assert f"error: {REFUSED[flag]}" in ended.stderr
+
+
+def test_the_trainer_fits_on_a_few_pages() -> None:
+    assert len((HERE.parent / "trl_trainer.py").read_text().splitlines()) <= 300

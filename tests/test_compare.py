@@ -1,0 +1,202 @@
+"""The comparison: its rules by hand, and two methods from end to end."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import compare
+import compare_pages
+import pytest
+from compare import Args, Job
+
+ROOT = Path(__file__).parent.parent
+
+
+def selection(**accuracy: list[float | None]) -> list[dict[str, Any]]:
+    """Rows of a method M: learning rate, accuracy of each seed."""
+    return [
+        {"method": "M", "lr": lr.replace("_", "-"), "seed": 101 + k, "accuracy": value}
+        for lr, values in accuracy.items()
+        for k, value in enumerate(values)
+    ]
+
+
+RATES = ["1e-4", "2e-4", "4e-4"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "best", "at_end"),
+    [
+        # Means 0.5, 0.7, 0.6: the one run at 0.9 is not enough for 4e-4.
+        (
+            selection(**{"1e_4": [0.5, 0.5], "2e_4": [0.7, 0.7], "4e_4": [0.9, 0.3]}),
+            "2e-4",
+            False,
+        ),
+        (selection(**{"1e_4": [0.5], "2e_4": [0.6], "4e_4": [0.7]}), "4e-4", True),
+        (selection(**{"1e_4": [0.8], "2e_4": [0.6], "4e_4": [0.7]}), "1e-4", True),
+        # The lower rate on a tie, in whatever order the rows come.
+        (selection(**{"4e_4": [0.7], "2e_4": [0.7], "1e_4": [0.5]}), "2e-4", False),
+        # A rate at which a run stopped itself is out, whatever the other run did.
+        (selection(**{"1e_4": [0.5, 0.5], "2e_4": [0.4, 0.4], "4e_4": [0.9, None]}), "1e-4", True),
+    ],
+)
+def test_choice_of_the_learning_rate(rows: list[dict[str, Any]], best: str, at_end: bool):
+    other = [{"method": "N", "lr": "4e-4", "seed": 101, "accuracy": 1.0}]
+    assert compare.chosen_rate(rows + other, "M", RATES) == (best, at_end)
+
+
+def test_paired_interval_by_hand():
+    # Differences 1, 2, 3, 4, 5: mean 3, variance 2.5, standard error sqrt(2.5 / 5) = sqrt(0.5).
+    low, high = compare.t_interval([1, 2, 3, 4, 5])
+    assert low == pytest.approx(3 - 2.776 * math.sqrt(0.5))
+    assert high == pytest.approx(3 + 2.776 * math.sqrt(0.5))
+    assert compare.t_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_quantiles_of_t_by_their_density():
+    """97.5% of each density, by the trapezoid rule, lies below the quantile."""
+    import numpy as np
+
+    for freedom, quantile in enumerate(compare.T_QUANTILE, 1):
+        x = np.linspace(0, quantile, 200_001)
+        gamma = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+        density = math.exp(gamma) / math.sqrt(freedom * math.pi)
+        density = density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=1e-4)
+
+
+def test_differences_are_paired_by_seed():
+    rows = [
+        {"method": "GRPO", "seed": 2, "accuracy": 0.5},
+        {"method": "GRPO", "seed": 1, "accuracy": 0.9},
+        {"method": "M", "seed": 1, "accuracy": 1.0},
+        {"method": "M", "seed": 2, "accuracy": 0.75},
+        {"method": "M", "seed": 3, "accuracy": 0.1},  # GRPO has no such seed
+    ]
+    assert compare_pages.difference(rows, "M", "GRPO") == pytest.approx([0.1, 0.25])
+
+
+def test_the_cut_keeps_to_the_budget():
+    drawn = {1: 128, 2: 384, 3: 512, 4: 640}
+    assert compare.within_budget(drawn, 512) == 3
+    assert compare.within_budget(drawn, 511) == 2
+    with pytest.raises(ValueError):
+        compare.within_budget(drawn, 100)
+
+
+def test_only_dynamic_sampling_saves_every_step():
+    for method in compare.METHODS:
+        command = compare.training_command(Job(method, "2e-4", 1), Args(steps=60))
+        every = command[command.index("--save-every") + 1]
+        assert every == ("1" if method == "DAPO" else "0")
+
+
+def test_a_figure_changes_the_table():
+    results = {
+        "selection": selection(**{"1e_4": [0.1], "2e_4": [0.3], "4e_4": [0.2]}),
+        "rates": RATES,
+        "start": {"accuracy": 0.4, "pass@8": 0.9, "length": 41.0},
+        "rows": [],
+    }
+    for method, gain in (("GRPO", 0.0), ("M", 0.1)):
+        for seed, accuracy in ((1, 0.6), (2, 0.7)):
+            row = {"method": method, "lr": "2e-4", "seed": seed, "accuracy": accuracy + gain * seed}
+            row |= {"pass@8": 0.95, "entropy": 0.05, "length": 40.0, "step_seconds": 0.5}
+            results["rows"].append(row)
+    last = compare_pages.table(results).splitlines()[-1]
+    # Differences 0.1 and 0.2: mean 0.15, standard error 0.05, 12.706 of it to either side.
+    assert last == ("| M | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 500 | +0.150 [−0.485, +0.785] |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "GRPO,PPO"], "--only PPO"),
+        (["--samples", "4"], "--samples 4"),
+        (["--seeds", "11"], "--seeds 11"),
+        (["--rates", "2e-4", "high"], "--rates high"),
+    ],
+)
+def test_a_mistake_is_one_line(flags: list[str], message: str):
+    command = [sys.executable, "benchmark/compare.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_other_settings_are_not_added_to_the_results(tmp_path: Path, capsys: pytest.CaptureFixture):
+    args = Args(results=tmp_path / "compare.json", runs=tmp_path)
+    compare.store(compare.read_results(args), args.results)
+    compare.read_results(args)
+    args.steps = 61
+    with pytest.raises(SystemExit):
+        compare.read_results(args)
+    assert "--steps 61" in capsys.readouterr().err
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run whose model is whole, and one whose row is there, are not trained; a half one is."""
+    args = Args(results=tmp_path / "compare.json", runs=tmp_path / "runs", steps=2, jobs=1)
+    jobs = [Job("GRPO", "2e-4", seed) for seed in (1, 2, 3)]
+    for job in jobs[1:]:
+        folder = args.runs / job.folder
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text('{"steps": 2}')
+    (args.runs / jobs[1].folder / "model").mkdir()
+    (args.runs / jobs[2].folder / "model.unfinished").mkdir()
+    started = []
+
+    def run(command: list[str]) -> str:
+        assert "--resume" in command
+        started.append(Path(command[-1]).name)
+        return ""
+
+    monkeypatch.setattr(compare, "run_on_this_core", run)
+    monkeypatch.setattr(compare, "cut", lambda folder, args: {"weights": str(folder)})
+    monkeypatch.setattr(compare, "evaluate", lambda models, problems, args: dict.fromkeys(models))
+    monkeypatch.setattr(compare, "row_of", lambda job, evaluated, args: job._asdict())
+    results = compare.read_results(args)
+    results["rows"] = [jobs[0]._asdict()]
+    compare.run_phase("rows", jobs, compare.TEST, results, args)
+    assert started == [jobs[2].folder]
+    assert [row["seed"] for row in json.loads(args.results.read_text())["rows"]] == [1, 2, 3]
+
+
+def test_a_run_of_another_length_is_refused(tmp_path: Path):
+    job = Job("GRPO", "2e-4", 1)
+    (tmp_path / job.folder).mkdir()
+    (tmp_path / job.folder / "args.json").write_text('{"steps": 3}')
+    with pytest.raises(SystemExit):
+        compare.train(job, Args(runs=tmp_path, steps=2))
+
+
+def test_two_methods_from_end_to_end(tmp_path: Path):
+    """One learning rate, one seed, two steps; then again, which trains nothing."""
+    pytest.importorskip("vllm")
+    results, runs = tmp_path / "compare.json", tmp_path / "runs"
+    flags = "--only GRPO,DAPO --seeds 1 --rates 2e-4 --steps 2 --samples 8 --jobs 1"
+    command = [sys.executable, "benchmark/compare.py", *flags.split()]
+    command += ["--results", str(results), "--runs", str(runs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(results.read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    assert set(rows) == {"GRPO", "DAPO"}
+    assert rows["GRPO"]["rollouts"] == 256 and rows["GRPO"]["step"] == 2
+    assert rows["DAPO"]["rollouts"] <= 256
+    assert found["start"] != {k: rows["DAPO"][k] for k in found["start"]}
+    trained = (runs / "train.jsonl").read_text().splitlines()
+    validated = (runs / "validation.jsonl").read_text().splitlines()
+    assert len(trained) == 2744 and len(validated) == 256 and not set(trained) & set(validated)
+
+    before = results.read_bytes()
+    shutil.rmtree(runs)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and results.read_bytes() == before
+    assert not re.search(r"\d+/\d+, ", done.stdout)

@@ -1,0 +1,275 @@
+"""benchmark/credit.py: its truth against a known tree and new samples, its measures by hand."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import credit
+import credit_page
+import numpy as np
+import pytest
+import truth
+from measures import (
+    MEASURES,
+    Truth,
+    cosine,
+    estimate,
+    helpful_penalised,
+    on_decisive,
+    penalised,
+    rank_in_rollouts,
+    ranks,
+    spearman,
+    wrong_sign,
+)
+
+COUNT = 8  # continuations of the smoke run
+SMOKE = {"prompts": 2, "group_size": 8, "continuations": COUNT, "policies": "starting"}
+
+
+def array(*values: float) -> np.ndarray:
+    return np.array(values, dtype=float)
+
+
+# ------------------------------------------------------------------------------- the truth
+
+
+def test_values_and_advantages_by_hand():
+    curve = truth.true_advantages(array(0.5, 0.2), array(1, 3), 4, 1.0)
+    # With its last token the rollout is right; before it, 0.8 · 1 + 0.2 · 3/4; then 0.5 · (...)
+    assert curve.values == pytest.approx([0.5 * 0.95 + 0.5 * 0.25, 0.95, 1.0])
+    assert curve.advantages == pytest.approx([0.35, 0.05])
+
+
+def test_a_certain_token_has_no_advantage_and_no_error():
+    curve = truth.true_advantages(array(0.0, 1.0), array(0, 2), 4, 0.0)
+    assert curve.advantages.tolist() == [0.0, -0.5]
+    assert curve.errors[0] == 0.0 < curve.errors[1]
+
+
+def test_estimates_are_unbiased_and_as_noisy_as_they_say():
+    others, elsewhere, count = array(0.3, 0.4, 0.9), array(0.2, 0.7, 0.4), 50
+    exact = truth.true_advantages(others, elsewhere * count, count, 1.0)
+    drawn = [
+        truth.true_advantages(others, wins, count, 1.0)
+        for wins in np.random.default_rng(0).binomial(count, elsewhere, size=(2000, 3))
+    ]
+    for name, error in (("values", "value_errors"), ("advantages", "errors")):
+        off = np.array([getattr(d, name) - getattr(exact, name) for d in drawn])[:, :3]
+        z = off / np.array([getattr(d, error) for d in drawn])[:, :3]
+        assert z.mean(0) == pytest.approx([0, 0, 0], abs=0.1)
+        assert np.sqrt(np.square(z).mean(0)) == pytest.approx([1, 1, 1], abs=0.1)
+
+
+# ------------------------------------------------------------------------------- the measures
+
+
+def test_ranks_share_ties():
+    assert ranks(array(3, 1, 3, 2)).tolist() == [3.5, 1, 3.5, 2]
+
+
+def test_rank_correlation_by_hand():
+    assert spearman(array(1, 2, 3), array(1, 10, 100)) == pytest.approx(1)
+    # Without ties: 1 - 6 Σd² / (n (n² - 1)), here d = (1, -1, 1, -1)
+    assert spearman(array(2, 1, 4, 3), array(1, 2, 3, 4)) == pytest.approx(1 - 6 * 4 / 60)
+    assert spearman(array(5, 5, 5), array(1, 2, 3)) == 0
+    assert cosine(array(0, 0), array(1, 2)) == 0
+
+
+TRUE = Truth(
+    advantages=[array(0.5, -0.1, 0.0), array(0.3, 0.01, -0.6)],
+    clear=[np.array([True, True, False]), np.array([True, False, True])],
+    correct=[1.0, 0.0],
+    steps=[
+        [(slice(0, 2), False)],
+        [(slice(0, 1), True), (slice(1, 2), True), (slice(2, 3), False)],
+    ],
+)
+
+
+def test_measures_by_hand():
+    given = [array(2, 1, -7), array(-1, -2, -1)]
+    # Clear: 2 and 0.5 agree, 1 and -0.1 do not, -1 and 0.3 do not, -1 and -0.6 agree.
+    assert wrong_sign(given, TRUE) == (2, 4)
+    assert on_decisive(given, TRUE) == (2 + 1 + 1, 14)  # 0.5, 0.3 and -0.6 exceed 0.2
+    assert penalised(given, TRUE) == (2, 2)  # of the failed rollout, its two right steps
+    assert helpful_penalised(given, TRUE) == (1, 1)  # the second of which gained only 0.01
+    assert rank_in_rollouts(given, TRUE)[0] == pytest.approx(0.5 + 0)
+    assert rank_in_rollouts(given, TRUE, (0,)) == pytest.approx((0, 1))
+
+
+def test_no_credit_has_no_sign_and_no_share():
+    given = [np.zeros(3), np.zeros(3)]
+    assert wrong_sign(given, TRUE) == (0, 0)
+    assert on_decisive(given, TRUE) == (0, 0)
+    assert penalised(given, TRUE) == (0, 2)
+
+
+def test_the_mirror_image_of_the_truth():
+    reversed_truth = [-advantages for advantages in TRUE.advantages]
+    for name in ("rank, group", "rank, right rollout", "rank, failed rollout", "cosine"):
+        right, count = MEASURES[name](TRUE.advantages, TRUE)
+        assert right == pytest.approx(count)
+        assert MEASURES[name](reversed_truth, TRUE)[0] == pytest.approx(-count)
+    assert wrong_sign(TRUE.advantages, TRUE) == (0, 4)
+    assert wrong_sign(reversed_truth, TRUE) == (4, 4)
+    assert helpful_penalised(TRUE.advantages, TRUE) == (0, 1)
+    assert helpful_penalised(reversed_truth, TRUE) == (1, 1)
+
+
+def test_an_estimate_is_a_ratio_of_sums_with_an_interval():
+    measured = np.array([[1, 2], [3, 4]] * 20, dtype=float)
+    found = estimate(measured, measured)
+    assert found["value"] == pytest.approx(4 / 6)
+    assert 0.5 < found["interval"][0] < 4 / 6 < found["interval"][1] < 0.75
+    assert not found["differs"]
+    assert estimate(measured + np.array([0.5, 0]), measured)["differs"]
+    assert estimate(np.zeros((3, 2)), np.ones((3, 2))) is None
+
+
+# ------------------------------------------------------------------------------- a small run
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def smoke(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that is killed after its first problem and goes on; with its engine and policy."""
+    pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("credit")
+    args = credit.Args(**SMOKE, run_dir=str(folder), results=str(folder / "credit.json"))
+    kept: dict[str, Any] = {"folder": folder, "measured": []}
+    patch = pytest.MonkeyPatch()
+    make_engine, measure = credit.models.make_engine, truth.measure
+
+    def one_engine(settings: Any, policy: Any, tokenizer: Any, problems: Any) -> Any:
+        if "engine" not in kept:
+            kept["engine"] = make_engine(settings, policy, tokenizer, problems)
+        return kept["engine"]
+
+    def killed(engine: Any, grader: Any, policy: Any, problem: Any, *rest: Any, **named: Any):
+        if kept["measured"] == ["first"]:
+            raise Killed
+        kept["measured"].append("first" if not kept["measured"] else problem.text)
+        kept["problem"], kept["policy"] = problem, policy
+        return measure(engine, grader, policy, problem, *rest, **named)
+
+    patch.setattr(credit.models, "make_engine", one_engine)
+    patch.setattr(truth, "measure", killed)
+    try:
+        with pytest.raises(Killed):
+            credit.main(args)
+        kept["before"] = {p.name: p.read_text() for p in folder.glob("starting/*")}
+        kept["measured"].append("killed")
+        credit.main(args)
+    finally:
+        patch.undo()
+    kept["rows"] = [json.loads(p.read_text()) for p in sorted(folder.glob("starting/*"))]
+    kept["results"] = json.loads((folder / "credit.json").read_text())
+    return kept
+
+
+def test_a_killed_run_goes_on_at_the_problem(smoke: dict[str, Any]):
+    assert list(smoke["before"]) == ["problem-000.json"]
+    assert smoke["measured"] == ["first", "killed", smoke["rows"][1]["problem"]]
+    first = smoke["folder"] / "starting" / "problem-000.json"
+    assert first.read_text() == smoke["before"]["problem-000.json"]
+
+
+def test_advantages_sum_to_reward_minus_the_prompts_value(smoke: dict[str, Any]):
+    found = smoke["results"]["policies"]["starting"]["soundness"]
+    assert found["advantages of a rollout − (reward − V(prompt)), largest"] < 1e-12
+    assert found["rms z"] < 2.5  # of few rollouts, and those of a group are not independent
+    assert found["an advantage measured twice, rms z"] < 1.5
+
+
+def test_values_agree_with_plain_continuations(smoke: dict[str, Any]):
+    """In the middle of a rollout, where no part of the estimate comes from the same samples."""
+    row, problem, engine = smoke["rows"][1], smoke["problem"], smoke["engine"]
+    _, curves = credit.read_truth(row, [0, 1], COUNT)
+    answer = f"boxed{{{problem.answer}}}"
+    for tokens, others, curve in zip(row["tokens"], row["others"], curves, strict=True):
+        t = int(np.argmax(others[3:])) + 3  # the least certain token after the opener
+        prompts = [problem.prompt + tokens[:t]] * 300
+        went_on = engine.generate(prompts, list(range(300)), 64, 1.0)
+        texts = engine.decode([tokens[:t] + response for response, _ in went_on])
+        plain = np.mean([text.endswith(answer) for text in texts])
+        error = np.hypot(curve.value_errors[t], np.sqrt(plain * (1 - plain) / 300))
+        assert abs(curve.values[t] - plain) < 4 * error + 0.01
+
+
+def test_the_truth_measured_again_and_its_mirror_image(smoke: dict[str, Any]):
+    methods = smoke["results"]["policies"]["starting"]["methods"]
+    again, mirrored = methods["truth, measured again"], methods["the same, reversed"]
+    assert again["cosine"]["value"] > 0.8
+    assert again["cosine"]["value"] > methods["GRPO"]["cosine"]["value"]
+    for name in ("rank, group", "rank, right rollout", "rank, failed rollout", "cosine"):
+        assert mirrored[name]["value"] == pytest.approx(-again[name]["value"])
+    assert mirrored["wrong sign"]["value"] == pytest.approx(1 - again["wrong sign"]["value"])
+
+
+def test_methods_that_need_a_moved_policy_begin_as_grpo(smoke: dict[str, Any]):
+    methods = smoke["results"]["policies"]["starting"]["methods"]
+    for name in ("ERPO", "ARCA", "ARCA's divergence"):
+        assert methods[name] == methods["GRPO"]
+    assert methods["GRPO"]["rank, failed rollout"]["value"] == 0
+    assert methods["GTPO"]["rank, failed rollout"]["value"] != 0
+
+
+def test_steps_lie_on_their_tokens(smoke: dict[str, Any]):
+    for row in smoke["rows"]:
+        judged = credit.read_truth(row, [0], COUNT)[0].steps
+        for pieces, steps in zip(row["pieces"], judged, strict=True):
+            for tokens, _ in steps:
+                assert credit.check_steps(row["problem"], "".join(pieces[tokens]))
+
+
+def test_the_figure_has_a_row_for_each_method(smoke: dict[str, Any], tmp_path: Path):
+    credit_page.draw(smoke["results"], tmp_path / "credit.svg")
+    drawn = (tmp_path / "credit.svg").read_text()
+    for name in smoke["results"]["policies"]["starting"]["methods"]:
+        if "again" not in name and "reversed" not in name:
+            assert f">{name.replace(chr(39), '&#x27;')}<" in drawn
+
+
+# ------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"prompts": 1},
+        {"continuations": 1},
+        {"policies": "final"},
+    ],
+)
+def test_mistakes_name_the_flag(
+    flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        credit.main(credit.Args(**flags, run_dir=str(tmp_path)))
+    assert stopped.value.code == 2
+    (name, value), error = next(iter(flags.items())), capsys.readouterr().err
+    assert f"--{name}" in error and str(value) in error and error.count("\n") == 1
+
+
+def test_other_settings_need_another_folder(tmp_path: Path):
+    credit.check(credit.Args(run_dir=str(tmp_path)))
+    credit.check(credit.Args(run_dir=str(tmp_path), prompts=5))
+    with pytest.raises(SystemExit):
+        credit.check(credit.Args(run_dir=str(tmp_path), continuations=128))
+
+
+def test_the_page_and_the_figure_show_the_results_file(tmp_path: Path):
+    results = json.loads(credit.RESULTS.read_text(encoding="utf-8"))
+    stale = "is stale: python benchmark/credit.py --write"
+    assert credit_page.filled_page(results) == credit_page.PAGE.read_text(), f"the page {stale}"
+    credit_page.draw(results, tmp_path / "credit.svg")
+    drawn = (tmp_path / "credit.svg").read_text()
+    assert drawn == credit_page.FIGURE.read_text(), f"the figure {stale}"
+    changed = copy.deepcopy(results)
+    changed["policies"]["starting"]["methods"]["GRPO"]["cosine"]["value"] += 0.1
+    assert credit_page.filled_page(changed) != credit_page.filled_page(results)

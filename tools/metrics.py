@@ -1,0 +1,118 @@
+"""What a problem's sampled answers say of a model: pass@k, mean, majority, and their intervals.
+
+A record is one problem's results, as evaluate.py makes them: `correct`, `lengths` and `truncated`
+with an entry a sample, `majority`, and `greedy` with the same lists for one greedy response.
+Formulas and sources: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common import bootstrap_interval
+from verifier import Grader, in_box, plain_number
+
+Record = dict[str, Any]
+Estimate = dict[str, float]  # value, low, high
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that k of n samples drawn without replacement hold a correct one: an unbiased
+    estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Exact up to one rounding.
+
+    Raises ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k of n={n}, correct={correct}, k={k}")
+    every = math.comb(n, k)
+    return (every - math.comb(n - correct, k)) / every  # 1 - C(n-c, k) / C(n, k), in integers
+
+
+def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[float]) -> float:
+    """Whether the answer given most often is right; a tie counts by its odds: 1/2 for two answers.
+
+    answers: what each response boxed, None (no vote) where nothing; correct: their verdicts.
+    Answers are the same where math-verify says so. The right ones have been compared with the
+    gold, so only wrong ones may need comparing with each other, and only where that can decide.
+    """
+    right = sum(map(bool, correct))
+    texts: dict[Any, str] = {}  # the first way in which a wrong answer was written
+    votes: Counter[str] = Counter()
+    for answer, verdict in zip(answers, correct, strict=True):
+        if answer is not None and not verdict:
+            number = plain_number(answer)
+            key = " ".join(answer.split()) if number is None else number
+            votes[texts.setdefault(key, answer)] += 1
+    if right == 0 or right > votes.total():
+        return float(right > 0)
+    if max(votes.values()) > right:
+        return 0.0
+    ranked = [text for text, _ in votes.most_common()]
+    readable = [t for t, fine in zip(ranked, grader.readable(ranked), strict=True) if fine]
+    pairs = list(itertools.combinations(readable, 2))
+    verdicts = grader.grade([in_box(second) for _, second in pairs], [first for first, _ in pairs])
+    same = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict}
+    groups: Counter[str] = Counter()
+    for text in ranked:
+        groups[next((first for first in groups if (first, text) in same), text)] += votes[text]
+    sizes = list(groups.values())
+    return 0.0 if max(sizes) > right else 1 / (1 + sizes.count(right))
+
+
+def metric_values(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Every metric as one value a problem, [problems]."""
+    n = len(records[0]["correct"])
+    per_problem = {
+        f"mean@{n}": [np.mean(r["correct"]) for r in records],
+        **{f"pass@{k}": [pass_at_k(n, int(sum(r["correct"])), k) for r in records] for k in ks},
+        f"majority@{n}": [r["majority"] for r in records],
+        "greedy": [r["greedy"]["correct"][0] for r in records],
+        "length": [np.mean(r["lengths"]) for r in records],
+        "truncated": [np.mean(r["truncated"]) for r in records],
+    }
+    return {name: np.array(values, dtype=float) for name, values in per_problem.items()}
+
+
+def estimates(values: dict[str, np.ndarray]) -> dict[str, Estimate]:
+    """The mean over problems of each metric, with its 95% bootstrap interval."""
+    result = {}
+    for name, value in values.items():
+        low, high = bootstrap_interval(value)
+        result[name] = {"value": float(value.mean()), "low": low, "high": high}
+    return result
+
+
+def summary(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
+    """One model on one data set: {"problems", "samples", "metrics": {name: Estimate}}."""
+    metrics = estimates(metric_values(records, ks))
+    return {"problems": len(records), "samples": len(records[0]["correct"]), "metrics": metrics}
+
+
+def difference(
+    records: Sequence[Record], baseline: Sequence[Record], ks: Sequence[int]
+) -> dict[str, Estimate]:
+    """Each metric minus the baseline's, over the problems both have. An interval resamples
+    problems, the same for both: what is hard about a problem cancels."""
+    theirs, ours = by_problem(baseline), by_problem(records)
+    both = [key for key in ours if key in theirs]
+    if not both:
+        return {}
+    before = metric_values([theirs[key] for key in both], ks)
+    after = metric_values([ours[key] for key in both], ks)
+    return estimates({name: value - before[name] for name, value in after.items()})
+
+
+def by_problem(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """Records by their problem's text, and which of its occurrences in the data set it is."""
+    seen: Counter[str] = Counter()
+    keyed = {}
+    for record in records:
+        seen[record["problem"]] += 1
+        keyed[record["problem"], seen[record["problem"]]] = record
+    return keyed
