@@ -180,6 +180,7 @@ class Rollouts:
     engine_logp: Tensor  # [P, G, T] NaN where the engine did not sample the token
     truncated: Tensor  # [P, G] true where a response reached --max-new-tokens
     texts: list[list[str]]
+    graph: tuple[Tensor, Tensor] | None = None  # scores that the update can go back from
 
 
 def roll_out(
@@ -367,6 +368,9 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token of n rollouts, and the entropy of the distribution
     it was drawn from (nats, no gradient): two [n, T], 0 outside the mask, float32."""
+    if rollouts.graph and torch.is_grad_enabled():
+        scores, rollouts.graph = rollouts.graph, None  # one backward pass uses it up
+        return tuple(values[index] for values in scores)
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
     weight = base_model(model).get_output_embeddings().weight
@@ -376,13 +380,25 @@ def token_logp(
 
 
 @torch.no_grad()
-def score(model: nn.Module, rollouts: Rollouts, args: RunArgs) -> tuple[Tensor, Tensor]:
-    """`token_logp` of every rollout, without a gradient: two [P, G, T]."""
-    logp, entropy = (torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
+def score(
+    model: nn.Module, rollouts: Rollouts, args: Any, *, before_update: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`token_logp` of every rollout, without a gradient: two [P, G, T].
+
+    before_update: where one micro-batch holds all rollouts of the only update to come, that update
+    need not compute the same again: the rollouts keep the graph for it.
+    """
+    scores = tuple(torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
     everything = torch.arange(len(rollouts.problems))
-    for index in micro_batches(rollouts, args.token_budget, everything):
-        logp[index], entropy[index] = token_logp(model, rollouts, index, args)
-    return logp, entropy
+    batches = list(micro_batches(rollouts, args.token_budget, everything))
+    keep = before_update and len(batches) == args.updates_per_rollout == 1 and not args.lora_dropout
+    with torch.set_grad_enabled(keep):
+        for index in batches:
+            logp, entropy = token_logp(model, rollouts, index, args)
+            scores[0][index], scores[1][index] = logp, entropy
+    if keep:
+        rollouts.graph = scores
+    return tuple(values.detach() for values in scores)
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float) -> Tensor:

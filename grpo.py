@@ -193,7 +193,8 @@ def main(args: Args) -> None:
 
         # Score every token under the policy that produced it, and check that it is that policy.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args)  # [P, G, T] each
+            scores = common.score(policy, rollouts, args, before_update=True)
+            old_logp, entropy = scores  # [P, G, T] each
             # <method>
             if args.kl:
                 with reference as frozen:

@@ -247,7 +247,7 @@ def test_grpo_s_clips_whole_rollouts(run: Callable):
     sequence, _ = run(gtpo, "grpo_s", level="sequence", alpha2=0.0, **settings)
     token, _ = run(grpo, "token", loss_average="sequence", **settings)
     assert sequence[1]["clip_fraction"] > 0
-    assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-2)
+    assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------- command line
