@@ -69,7 +69,7 @@ class EngineArgs:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     adamw_8bit: bool = False
-    """AdamW's moments in 8 bits, a quarter of their memory (needs `pip install torchao`)"""
+    """AdamW's moments in 8 bits, a quarter of their memory (needs `pip install torchao==0.18.0`)"""
     max_logp_gap: float | None = None
     """stop when the engine and the trainer disagree by more, mean over tokens (nats);
     None: 1e-4 in float32, 0.02 in bfloat16"""
@@ -230,10 +230,12 @@ def check(args: Any) -> None:
         refuse("--engine", "vllm", "vLLM is not installed; see README.md")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         refuse("--wandb-project", args.wandb_project, "wandb is not installed")
-    if args.adamw_8bit and importlib.util.find_spec("torchao") is None:
-        refuse("--adamw-8bit", "", "torchao is not installed")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device", "cuda", "no CUDA device is there")
+    if args.adamw_8bit and device(args).type == "cpu":
+        refuse("--adamw-8bit", "on", "needs a CUDA device")
+    if args.adamw_8bit and importlib.util.find_spec("torchao") is None:
+        refuse("--adamw-8bit", "on", "torchao is not installed")
 
 
 def check_unchanged(args: Any, now: dict[str, Any], before: dict[str, Any]) -> None:

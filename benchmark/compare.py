@@ -51,7 +51,7 @@ METHODS = {
     "divergence credit": "arca.py --credit divergence",
 }
 SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
-CURVE = "--eval-every 10 --eval-problems 128 --eval-samples 2"
+CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 PROMPTS, GROUP = 16, 8  # what the scripts take by default
 TEST = ROOT / "tiny" / "test.jsonl"
@@ -394,7 +394,7 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
         grid = [Job(method, lr, seed) for method in chosen for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
-    jobs = [Job(method, best[method], 1 + k) for method in chosen for k in range(args.seeds)]
+    jobs = [Job(method, best[method], 1 + k) for k in range(args.seeds) for method in chosen]
     run_phase("rows", jobs, TEST, results, args)
 
 

@@ -27,7 +27,7 @@ LEAST_BUDGET = 2048
 LORA_RANK = 32
 CONTEXT = 2048  # tokens of a prompt and its response
 SEQUENCES = 32  # that vLLM should at least hold at once
-LOGITS = 3 * 2**26  # a chunk's logits, their log-softmax and its gradient
+LOGITS = 3 * 2**27  # a tile of logits, their log-softmax and its exponential
 RESERVED = 2.5e9  # CUDA's context, vLLM's CUDA graphs, fragments
 
 
@@ -151,7 +151,7 @@ class Settings:
 
     def flags(self) -> str:
         words = ["--gradient-checkpointing"] * self.checkpointing
-        words += ["--optimizer adamw-8bit"] * self.eight_bit
+        words += ["--adamw-8bit"] * self.eight_bit
         if self.token_budget != TOKEN_BUDGET:
             words.append(f"--token-budget {self.token_budget}")
         return "`" + " ".join(words) + "`" if words else "as it is"

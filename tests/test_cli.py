@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, read_metrics, save_model
 
 import grpo
@@ -120,9 +121,31 @@ def test_incomplete_model(refusal: Callable, command: Command, tmp_path: Path, a
 
 
 @pytest.mark.parametrize("flag", ["--dataset", "--eval-dataset"])
-def test_missing_dataset(refusal: Callable, command: Command, tmp_path: Path, flag: str):
+def test_missing_dataset(
+    refusal: Callable,
+    command: Command,
+    tmp_path: Path,
+    flag: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(grpo, "load_policy", lambda _: pytest.fail("the weights were loaded first"))
     missing = tmp_path / "nothing.jsonl"
     assert refusal(command(flag, str(missing))) == f"error: {flag} {missing}: no such file"
+
+
+def test_8_bit_moments_need_a_gpu(refusal: Callable, command: Command):
+    arguments = [*command(), "--adamw-8bit"]
+    assert refusal(arguments) == "error: --adamw-8bit on: needs a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_with_8_bit_moments_goes_on(command: Command, tmp_path: Path):
+    pytest.importorskip("torchao")
+    for steps, more in (("2", []), ("3", ["--resume"])):
+        run = start([*command("--device", "cuda", "--steps", steps), "--adamw-8bit", *more])
+        assert run.wait(timeout=300) == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-000003").exists()
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,24 @@ def test_a_run_of_another_length_is_refused(tmp_path: Path):
         compare.train(job, Args(runs=tmp_path, steps=2))
 
 
+def test_the_pages_show_the_results():
+    if not Args.results.exists():
+        pytest.skip("no results yet: python benchmark/compare.py")
+    for page, text in compare_pages.filled_pages(json.loads(Args.results.read_text())).items():
+        fresh = (ROOT / page).read_text(encoding="utf-8") == text
+        assert fresh, f"{page} is stale: python benchmark/compare.py --write"
+
+
+def test_the_page_says_what_is_run():
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
+    rollouts = Args.steps * compare.PROMPTS * compare.GROUP
+    for said in (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts"):
+        assert said in page
+    for command in compare.METHODS.values():
+        assert command.removeprefix("arca.py --credit ") in page
+
+
 def test_two_methods_from_end_to_end(tmp_path: Path):
     """One learning rate, one seed, two steps; then again, which trains nothing."""
     pytest.importorskip("vllm")
