@@ -27,7 +27,7 @@ LEAST_BUDGET = 2048
 LORA_RANK = 32
 CONTEXT = 2048  # tokens of a prompt and its response
 SEQUENCES = 32  # that vLLM should at least hold at once
-LOGITS = 3 * 2**27  # a tile of logits, their log-softmax and its exponential
+LOGITS = 3 * 2**28  # a tile of logits, their log-softmax and its exponential
 RESERVED = 2.5e9  # CUDA's context, vLLM's CUDA graphs, fragments
 
 

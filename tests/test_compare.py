@@ -92,7 +92,7 @@ def test_the_cut_keeps_to_the_budget():
 
 def test_only_dynamic_sampling_saves_every_step():
     for method in compare.METHODS:
-        command = compare.training_command(Job(method, "2e-4", 1), Args(steps=60))
+        command = compare.training_command(Job(method, "2e-4", 1), Args())
         every = command[command.index("--save-every") + 1]
         assert every == ("1" if method == "DAPO" else "0")
 
@@ -134,10 +134,10 @@ def test_other_settings_are_not_added_to_the_results(tmp_path: Path, capsys: pyt
     args = Args(results=tmp_path / "compare.json", runs=tmp_path)
     compare.store(compare.read_results(args), args.results)
     compare.read_results(args)
-    args.steps = 61
+    args.steps = 41
     with pytest.raises(SystemExit):
         compare.read_results(args)
-    assert "--steps 61" in capsys.readouterr().err
+    assert "--steps 41" in capsys.readouterr().err
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -188,7 +188,9 @@ def test_the_page_says_what_is_run():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
     rollouts = Args.steps * compare.PROMPTS * compare.GROUP
-    for said in (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts"):
+    curve = compare.CURVE.split()[3]
+    numbers = (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts")
+    for said in (*numbers, f"{Args.samples} answers", f"on {curve} of the validation problems"):
         assert said in page
     for command in compare.METHODS.values():
         assert command.removeprefix("arca.py --credit ") in page
