@@ -271,7 +271,7 @@ def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Ro
 
 # ------------------------------------------------------------------------------- scoring
 
-# All logits at once could fill the memory. A GPU likes large tiles of them, a CPU's caches small ones.
+# All logits at once could fill the memory. A GPU likes large tiles, a CPU's caches small ones.
 LOGITS_AT_ONCE = 2**26 if torch.cuda.is_available() else 2**22
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 

@@ -394,8 +394,8 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
         grid = [Job(method, lr, seed) for method in chosen for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
-    jobs = [Job(method, best[method], 1 + k) for k in range(args.seeds) for method in chosen]
-    run_phase("rows", jobs, TEST, results, args)
+    for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
+        run_phase("rows", [Job(m, best[m], seed) for m in chosen], TEST, results, args)
 
 
 def main(args: Args) -> None:
