@@ -212,6 +212,46 @@ def test_gradient_through_the_chunked_head_is_the_plain_one(
         assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
 
 
+def test_a_single_micro_batch_goes_forward_once(
+    args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    passes, hidden_states = [], common.hidden_states
+
+    def counted(*call: Any) -> Tensor:
+        passes.append(torch.is_grad_enabled())
+        return hidden_states(*call)
+
+    monkeypatch.setattr(common, "hidden_states", counted)
+    rollouts = random_rollouts()
+    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
+    index = all_of(rollouts)
+    old_logp, _ = common.score(policy, rollouts, args, before_update=True)
+    common.score(policy, rollouts, args)  # as of a reference, in between
+    assert passes == [True, False] and not old_logp.requires_grad
+    gradients = []
+    for _ in "ab":  # from the kept graph, then from a pass of its own
+        logp, _ = common.token_logp(policy, rollouts, index, args)
+        torch.testing.assert_close(logp.detach(), old_logp[index])
+        (logp * weights[index]).sum().backward()
+        gradients.append([weight.grad for weight in policy.parameters()])
+        policy.zero_grad()
+    assert passes == [True, False, True]
+    for kept, fresh in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, fresh)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"token_budget": 40}, {"updates_per_rollout": 2}, {"lora_dropout": 0.1}], ids=str
+)
+def test_no_graph_is_kept_that_the_update_could_not_use(
+    args: grpo.Args, policy: nn.Module, settings: dict[str, Any]
+):
+    rollouts = random_rollouts()
+    args = dataclasses.replace(args, **settings)
+    common.score(policy, rollouts, args, before_update=True)
+    assert rollouts.graph is None
+
+
 def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn.Module):
     rollouts = random_rollouts()
     index = (torch.tensor([2, 0, 1, 0]), torch.tensor([0, 1, 2, 2]))

@@ -17,6 +17,7 @@ import models
 from common import Group, Problem
 from models import (
     Reference,
+    autocast,
     base_model,
     eos_ids,
     load_policy,
@@ -264,6 +265,24 @@ def test_reference_stays_what_the_policy_was(tied_model: Path, lora_rank: int):
     assert (plain_logp(policy, prompt, response, 1.0) - before).abs().max() > 0.01
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained) == bool(lora_rank)
+
+
+@pytest.mark.parametrize("model", ["tied_model", "untied_model"])
+def test_under_bfloat16_the_reference_takes_half_the_memory_and_changes_no_value(
+    model: str, request: pytest.FixtureRequest
+):
+    args = settings(request.getfixturevalue(model), precision="bfloat16")
+    policy = load_policy(args)
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), autocast(args), Reference(policy, args) as frozen:
+        assert torch.equal(frozen(ids).logits, policy(ids).logits)
+    half = {name for name, weight in frozen.named_parameters() if weight.dtype == torch.bfloat16}
+    assert {name for name in half if "proj" in name} and not any(map(is_norm_or_embedding, half))
+    assert ("lm_head.weight" in half) == (model == "untied_model")
+
+
+def is_norm_or_embedding(name: str) -> bool:
+    return "norm" in name or "embed" in name
 
 
 def test_master_weights_are_float32(tied_model: Path):
