@@ -392,7 +392,9 @@ def score(
     scores = tuple(torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
     everything = torch.arange(len(rollouts.problems))
     batches = list(micro_batches(rollouts, args.token_budget, everything))
-    keep = before_update and len(batches) == args.updates_per_rollout == 1 and not args.lora_dropout
+    config = base_model(model).config.get_text_config().to_dict()
+    dropout = [args.lora_dropout, *(rate for name, rate in config.items() if "drop" in name)]
+    keep = before_update and len(batches) == args.updates_per_rollout == 1 and not any(dropout)
     with torch.set_grad_enabled(keep):
         for index in batches:
             logp, entropy = token_logp(model, rollouts, index, args)

@@ -34,6 +34,9 @@ def load_tokenizer(args: Any) -> Any:
     vocabulary = config.get_text_config().vocab_size
     if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
         refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config.get_text_config(), name, None) not in (None, 1):
+            refuse("--model", args.model, f"changes its logits by {name}, which is not supported")
     return tokenizer
 
 
@@ -50,6 +53,8 @@ def load_policy(args: Any) -> nn.Module:
         )
     except (OSError, ValueError) as error:
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    if getattr(policy.get_output_embeddings(), "bias", None) is not None:
+        refuse("--model", args.model, "its LM head has a bias, which is not supported")
     policy.to(device(args))
     try:
         policy.generation_config.validate(strict=True)

@@ -218,7 +218,10 @@ class Run:
         norm = nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(loss):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):  # torchao's optimiser reads it from a tensor
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             optimizer.step()
             self.failures = 0
         else:

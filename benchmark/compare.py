@@ -309,8 +309,6 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
         left = (time.perf_counter() - begun) / 60 / done * (len(jobs) - done)
         print(f"{job.folder:30} {done}/{len(jobs)}, {left:.0f} min left  {why}", flush=True)
         stopped |= {job: why} if why else {}
-    if stopped and name == "rows":  # its rate was fine with the selection seeds
-        sys.exit("\n".join(f"{job.folder} {why}" for job, why in stopped.items()))
     models = [cut(args.runs / job.folder, args)["weights"] for job in jobs if job not in stopped]
     if name == "rows" and "start" not in results:
         models.insert(0, "tiny")
@@ -318,11 +316,15 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
     if "tiny" in evaluated:
         results["start"] = evaluated["tiny"]
     for job in jobs:
-        failed = job._asdict() | {"accuracy": None, "stopped": stopped.get(job)}
-        results[name].append(failed if job in stopped else row_of(job, evaluated, args))
+        if job not in stopped:
+            results[name].append(row_of(job, evaluated, args))
+        elif name == "selection":
+            results[name].append(job._asdict() | {"accuracy": None, "stopped": stopped[job]})
     order = list(METHODS)
     results[name].sort(key=lambda r: (order.index(r["method"]), float(r["lr"]), r["seed"]))
     store(results, args.results)
+    if stopped and name == "rows":  # its rate was fine with the selection seeds
+        sys.exit("\n".join(f"{job.folder} {why}" for job, why in stopped.items()))
 
 
 def other_than_default(args: Args) -> list[str]:
@@ -403,6 +405,8 @@ def main(args: Args) -> None:
     import compare_pages  # which needs this module
 
     chosen, results = check(args), read_results(args)
+    if args.write and "start" not in results:
+        refuse("results", args.results, "holds no finished seed yet")
     if args.write:
         for page, text in compare_pages.filled_pages(results).items():
             write_whole(ROOT / page, text)

@@ -325,7 +325,8 @@ def main(args: Args) -> None:
         problems = problems[: args.prompts]
         engine = models.make_engine(settings, policy, tokenizer, problems)
         summaries = {}
-        for name in args.policies.split(","):
+        # The starting policy comes first: the other one's weights are loaded over its own.
+        for name in (name for name in POLICIES if name in args.policies.split(",")):
             if name == "half-trained":
                 models.load_weights(policy, train(args))
             engine.sync(policy)

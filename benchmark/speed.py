@@ -181,12 +181,12 @@ MISSING = "not measured"
 
 def tables(results: dict[str, Any]) -> str:
     """Steps and pieces as two Markdown tables, limits beside the figures."""
-    lines = [f"| | must hold | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * len(COLUMNS)]
+    lines = [f"| | goal | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * len(COLUMNS)]
     columns = [step_rows(found(results, *column)) for column in COLUMNS.values()]
     for row in columns[0]:
         figures = [column[row] for column in columns]
         lines.append(f"| {' | '.join(row)} | {' | '.join(figures)} |")
-    lines += ["", "| piece | must hold | measured, CPU |", "|---|---|---:|"]
+    lines += ["", "| piece | goal | measured, CPU |", "|---|---|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in piece_rows(found(results, "cpu", ""))]
     return "\n".join(lines)
 

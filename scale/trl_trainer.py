@@ -43,7 +43,7 @@ from verifier import Grader
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
 NOT_HERE = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "probe_every", "wandb_project")
-NOT_HERE += ("dynamic_sampling", "generation_rounds", "credit")
+NOT_HERE += ("dynamic_sampling", "generation_rounds", "credit", "adamw_8bit", "keep_checkpoints")
 
 
 @dataclass
@@ -82,8 +82,8 @@ def check_layout(args: Any, processes: int) -> None:
     if args.prompts_per_step * args.group_size % (processes * args.updates_per_rollout):
         share = f"{processes} processes with {args.updates_per_rollout} updates a step"
         refuse("--group-size", args.group_size, f"whole groups do not divide evenly over {share}")
-    if not args.resume and any(Path(args.run_dir).glob("checkpoint-*")):
-        refuse("--run-dir", args.run_dir, "already holds a run; add --resume to go on with it")
+    if args.resume != (found := any(Path(args.run_dir).glob("checkpoint-*"))):
+        refuse("--resume", args.resume, f"{args.run_dir} holds {'a' if found else 'no'} checkpoint")
 
 
 def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:

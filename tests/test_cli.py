@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_incomplete_model(refusal: Callable, command: Command, tmp_path: Path, a
     folder = save_model(tmp_path / "model", tied=True, pad="<|im_end|>", eos=("<|im_end|>",))
     (folder / absent).unlink()
     assert refusal(command("--model", str(folder))).startswith(f"error: --model {folder}: ")
+
+
+def test_a_model_that_changes_its_logits(
+    refusal: Callable, command: Command, tied_model: Path, tmp_path: Path
+):
+    """What the LM head's tiles leave out must not be left out in silence."""
+    folder = Path(shutil.copytree(tied_model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+    why = "changes its logits by final_logit_softcapping, which is not supported"
+    assert refusal(command("--model", str(folder))) == f"error: --model {folder}: {why}"
 
 
 @pytest.mark.parametrize("flag", ["--dataset", "--eval-dataset"])

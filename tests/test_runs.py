@@ -320,6 +320,14 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return make
 
 
+def test_a_learning_rate_that_the_optimiser_keeps_in_a_tensor(small_run: Callable[..., SmallRun]):
+    small = small_run()
+    (group,) = small.optimizer.param_groups
+    rate = group["lr"] = torch.tensor(5.0)
+    small.update(small.policy.weight.square().sum())
+    assert group["lr"] is rate and rate.item() == pytest.approx(0.1)
+
+
 def test_a_kill_at_any_operation_on_files(
     small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

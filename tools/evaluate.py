@@ -259,7 +259,8 @@ class Kept:
         self, args: Args, model: str, dataset: str, problems: Problems, opened: ExitStack
     ) -> None:
         self.model, self.dataset = model, dataset
-        weights = [f for m in {model, base_of(model)} for f in Path(m).glob("*.safetensors")]
+        kinds = ("*.safetensors", "*.bin", "adapter_config.json")
+        weights = [f for m in {model, base_of(model)} for k in kinds for f in Path(m).glob(k)]
         settings = {"models": f"{model} ({digest(*sorted(weights))})"}
         settings["datasets"] = f"{dataset} ({digest(*[(p.prompt, p.answer) for p in problems])})"
         settings |= {name: getattr(args, name) for name in FIXED}
