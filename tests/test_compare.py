@@ -177,9 +177,10 @@ def test_a_run_of_another_length_is_refused(tmp_path: Path):
 
 
 def test_the_pages_show_the_results():
-    if not Args.results.exists():
+    results = json.loads(Args.results.read_text()) if Args.results.exists() else {}
+    if "start" not in results:
         pytest.skip("no results yet: python benchmark/compare.py")
-    for page, text in compare_pages.filled_pages(json.loads(Args.results.read_text())).items():
+    for page, text in compare_pages.filled_pages(results).items():
         fresh = (ROOT / page).read_text(encoding="utf-8") == text
         assert fresh, f"{page} is stale: python benchmark/compare.py --write"
 
