@@ -380,6 +380,12 @@ def token_logp(
     return tuple(nothing.masked_scatter(mask, values) for values in scores)
 
 
+def drops_out(model: nn.Module, args: Any) -> bool:
+    """Whether the model gives other values in training, by dropout of its own or of LoRA."""
+    config = base_model(model).config.get_text_config().to_dict()
+    return any([args.lora_dropout, *(rate for name, rate in config.items() if "drop" in name)])
+
+
 @torch.no_grad()
 def score(
     model: nn.Module, rollouts: Rollouts, args: Any, *, before_update: bool = False
@@ -392,9 +398,8 @@ def score(
     scores = tuple(torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
     everything = torch.arange(len(rollouts.problems))
     batches = list(micro_batches(rollouts, args.token_budget, everything))
-    config = base_model(model).config.get_text_config().to_dict()
-    dropout = [args.lora_dropout, *(rate for name, rate in config.items() if "drop" in name)]
-    keep = before_update and len(batches) == args.updates_per_rollout == 1 and not any(dropout)
+    keep = before_update and len(batches) == args.updates_per_rollout == 1
+    keep = keep and not drops_out(model, args)
     with torch.set_grad_enabled(keep):
         for index in batches:
             logp, entropy = token_logp(model, rollouts, index, args)
