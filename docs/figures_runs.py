@@ -65,7 +65,8 @@ def draw_compare(results: dict) -> None:
             columns = curves[name].T.tolist()
             if len(columns[0]) > 1:
                 low, high = zip(*map(t_interval, columns), strict=True)
-                band(axes, x.tolist(), list(low), list(high), colour)
+                low, high = np.clip([low, high], lowest, 1).tolist()  # few seeds reach past the axis
+                band(axes, x.tolist(), low, high, colour)
             mean = curves[name].mean(0)
             drawing.line([axes.at(*p) for p in zip(x, mean, strict=True)], colour, width)
     drawing.save("compare.svg")
