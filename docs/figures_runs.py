@@ -65,7 +65,8 @@ def draw_compare(results: dict) -> None:
             columns = curves[name].T.tolist()
             if len(columns[0]) > 1:
                 low, high = zip(*map(t_interval, columns), strict=True)
-                low, high = np.clip([low, high], lowest, 1).tolist()  # few seeds reach past the axis
+                # With few seeds an interval reaches past the axis.
+                low, high = np.clip([low, high], lowest, 1).tolist()
                 band(axes, x.tolist(), low, high, colour)
             mean = curves[name].mean(0)
             drawing.line([axes.at(*p) for p in zip(x, mean, strict=True)], colour, width)
