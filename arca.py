@@ -23,16 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import common
-from models import (
-    Engine,
-    Reference,
-    eos_ids,
-    load_policy,
-    load_tokenizer,
-    make_engine,
-    make_optimizer,
-)
-from runs import Run, launch, learning_rate
+from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
+from runs import Run, launch, learning_rate, make_optimizer
 from settings import RunArgs, device, refuse, seed_for
 from verifier import Grader
 
@@ -282,8 +274,7 @@ def main(args: Args) -> None:
 
         # Score every token under the policy that produced it, and check that it is that policy.
         with run.time("score"):
-            scores = common.score(policy, rollouts, args, before_update=True)
-            old_logp, entropy = scores  # [P, G, T] each
+            old_logp, entropy = common.score(policy, rollouts, args, reuse=True)  # [P, G, T] each
             # <method>
             match args.credit:
                 case "uniform":

@@ -388,17 +388,17 @@ def drops_out(model: nn.Module, args: Any) -> bool:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, rollouts: Rollouts, args: Any, *, before_update: bool = False
+    model: nn.Module, rollouts: Rollouts, args: Any, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`token_logp` of every rollout, without a gradient: two [P, G, T].
 
-    before_update: where one micro-batch holds all rollouts of the only update to come, that update
-    need not compute the same again: the rollouts keep the graph for it.
+    reuse: where one micro-batch holds all rollouts of the only update to come, that update need not
+    compute the same again: the rollouts keep the graph, for the next `token_logp` to go back from.
     """
     scores = tuple(torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
     everything = torch.arange(len(rollouts.problems))
     batches = list(micro_batches(rollouts, args.token_budget, everything))
-    keep = before_update and len(batches) == args.updates_per_rollout == 1
+    keep = reuse and len(batches) == args.updates_per_rollout == 1
     keep = keep and not drops_out(model, args)
     with torch.set_grad_enabled(keep):
         for index in batches:

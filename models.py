@@ -79,17 +79,6 @@ def load_policy(args: Any) -> nn.Module:
     return policy
 
 
-def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
-    """AdamW over the weights that are trained."""
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.adamw_8bit:  # torchao: plain PyTorch, so on every device, and its state saves like any
-        from torchao.optim import AdamW8bit
-
-        return AdamW8bit(weights, **settings)
-    return torch.optim.AdamW(weights, **settings, fused=True)
-
-
 def is_lora(policy: nn.Module) -> bool:
     return hasattr(policy, "disable_adapter")
 
@@ -138,14 +127,14 @@ class Reference:
         self.policy = policy
         if is_lora(policy):
             return
-        half = {}
+        memo = {}  # what deepcopy takes for copied already
         if precision(args) is torch.bfloat16:
             # Autocast rounds the weights of linear layers to bfloat16 in either model, so a copy in
             # bfloat16 gives the same values in half the memory. All else stays float32.
             embedding = base_model(policy).get_input_embeddings().weight
             layers = [m.weight for m in policy.modules() if isinstance(m, nn.Linear)]
-            half = {id(w): w.detach().bfloat16() for w in layers if w is not embedding}
-        memo = {key: nn.Parameter(weight, requires_grad=False) for key, weight in half.items()}
+            layers = [w for w in layers if w is not embedding]
+            memo = {id(w): nn.Parameter(w.bfloat16(), requires_grad=False) for w in layers}
         self.copy = copy.deepcopy(policy, memo).requires_grad_(False)
 
     def __enter__(self) -> nn.Module:

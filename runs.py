@@ -371,6 +371,17 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------------------- start and stop
 
 
+def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.adamw_8bit:  # torchao's: written in PyTorch, and its state saves like any other
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(weights, **settings)
+    return torch.optim.AdamW(weights, **settings, fused=True)
+
+
 def learning_rate(step: int, args: Any) -> float:
     """Linear warm-up, then constant or a cosine to 0 at the last step."""
     warm = min(1.0, step / max(1, args.warmup_steps))

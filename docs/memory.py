@@ -168,9 +168,10 @@ def resident(model: Model, settings: Settings) -> float:
 
 
 def update_bytes(model: Model, settings: Settings) -> float:
-    """Peak of the update, vLLM asleep: what stays, gradients, activations, one logits chunk."""
+    """Peak of the update, vLLM asleep: what stays, gradients, activations, a tile of logits."""
     trained = model.adapters if settings.lora else model.parameters
-    head = 2 * model.vocabulary * model.hidden * (not settings.lora)  # its bf16 copy
+    # The head's gradient of a micro-batch, before it is added to that of those before.
+    head = 4 * model.vocabulary * model.hidden * (not settings.lora)
     of_token, of_weights = activations(model, settings.lora)
     layers = of_token * model.layers
     if settings.checkpointing:  # every layer's input, and all of the one that is computed again

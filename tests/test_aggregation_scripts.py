@@ -192,14 +192,13 @@ def first_share(seen: SimpleNamespace) -> list[int]:
 
 
 def test_holder_anneals_p_and_logs_its_ratios(run: Callable):
-    seen = run(holderpo, steps=4, lr=0.01)
+    seen = run(holderpo, steps=4, lr=0.01, seed=5)
     assert [row["p"] for row in seen.metrics[1:]] == [2, 1, 0, -1]
     assert len(seen.policies) == 16  # four updates a step
     for row in seen.metrics[1:]:
-        assert row["rho/min"] <= 1 <= row["rho/max"]
+        assert row["rho/min"] < 1 < row["rho/max"] and row["rho/std"] > 0
         assert 0 < row["weight_entropy"] <= torch.tensor(row["length"]).log() + 1e-6
-    for name in ("clip_fraction", "rho/std"):
-        assert max(row[name] for row in seen.metrics[1:]) > 0
+    assert max(row["clip_fraction"] for row in seen.metrics[1:]) > 0
 
 
 def test_holder_steps_may_not_change_where_p_depends_on_them(

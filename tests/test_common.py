@@ -225,7 +225,7 @@ def test_a_single_micro_batch_goes_forward_once(
     rollouts = random_rollouts()
     weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
     index = all_of(rollouts)
-    old_logp, _ = common.score(policy, rollouts, args, before_update=True)
+    old_logp, _ = common.score(policy, rollouts, args, reuse=True)
     common.score(policy, rollouts, args)  # as of a reference, in between
     assert passes == [True, False] and not old_logp.requires_grad
     gradients = []
@@ -248,7 +248,7 @@ def test_no_graph_is_kept_that_the_update_could_not_use(
 ):
     rollouts = random_rollouts()
     args = dataclasses.replace(args, **settings)
-    common.score(policy, rollouts, args, before_update=True)
+    common.score(policy, rollouts, args, reuse=True)
     assert rollouts.graph is None
 
 

@@ -243,11 +243,11 @@ def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(run: Callable):
 
 def test_grpo_s_clips_whole_rollouts(run: Callable):
     """From the second update of a step on, ratios differ, and a clip is off or on for a rollout."""
-    settings = {"clip_low": 0.001, "clip_high": 0.001, "updates_per_rollout": 2}
+    settings = {"clip_low": 0.001, "clip_high": 0.001, "updates_per_rollout": 2, "seed": 2}
     sequence, _ = run(gtpo, "grpo_s", level="sequence", alpha2=0.0, **settings)
     token, _ = run(grpo, "token", loss_average="sequence", **settings)
     assert sequence[1]["clip_fraction"] > 0
-    assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-4)
+    assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-2)
 
 
 # ------------------------------------------------------------------------------- command line
