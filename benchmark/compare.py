@@ -68,8 +68,8 @@ class Args:
     """runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)"""
     selection_seeds: int = 1
     """runs of each method at each learning rate, with seeds 101, 102, ..."""
-    rates: tuple[str, ...] = ("2e-4", "4e-4", "8e-4")
-    """learning rates to choose from; with one, nothing is chosen"""
+    rates: tuple[str, ...] = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
+    """learning rates to choose from; with one, nothing is chosen; later more can be added"""
     steps: int = 40
     """training steps of 16 problems with 8 rollouts each; DAPO takes fewer: see docs/compare.md"""
     samples: int = 8
@@ -344,6 +344,8 @@ def read_results(args: Args) -> dict:
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
     results = json.loads(args.results.read_text())
+    if set(results["rates"]) < set(args.rates) and not args.write:
+        results["rates"] = fixed["rates"]  # a wider grid needs more runs, and no other
     for name, value in fixed.items():
         if results[name] != value and not args.write:
             refuse(name, value, f"{args.results} was made with {results[name]}")
@@ -396,6 +398,7 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
         grid = [Job(method, lr, seed) for method in chosen for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
+    results["rows"] = [r for r in results["rows"] if r["lr"] == best.get(r["method"], r["lr"])]
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
         run_phase("rows", [Job(m, best[m], seed) for m in chosen], TEST, results, args)
 
