@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from models import Engine, autocast, base_model
+from models import Engine, autocast, base_model, is_recurrent, prompt_cache
 from settings import RunArgs, first_line, precision, refuse, seed_for
 from verifier import Grader, last_boxed
 
@@ -297,19 +297,36 @@ def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> It
 
 def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
     """Last hidden states (after the final norm) at the positions that predict the live response
-    tokens of n rollouts, in the order of `mask[index]`: [tokens, D]."""
-    inputs, predicts = [], []
-    for p, g in zip(*index, strict=True):
-        prompt = torch.tensor(rollouts.problems[p].prompt, device=rollouts.tokens.device)
-        response = rollouts.tokens[p, g][rollouts.mask[p, g]]
-        inputs.append(torch.cat([prompt, response])[:-1])
-        predicts.append(torch.arange(len(inputs[-1])) >= len(prompt) - 1)
-    # Padding is on the right, where causal attention keeps every real token from seeing it.
-    ids = pad_sequence(inputs, batch_first=True)
-    predicts = pad_sequence(predicts, batch_first=True).to(ids.device)
+    tokens of n rollouts, in the order of `mask[index]`: [tokens, D].
+
+    Where that saves a quarter of the tokens, each prompt is computed once for all its rollouts."""
+    body = base_model(model).base_model
     model.train(torch.is_grad_enabled())
+    longest = rollouts.mask[index].sum(-1).max()
+    tokens, mask = (x[index][:, :longest] for x in (rollouts.tokens, rollouts.mask))  # [n, T]
+    problems, which = (x.to(mask.device) for x in index[0].unique(return_inverse=True))
+    prompts = [rollouts.problems[p].prompt for p in problems]
+    # The prompt's last token predicts the response's first, which predicts the second, and so on.
+    starts, last = [p[:-1] for p in prompts], tokens.new_tensor([p[-1] for p in prompts])
+    inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
+
+    before = [tokens.new_tensor(starts[p]) for p in which]
+    after = [row[live] for row, live in zip(inputs, mask, strict=True)]
+    whole = pad_sequence(list(map(torch.cat, zip(before, after, strict=True))), batch_first=True)
+    shared = inputs.numel() + len(starts) * max(map(len, starts))  # tokens to compute
+    no_cache = args.gradient_checkpointing or is_recurrent(model)
     with autocast(args):
-        return base_model(model).base_model(input_ids=ids, use_cache=False)[0][predicts]
+        if shared < 0.75 * whole.numel() and not no_cache:
+            cache, real = prompt_cache(model, starts, which)
+            real = torch.cat([real, torch.ones_like(mask)], dim=1)
+            places = (real.cumsum(-1) - 1)[:, -inputs.shape[1] :]
+            context = {"attention_mask": real, "position_ids": places, "past_key_values": cache}
+            return body(input_ids=inputs, **context)[0][mask]
+        # Padding is on the right, where causal attention keeps every real token from seeing it.
+        states = body(input_ids=whole, use_cache=False)[0]
+        row, place = mask.nonzero().T
+        skipped = tokens.new_tensor([len(start) for start in before])
+        return states[row, skipped[row] + place]
 
 
 class HeadLogp(torch.autograd.Function):

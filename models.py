@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,27 @@ class Reference:
             self.adapter_off.__exit__(*error)
 
 
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether some layers have a state instead of keys and values, which rows cannot share."""
+    return getattr(base_model(model), "_is_stateful", False)
+
+
+def prompt_cache(
+    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
+) -> tuple[Any, Tensor]:
+    """Keys and values of prompts, each computed once, for n rows of which row i continues prompt
+    which[i]: transformers' cache, and which of its [n, L] places are no padding (on the left)."""
+    width = max(1, *map(len, prompts))
+    ids = [[-1] * (width - len(p)) + list(p) for p in prompts]
+    ids = torch.tensor(ids, device=which.device)
+    real = ids >= 0
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
+    cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
+    cache.batch_select_indices(which)
+    return cache, real[which]
+
+
 def autocast(args: RunArgs) -> Any:
     """bfloat16 where the forward pass is bfloat16, nothing otherwise."""
     on = precision(args) is torch.bfloat16
@@ -283,10 +304,13 @@ class Transformers:
         the first token whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
-        width = max(map(len, prompts))
-        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         model = base_model(self.policy.eval())
+        width = max(2, *map(len, prompts))
+        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        number = {}  # of each start: prompts up to their last token, which begins the rows
+        which = [number.setdefault(tuple(p[:-1]), len(number)) for p in prompts]
+        which = torch.tensor(which, device=model.device)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws], dim=-1)
         uniform = uniform.to(model.device)[..., None]  # [T, n, 1]
@@ -306,9 +330,11 @@ class Transformers:
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
+                cache = None if is_recurrent(model) else prompt_cache(model, list(number), which)[0]
                 sequences = model.generate(
-                    input_ids=padded.to(model.device),
+                    input_ids=padded,
                     attention_mask=real.to(model.device),
+                    past_key_values=cache,
                     logits_processor=[choose],
                     generation_config=GenerationConfig(
                         max_new_tokens=length, eos_token_id=self.stops or None, pad_token_id=0

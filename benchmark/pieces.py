@@ -11,7 +11,8 @@ import torch
 from our_side import ROOT, VOCABULARY, long_tailed, timed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import arca
 import common
@@ -26,32 +27,34 @@ import reft
 class HeadOnly(nn.Module):
     """A language model whose hidden states are given: what is left is the LM head.
 
-    width: of the hidden states; seen: token positions it was asked to compute, padding included.
+    width: of the hidden states; seen: token positions it was asked to compute; real: those of them
+    that are no padding.
     """
 
     def __init__(self, vocabulary: int, width: int, hidden: Tensor | None = None) -> None:
         super().__init__()
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self.hidden, self.width, self.seen = hidden, width, 0
+        self.hidden, self.width, self.seen, self.real = hidden, width, 0, 0
 
-    def base_model(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+    def base_model(self, input_ids: Tensor, **_: Any) -> BaseModelOutputWithPast:
         self.seen += input_ids.numel()
-        if self.hidden is None:
-            return (torch.zeros(*input_ids.shape, self.width),)
-        return (self.hidden.view(*input_ids.shape, self.width),)
+        self.real += int(input_ids.count_nonzero())
+        shape = *input_ids.shape, self.width
+        states = torch.zeros(shape) if self.hidden is None else self.hidden.view(shape)
+        return BaseModelOutputWithPast(states, past_key_values=DynamicCache())
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
 
 def made_up_rollouts(lengths: Tensor, prompt_tokens: int, vocabulary: int) -> Any:
-    """Random tokens in responses of these lengths, [P, G]."""
+    """Random tokens in responses of these lengths, [P, G]; only padding is 0."""
 
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     return common.Rollouts(
         problems=[common.Problem("", "", [1] * prompt_tokens) for _ in lengths],
-        tokens=torch.randint(vocabulary, mask.shape, generator=generator) * mask,
+        tokens=torch.randint(1, vocabulary, mask.shape, generator=generator) * mask,
         mask=mask,
         engine_logp=torch.zeros(mask.shape),
         truncated=torch.zeros(lengths.shape, dtype=torch.bool),
@@ -130,9 +133,9 @@ def packing(prompts: int = 64, group: int = 8, longest: int = 1024) -> dict[str,
     rollouts = made_up_rollouts(lengths, 100, 16)
     model = HeadOnly(16, 8)
     common.score(model, rollouts, grpo.Args(device="cpu"))
-    real = int((lengths + 100 - 1).sum())  # the last token predicts nothing
+    whole = int((lengths + 100 - 1).sum())  # the last token predicts nothing
     rectangle = prompts * group * (longest + 99)
-    return {"efficiency": real / model.seen, "unsorted": real / rectangle}
+    return {"efficiency": model.real / model.seen, "unsorted": whole / rectangle}
 
 
 def update_bytes(rollouts: int, token_budget: int = 2048) -> int:

@@ -263,6 +263,33 @@ def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["shared", "checkpointing", "recurrent"])
+def test_a_prompt_is_computed_once_for_its_rollouts(
+    args: grpo.Args, policy: nn.Module, case: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The same log-probs and gradients as a sequence at a time, even where it cannot be shared."""
+    rollouts = common.stack(random_groups([row * 2 for row in LENGTHS]), [256], CPU)
+    args = dataclasses.replace(args, gradient_checkpointing=case == "checkpointing")
+    monkeypatch.setattr(type(policy), "_is_stateful", case == "recurrent")
+    body, computed = policy.base_model, []
+    body.register_forward_pre_hook(
+        lambda _, __, inputs: computed.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    index = all_of(rollouts)
+    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
+    logp, _ = common.token_logp(policy, rollouts, index, args)
+    longest = len(TEXTS[1]) - 1
+    assert computed == ([(3, longest), (18, 12)] if case == "shared" else [(18, longest + 7)])
+    (logp * weights[index]).sum().backward()
+    ours = [weight.grad for weight in policy.parameters()]
+    policy.zero_grad()
+    expected, _, _ = plain_scores(policy, rollouts, args.temperature)
+    torch.testing.assert_close(logp, expected[index], atol=1e-5, rtol=1e-5)
+    (expected * weights).sum().backward()
+    for gradient, weight in zip(ours, policy.parameters(), strict=True):
+        assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
+
+
 @pytest.mark.parametrize("token_budget", [1, 20, 25, 64, 10**6])
 def test_micro_batches_take_every_rollout_once_within_the_budget(token_budget: int):
     rollouts = random_rollouts()
