@@ -272,6 +272,15 @@ def chosen_rate(selection: list[dict], method: str, rates: list[str]) -> tuple[s
     return best, best in (grid[0], grid[-1])
 
 
+def split_rows(results: dict) -> tuple[list[dict], list[dict]]:
+    """The measured runs at the chosen learning rates, and those at others, which an earlier and
+    smaller grid chose."""
+    grid, selection = results["rates"], results["selection"]
+    chosen = {m: chosen_rate(selection, m, grid)[0] for m in METHODS}
+    at_chosen = [row for row in results["rows"] if row["lr"] == chosen[row["method"]]]
+    return at_chosen, [row for row in results["rows"] if row not in at_chosen]
+
+
 def t_interval(values: list[float]) -> tuple[float, float]:
     """95% interval of the mean by Student's t distribution: of paired differences, or of runs."""
     reach = T_QUANTILE[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
@@ -398,7 +407,6 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
         grid = [Job(method, lr, seed) for method in chosen for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
-    results["rows"] = [r for r in results["rows"] if r["lr"] == best.get(r["method"], r["lr"])]
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
         run_phase("rows", [Job(m, best[m], seed) for m in chosen], TEST, results, args)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 import statistics
 
-from compare import GROUP, METHODS, PROMPTS, ROOT, chosen_rate, t_interval, validation_accuracy
+from compare import (
+    GROUP,
+    METHODS,
+    PROMPTS,
+    ROOT,
+    chosen_rate,
+    split_rows,
+    t_interval,
+    validation_accuracy,
+)
 
 CREDITS = [name for name, command in METHODS.items() if command.startswith("arca.py")]
 
@@ -35,12 +44,13 @@ def table(results: dict) -> str:
     start = results["start"]
     shown = [f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"]
     lines.append(f"| before training | | {' | '.join(shown)} | | |")
-    for method in dict.fromkeys(row["method"] for row in results["rows"]):
-        mine = [row for row in results["rows"] if row["method"] == method]
+    rows, _ = split_rows(results)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
         keys = ("accuracy", "pass@8", "entropy", "length", "step_seconds")
         mean = {key: statistics.mean(row[key] for row in mine) for key in keys}
         lr, at_end = chosen_rate(results["selection"], method, results["rates"])
-        against = difference(results["rows"], method, "GRPO") if method != "GRPO" else []
+        against = difference(rows, method, "GRPO") if method != "GRPO" else []
         cells = [method, lr + " †" * at_end, f"{mean['accuracy']:.3f}", f"{mean['pass@8']:.3f}"]
         cells += [f"{mean['entropy']:.3f}", f"{mean['length']:.1f}"]
         cells += [f"{1000 * mean['step_seconds']:.0f}", signed(against)]
@@ -66,14 +76,27 @@ def credit_table(results: dict) -> str:
     lines = ["| credit | accuracy less that of uniform credit |", "|---|---:|"]
     for method in CREDITS:
         if method != "uniform credit":
-            against = difference(results["rows"], method, "uniform credit")
+            against = difference(split_rows(results)[0], method, "uniform credit")
             lines.append(f"| {method} | {signed(against)} |")
+    return "\n".join(lines)
+
+
+def other_rates_table(results: dict) -> str:
+    """What was measured, with the same seeds, at learning rates that are not the chosen ones."""
+    chosen, others = split_rows(results)
+    lines = ["| method | learning rate | accuracy | accuracy less GRPO's |", "|---|---:|---:|---:|"]
+    for method, lr in dict.fromkeys((row["method"], row["lr"]) for row in others):
+        rows = [row for row in others if (row["method"], row["lr"]) == (method, lr)]
+        mean = statistics.mean(row["accuracy"] for row in rows)
+        baseline = [row for row in chosen if row["method"] == "GRPO"]
+        against = signed(difference(baseline + rows, method, "GRPO"))
+        lines.append(f"| {method} | {lr} | {mean:.3f} | {against} |")
     return "\n".join(lines)
 
 
 def caption(results: dict) -> str:
     """What a reader needs to know beside the table."""
-    rows, rates = results["rows"], ", ".join(results["rates"])
+    rows, rates = split_rows(results)[0], ", ".join(results["rates"])
     budget = results["steps"] * PROMPTS * GROUP
     said = (
         f"Means over {len({row['seed'] for row in rows})} seeds; in brackets the 95% interval of "
@@ -94,6 +117,7 @@ def filled_pages(results: dict) -> dict[str, str]:
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
         "compare-credit": credit_table(results),
+        "compare-others": other_rates_table(results),
     }
     filled = {}
     for page in ("README.md", "docs/compare.md"):

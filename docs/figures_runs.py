@@ -18,7 +18,7 @@ from figures_aggregation import Panel
 RESULTS = FOLDER.parent / "benchmark" / "results"
 sys.path.insert(0, str(RESULTS.parent))
 
-from compare import GROUP, METHODS, PROMPTS, t_interval  # noqa: E402
+from compare import GROUP, METHODS, PROMPTS, split_rows, t_interval  # noqa: E402
 
 WIDTH, HEIGHT = 196, 124  # of a panel with its labels
 
@@ -44,8 +44,9 @@ def draw_compare(results: dict) -> None:
     budget = results["steps"] * PROMPTS * GROUP
     x = np.linspace(0, budget, 13)
     curves: dict[str, np.ndarray] = {}  # [seeds, places]
+    rows, _ = split_rows(results)
     for method in METHODS:
-        runs = [row["curve"] for row in results["rows"] if row["method"] == method]
+        runs = [row["curve"] for row in rows if row["method"] == method]
         if runs:
             curves[method] = np.array([np.interp(x, *zip(*run, strict=True)) for run in runs])
     others = [method for method in curves if method != "GRPO"]

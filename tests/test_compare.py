@@ -98,20 +98,24 @@ def test_only_dynamic_sampling_saves_every_step():
 
 
 def test_a_figure_changes_the_table():
+    best = selection(**{"1e_4": [0.1], "2e_4": [0.3], "4e_4": [0.2]})
     results = {
-        "selection": selection(**{"1e_4": [0.1], "2e_4": [0.3], "4e_4": [0.2]}),
+        "selection": [row | {"method": method} for method in ("GRPO", "ERPO") for row in best],
         "rates": RATES,
         "start": {"accuracy": 0.4, "pass@8": 0.9, "length": 41.0},
         "rows": [],
     }
-    for method, gain in (("GRPO", 0.0), ("M", 0.1)):
+    cases = (("GRPO", "2e-4", 0.0), ("ERPO", "2e-4", 0.1), ("ERPO", "1e-4", -0.1))
+    for method, lr, gain in cases:
         for seed, accuracy in ((1, 0.6), (2, 0.7)):
-            row = {"method": method, "lr": "2e-4", "seed": seed, "accuracy": accuracy + gain * seed}
+            row = {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy + gain * seed}
             row |= {"pass@8": 0.95, "entropy": 0.05, "length": 40.0, "step_seconds": 0.5}
             results["rows"].append(row)
     last = compare_pages.table(results).splitlines()[-1]
     # Differences 0.1 and 0.2: mean 0.15, standard error 0.05, 12.706 of it to either side.
-    assert last == ("| M | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 500 | +0.150 [−0.485, +0.785] |")
+    assert last == "| ERPO | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 500 | +0.150 [−0.485, +0.785] |"
+    other = compare_pages.other_rates_table(results).splitlines()[2:]
+    assert other == ["| ERPO | 1e-4 | 0.500 | −0.150 [−0.785, +0.485] |"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,19 @@ def test_other_settings_are_not_added_to_the_results(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         compare.read_results(args)
     assert "--steps 41" in capsys.readouterr().err
+
+
+def test_a_wider_grid_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture):
+    args = Args(results=tmp_path / "compare.json", runs=tmp_path, rates=("2e-4", "4e-4"))
+    row = {"method": "GRPO", "lr": "2e-4", "seed": 101}
+    compare.store(compare.read_results(args) | {"selection": [row]}, args.results)
+    args.rates = ("1e-4", "2e-4", "4e-4")
+    results = compare.read_results(args)
+    assert results["rates"] == list(args.rates) and results["selection"] == [row]
+    args.rates = ("1e-4", "2e-4")  # 4e-4 has runs
+    with pytest.raises(SystemExit):
+        compare.read_results(args)
+    assert "--rates" in capsys.readouterr().err
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
