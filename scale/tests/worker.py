@@ -187,7 +187,7 @@ def main(mode: str, folder: str, *methods: str) -> None:
     if PartialState().is_main_process:
         Path(folder, f"{mode}-{processes}.json").write_text(json.dumps(results, indent=1))
     PartialState().destroy_process_group()
-    os._exit(0)  # at a usual exit, one time in seven, gloo's threads abort the process
+    os._exit(0)  # at a usual exit gloo's threads abort the process now and then
 
 
 if __name__ == "__main__":
