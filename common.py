@@ -302,30 +302,31 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     Where that saves a quarter of the tokens, each prompt is computed once for all its rollouts."""
     body = base_model(model).base_model
     model.train(torch.is_grad_enabled())
-    longest = rollouts.mask[index].sum(-1).max()
-    tokens, mask = (x[index][:, :longest] for x in (rollouts.tokens, rollouts.mask))  # [n, T]
+    lengths = rollouts.mask[index].sum(-1)  # [n]
+    longest = slice(lengths.max())
+    tokens, mask = rollouts.tokens[index][:, longest], rollouts.mask[index][:, longest]  # [n, T]
     problems, which = (x.to(mask.device) for x in index[0].unique(return_inverse=True))
     prompts = [rollouts.problems[p].prompt for p in problems]
     # The prompt's last token predicts the response's first, which predicts the second, and so on.
     starts, last = [p[:-1] for p in prompts], tokens.new_tensor([p[-1] for p in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
+    skipped = tokens.new_tensor([len(start) for start in starts])[which]  # [n]
 
-    before = [tokens.new_tensor(starts[p]) for p in which]
-    after = [row[live] for row, live in zip(inputs, mask, strict=True)]
-    whole = pad_sequence(list(map(torch.cat, zip(before, after, strict=True))), batch_first=True)
-    shared = inputs.numel() + len(starts) * max(map(len, starts))  # tokens to compute
+    together = inputs.numel() + len(starts) * skipped.max()  # tokens to compute
+    apart = len(inputs) * (skipped + lengths).max()
     no_cache = args.gradient_checkpointing or is_recurrent(model)
     with autocast(args):
-        if shared < 0.75 * whole.numel() and not no_cache:
+        if together < 0.75 * apart and not no_cache:
             cache, real = prompt_cache(model, starts, which)
             real = torch.cat([real, torch.ones_like(mask)], dim=1)
             places = (real.cumsum(-1) - 1)[:, -inputs.shape[1] :]
             context = {"attention_mask": real, "position_ids": places, "past_key_values": cache}
             return body(input_ids=inputs, **context)[0][mask]
+        rows = zip(which, inputs, mask, strict=True)
+        rows = [torch.cat([tokens.new_tensor(starts[p]), row[live]]) for p, row, live in rows]
         # Padding is on the right, where causal attention keeps every real token from seeing it.
-        states = body(input_ids=whole, use_cache=False)[0]
+        states = body(input_ids=pad_sequence(rows, batch_first=True), use_cache=False)[0]
         row, place = mask.nonzero().T
-        skipped = tokens.new_tensor([len(start) for start in before])
         return states[row, skipped[row] + place]
 
 

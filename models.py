@@ -308,8 +308,9 @@ class Transformers:
         width = max(2, *map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        number = {}  # of each start: prompts up to their last token, which begins the rows
-        which = [number.setdefault(tuple(p[:-1]), len(number)) for p in prompts]
+        # Prompts but for their last token: the distinct ones, in order, and which each row has.
+        starts: dict[tuple[int, ...], int] = {}
+        which = [starts.setdefault(tuple(p[:-1]), len(starts)) for p in prompts]
         which = torch.tensor(which, device=model.device)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws], dim=-1)
@@ -330,7 +331,7 @@ class Transformers:
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
-                cache = None if is_recurrent(model) else prompt_cache(model, list(number), which)[0]
+                cache = None if is_recurrent(model) else prompt_cache(model, list(starts), which)[0]
                 sequences = model.generate(
                     input_ids=padded,
                     attention_mask=real.to(model.device),

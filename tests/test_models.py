@@ -152,6 +152,27 @@ def test_a_response_depends_on_its_own_seed_alone(setup: Setup, kind: str):
     assert len({tuple(tokens) for tokens in together}) > 8
 
 
+@all_models
+def test_transformers_computes_each_prompt_once(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    """Where layers are recurrent, once for each response; what is said is the same."""
+    engine, computed = setup.engine("Transformers"), []
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    hook = base_model(setup.policy).base_model.register_forward_pre_hook(
+        lambda _, __, inputs: computed.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    said = {}
+    for recurrent in (False, True):
+        monkeypatch.setattr(type(setup.policy), "_is_stateful", recurrent)
+        said[recurrent] = engine.generate(prompts, list(range(12)), 8, 1.0)
+        longest = max(map(len, PROMPTS))
+        first = (12, longest) if recurrent else (len({tuple(p[:-1]) for p in PROMPTS}), longest - 1)
+        assert computed[0] == first
+        computed.clear()
+    hook.remove()
+    for shared, own in zip(said[False], said[True], strict=True):
+        assert shared[0] == own[0] and shared[1] == pytest.approx(own[1], abs=1e-4)
+
+
 @both_engines
 @pytest.mark.parametrize("name", ["tied"])
 def test_samples_follow_the_distribution(setup: Setup, kind: str):
