@@ -427,21 +427,31 @@ def score(
     return tuple(values.detach() for values in scores)
 
 
-def standardize(x: Tensor, mask: Tensor, eps: float) -> Tensor:
-    """z-score of x over the live entries of each group.
+def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of x over the live entries of each group.
 
-    x and mask are [..., G, T]; the result too, 0 outside the mask. std is unbiased. Fewer than two
-    live entries, or equal ones, give exact zeros even with eps = 0: equality is tested on the
-    values, because the mean of equal floats can miss them by an ulp, which eps would magnify.
+    x and mask are [..., G, T]; the results [..., 1, 1]. correction: 1 divides by the count less 1
+    (unbiased), 0 by the count (the population's). Fewer than two live entries, or equal ones, have
+    a deviation of exactly 0: that is tested on the values, because the mean of equal floats can
+    miss them by an ulp.
     """
     group = {"dim": (-2, -1), "keepdim": True}
     count = mask.sum(**group)
+    mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
+    squares = torch.where(mask, x - mean, 0.0).square().sum(**group)
     lowest = torch.where(mask, x, torch.inf).amin(**group)
     highest = torch.where(mask, x, -torch.inf).amax(**group)
-    mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
-    deviation = torch.where(mask, x - mean, 0.0)
-    std = (deviation.square().sum(**group) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(mask & (lowest < highest), deviation / (std + eps), 0.0)
+    std = (squares / (count - correction).clamp(min=1)).sqrt()
+    return mean, torch.where(lowest < highest, std, 0.0)
+
+
+def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Tensor:
+    """z-score of x over the live entries of each group, by `group_moments`.
+
+    x and mask are [..., G, T]; the result too, 0 outside the mask and in a group without spread.
+    """
+    mean, std = group_moments(x, mask, correction)
+    return torch.where(mask & (std > 0), (x - mean) / (std + eps), 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

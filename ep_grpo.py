@@ -3,7 +3,7 @@
 grpo.py, but each token's advantage is a sum of two. GRPO's, through a gate that opens where the
 token's entropy stands out in its group; and progress: the log-ratio of policy to frozen reference,
 signed by the verdict, as a z-score among the group's tokens at which a like share of the rollout's
-entropy is spent. Groups of equal rewards keep the second. Reconstructed parts: docs/ep_grpo.md.
+entropy is spent. Groups of equal rewards keep the second. Equations and marks: docs/ep_grpo.md.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import common
-import diagnostics
 from common import standardize
 from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
 from runs import Run, launch, learning_rate, make_optimizer
@@ -34,16 +33,14 @@ class Args(RunArgs):
     """method and optimiser"""
 
     # <method>
-    gamma: float = 1.0
-    """γ: steepness of the entropy gate; 0: every token is gated by 1/2 [open]"""
+    gamma: float = 5.0
+    """γ: steepness of the entropy gate (paper: 5); 0: every token is gated by 1/2"""
+    eta: float = 0.2
+    """η: weight of the progress term (paper: 0.2); 0: the gated outcome alone"""
     buckets: int = 10
-    """K: windows of accumulated entropy in which progress is compared [second-hand]"""
+    """K: windows of accumulated entropy in which progress is compared (paper: 10)"""
     reward_threshold: float = 0.5
-    """what a reward must exceed to be good, in a group of equal rewards [open]"""
-    gate_progress: bool = False
-    """gate the progress signal too, as ERPO does [open]"""
-    probe_every: int = 25
-    """steps between measurements of the gradient from groups of equal rewards; 0: never"""
+    """θ: what a reward must exceed to be good, in a group of equal rewards (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -51,8 +48,8 @@ class Args(RunArgs):
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
     (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
-    kl: float = 0.0
-    """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
+    kl: float = 0.001
+    """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
     updates_per_rollout: int = 1
     """optimiser updates a step, each on its own share of the problems (DAPO: 16)"""
     lora_rank: int = 0
@@ -67,15 +64,17 @@ class Args(RunArgs):
     generation_rounds: int = 10
     """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
     overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1 over the last L_cache tokens (DAPO); 0: off"""
+    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
     importance_cap: float = 0.0
     """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
     lr: float = 1e-6
     """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """after the warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear and cosine fall to 0 at the last step"""
     warmup_steps: int = 0
     """steps of linear warm-up"""
+    warmup_ratio: float = 0.0
+    """the same as a share of all steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -97,17 +96,17 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     return torch.where(varied, advantages, 0.0)
 
 
-def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """(0, 1), and 1/2 for the group's mean entropy (over all live tokens [open]). [P, G, T]."""
-    return torch.sigmoid(gamma * standardize(entropy, mask, eps))  # Eq. 18-19 [second-hand]
+def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: float = 1e-6) -> Tensor:
+    """(0, 1), and 1/2 for the mean entropy of the group's live tokens. [P, G, T]."""
+    return torch.sigmoid(gamma * standardize(entropy, mask, eps, correction=0))  # Eq. 16-18 [paper]
 
 
 def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     """0 ... buckets - 1 by the share of the rollout's entropy spent up to a token. [P, G, T]."""
     spent = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)
-    position = buckets * spent / total  # Eq. cumulative entropy [second-hand]
-    return position.clamp(0, buckets - 1).long()  # Eq. entropy bucket [open]
+    position = buckets * spent / total  # Eq. 23 [paper]
+    return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
 
 
 @torch.no_grad()
@@ -118,10 +117,10 @@ def ep_grpo_advantages(
     ref_logp: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float = 5.0,
+    eta: float = 0.2,
     buckets: int = 10,
     reward_threshold: float = 0.5,
-    gate_progress: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
     """Gated outcome plus progress advantage of each token, [P, G, T], 0 outside the mask.
@@ -130,19 +129,18 @@ def ep_grpo_advantages(
     ref_logp of the frozen initial policy. The scale of the log-ratio (the paper's λ) cancels.
     Progress has mean 0 in each bucket of a group, and is 0 for a token alone there [open].
     """
-    outcome = grpo_advantages(rewards, eps=eps)
+    outcome = grpo_advantages(rewards, eps=eps)[..., None]  # [P, G, 1]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)
     bucket = entropy_buckets(entropy, mask, buckets)
 
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    polarity = torch.where(varied, outcome, rewards - reward_threshold).sign()
-    signal = logp - ref_logp  # Eq. 20-25 [second-hand]
-    anchored = polarity[..., None] * signal  # Eq. polarity anchor [second-hand]
-    if gate_progress:
-        anchored = gate * anchored  # Eq. gated progress [open]
+    anchor = torch.where(
+        varied, outcome[..., 0], rewards - reward_threshold
+    ).sign()  # Eq. 21 [paper]
+    signal = anchor[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
     parts = [mask & (bucket == k) for k in range(buckets)]
-    progress = sum(standardize(anchored, part, eps) for part in parts)  # Eq. progress [second-hand]
-    return torch.where(mask, gate * outcome[..., None] + progress, 0.0)  # Eq. sum [second-hand]
+    z_scores = sum(standardize(signal, part, eps, correction=0) for part in parts)  # Eq. 24 [paper]
+    return torch.where(mask, gate * outcome + eta * z_scores, 0.0)  # Eq. 19, 25, 26 [paper]
 
 
 # </method>
@@ -181,10 +179,13 @@ def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1 at max_length (DAPO Eq. 13). [P, G] tokens."""
+    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
+
+    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
+    """
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
 
 
 def collect(
@@ -254,22 +255,10 @@ def main(args: Args) -> None:
         advantages = ep_grpo_advantages(  # [P, G, T]
             *(rewards, entropy, old_logp, ref_logp, mask),
             gamma=args.gamma,
+            eta=args.eta,
             buckets=args.buckets,
             reward_threshold=args.reward_threshold,
-            gate_progress=args.gate_progress,
         )
-        with run.time("diagnostics"):
-            outcome, gate = grpo_advantages(rewards), entropy_gate(entropy, mask, gamma=args.gamma)
-            progress = advantages - gate * outcome[..., None]
-            bucket = entropy_buckets(entropy, mask, args.buckets)
-            credit = diagnostics.credit(
-                advantages, progress, gate, bucket, outcome, entropy, mask, args.buckets
-            )
-            if args.probe_every and step % args.probe_every == 0:
-                weights = token_weights(mask, args.loss_average, args.max_new_tokens)
-                probed = advantages * weights * ~outcome.any(-1)[:, None, None]
-                norm = diagnostics.gradient_norm_of(probed, policy, rollouts, args)
-                credit["zero_variance_grad_norm"] = norm
         # </method>
 
         # Update on shares of the problems, each in micro-batches that fit the memory.
@@ -314,9 +303,18 @@ def main(args: Args) -> None:
             **means.result(),
         }
         # <method>
-        signals = {"advantage": advantages, "gate": gate, "progress": progress}
-        metrics["kl_to_reference"] = kl_to_reference(old_logp, ref_logp)[mask].mean()
-        metrics |= credit
+        # The two terms of the advantage.
+        gate = entropy_gate(entropy, mask, gamma=args.gamma)
+        outcome = gate * grpo_advantages(rewards)[..., None] * mask
+        progress = advantages - outcome
+        signals = {"advantage": advantages, "outcome": outcome, "progress": progress}
+        metrics |= {
+            "kl_to_reference": kl_to_reference(old_logp, ref_logp)[mask].mean(),
+            "credit/outcome": outcome[mask].abs().mean(),
+            "credit/progress": progress[mask].abs().mean(),
+            "credit/log_ratio": (old_logp - ref_logp)[mask].abs().mean(),
+            "credit/sign_differs": (advantages * outcome < 0)[mask].float().mean(),
+        }
         # </method>
         run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **signals)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

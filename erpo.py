@@ -1,9 +1,9 @@
-"""ERPO, Entropy-Regulated Policy Optimization (arXiv 2603.28204): a RECONSTRUCTION.
+"""ERPO: Token-Level Entropy-Regulated Policy Optimization (arXiv 2603.28204).
 
-RECONSTRUCTION: of the method, two equations are public; docs/erpo.md says which and what we chose.
-grpo.py, but to each token's advantage comes progress: the log-ratio of policy to frozen reference,
-signed by the verdict, through a gate that opens where the token's entropy stands out in its group,
-as a z-score among the group's tokens at the same stage (relative position) of their rollouts.
+grpo.py, but each token has an advantage of its own. To GRPO's comes progress: the log-ratio of
+policy to frozen reference as a z-score among the group's tokens at the same stage (relative
+position) of their rollouts, signed by the verdict, through a gate that opens where the token's
+entropy stands out in its group. The sum is standardised over the group's tokens: docs/erpo.md.
 
     python erpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python erpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 import common
-import diagnostics
-from common import standardize
+from common import group_moments, standardize
 from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
 from runs import Run, launch, learning_rate, make_optimizer
 from settings import RunArgs, device, seed_for
@@ -34,12 +33,14 @@ class Args(RunArgs):
     """method and optimiser"""
 
     # <method>
-    gamma: float = 1.0
-    """γ: steepness of the entropy gate; 0: every token is gated by 1/2 [open]"""
+    gamma: float = 5.0
+    """γ: steepness of the entropy gate (paper: 5); 0: every token is gated by 1/2"""
+    eta: float = 0.2
+    """η: weight of the progress term (paper: 0.2)"""
     buckets: int = 10
-    """K: windows of relative position in which progress is compared [open]"""
-    probe_every: int = 25
-    """steps between measurements of the gradient from groups of equal rewards; 0: never"""
+    """K: windows of relative position in which progress is compared [second-hand]"""
+    sigma_target: float = 1.0
+    """σ_target: standard deviation that progress is rescaled to [open]"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -47,8 +48,8 @@ class Args(RunArgs):
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
     (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
-    kl: float = 0.0
-    """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
+    kl: float = 0.001
+    """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
     updates_per_rollout: int = 1
     """optimiser updates a step, each on its own share of the problems (DAPO: 16)"""
     lora_rank: int = 0
@@ -63,15 +64,17 @@ class Args(RunArgs):
     generation_rounds: int = 10
     """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
     overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1 over the last L_cache tokens (DAPO); 0: off"""
+    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
     importance_cap: float = 0.0
     """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
     lr: float = 1e-6
     """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """after the warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear and cosine fall to 0 at the last step"""
     warmup_steps: int = 0
     """steps of linear warm-up"""
+    warmup_ratio: float = 0.0
+    """the same as a share of all steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -93,16 +96,16 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     return torch.where(varied, advantages, 0.0)
 
 
-def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """(0, 1), and 1/2 for the group's mean entropy (over all live tokens [open]). [P, G, T]."""
-    return torch.sigmoid(gamma * standardize(entropy, mask, eps))  # Eq. gate [second-hand]
+def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: float = 1e-6) -> Tensor:
+    """(0, 1), and 1/2 for the mean entropy of the group's live tokens. [P, G, T]."""
+    return torch.sigmoid(gamma * standardize(entropy, mask, eps, correction=0))  # Eq. 8 [paper]
 
 
 def position_buckets(mask: Tensor, buckets: int) -> Tensor:
     """0 ... buckets - 1 by the share of the rollout's tokens before a token. [P, G, T]."""
-    position = torch.arange(mask.shape[-1], device=mask.device)
+    position = torch.arange(mask.shape[-1], device=mask.device)  # from 0 [open]
     length = mask.sum(-1, keepdim=True).clamp(min=1)
-    return buckets * position // length  # Eq. position bucket [open]
+    return buckets * position // length  # Eq. line 7 [paper]
 
 
 @torch.no_grad()
@@ -113,25 +116,30 @@ def erpo_advantages(
     ref_logp: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float = 5.0,
+    eta: float = 0.2,
     buckets: int = 10,
+    sigma_target: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRPO's plus progress advantage of each token, [P, G, T], 0 outside the mask.
+    """Each token's advantage, [P, G, T], 0 outside the mask; over a group mean 0 and variance 1.
 
     rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
-    ref_logp of the frozen initial policy. A group of equal rewards gives exact zeros. Progress
-    has mean 0 in each bucket of a group, and is 0 for a token alone there [open].
+    ref_logp of the frozen initial policy. The scale of the log-ratio (the paper's β_progress)
+    cancels. A group of equal rewards gives exact zeros.
     """
-    outcome = grpo_advantages(rewards, eps=eps)[..., None]
+    outcome = grpo_advantages(rewards, eps=eps)[..., None]  # [P, G, 1]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)
     bucket = position_buckets(mask, buckets)
 
-    signal = logp - ref_logp  # Eq. signal [open]
-    anchored = gate * outcome.sign() * signal  # Eq. result-anchored synthesis [second-hand]
+    signal = logp - ref_logp  # Eq. 7 [paper]
     parts = [mask & (bucket == k) for k in range(buckets)]
-    progress = sum(standardize(anchored, part, eps) for part in parts)  # Eq. progress [open]
-    return torch.where(mask, outcome + progress, 0.0)  # Eq. sum [open]
+    z_scores = sum(standardize(signal, part, eps, correction=0) for part in parts)  # Eq. 9 [paper]
+    anchored = gate * outcome.sign() * z_scores  # Eq. line 12 [paper]
+    _, spread = group_moments(anchored, mask, correction=0)
+    scale = torch.where(spread > 0, sigma_target / (spread + eps), 0.0)  # Eq. line 13 [paper]
+    advantages = outcome + eta * scale * anchored
+    return standardize(advantages, mask, eps, correction=0)  # Eq. 10 [paper]
 
 
 # </method>
@@ -170,10 +178,13 @@ def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1 at max_length (DAPO Eq. 13). [P, G] tokens."""
+    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
+
+    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
+    """
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
 
 
 def collect(
@@ -241,20 +252,12 @@ def main(args: Args) -> None:
 
         # <method>
         advantages = erpo_advantages(  # [P, G, T]
-            *(rewards, entropy, old_logp, ref_logp, mask), gamma=args.gamma, buckets=args.buckets
+            *(rewards, entropy, old_logp, ref_logp, mask),
+            gamma=args.gamma,
+            eta=args.eta,
+            buckets=args.buckets,
+            sigma_target=args.sigma_target,
         )
-        with run.time("diagnostics"):
-            outcome, gate = grpo_advantages(rewards), entropy_gate(entropy, mask, gamma=args.gamma)
-            progress = advantages - outcome[..., None]
-            bucket = position_buckets(mask, args.buckets).expand_as(mask)
-            credit = diagnostics.credit(
-                advantages, progress, gate, bucket, outcome, entropy, mask, args.buckets
-            )
-            if args.probe_every and step % args.probe_every == 0:
-                weights = token_weights(mask, args.loss_average, args.max_new_tokens)
-                probed = advantages * weights * ~outcome.any(-1)[:, None, None]
-                norm = diagnostics.gradient_norm_of(probed, policy, rollouts, args)
-                credit["zero_variance_grad_norm"] = norm
         # </method>
 
         # Update on shares of the problems, each in micro-batches that fit the memory.
@@ -299,9 +302,17 @@ def main(args: Args) -> None:
             **means.result(),
         }
         # <method>
-        signals = {"advantage": advantages, "gate": gate, "progress": progress}
-        metrics["kl_to_reference"] = kl_to_reference(old_logp, ref_logp)[mask].mean()
-        metrics |= credit
+        # What the advantage would be without progress, and what progress makes of it.
+        outcome = standardize(grpo_advantages(rewards)[..., None] * mask, mask, 1e-6, correction=0)
+        progress = advantages - outcome
+        signals = {"advantage": advantages, "outcome": outcome, "progress": progress}
+        metrics |= {
+            "kl_to_reference": kl_to_reference(old_logp, ref_logp)[mask].mean(),
+            "credit/outcome": outcome[mask].abs().mean(),
+            "credit/progress": progress[mask].abs().mean(),
+            "credit/log_ratio": (old_logp - ref_logp)[mask].abs().mean(),
+            "credit/sign_differs": (advantages * outcome < 0)[mask].float().mean(),
+        }
         # </method>
         run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **signals)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

@@ -75,15 +75,17 @@ class Args(RunArgs):
     generation_rounds: int = 10
     """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
     overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1 over the last L_cache tokens (DAPO); 0: off"""
+    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
     importance_cap: float = 0.0
     """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
     lr: float = 1e-6
     """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """after the warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear and cosine fall to 0 at the last step"""
     warmup_steps: int = 0
     """steps of linear warm-up"""
+    warmup_ratio: float = 0.0
+    """the same as a share of all steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -203,10 +205,13 @@ def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1 at max_length (DAPO Eq. 13). [P, G] tokens."""
+    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
+
+    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
+    """
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
 
 
 def collect(

@@ -383,12 +383,13 @@ def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, args: Any) -> float:
-    """Linear warm-up, then constant or a cosine to 0 at the last step."""
-    warm = min(1.0, step / max(1, args.warmup_steps))
-    if args.lr_schedule == "constant":
-        return args.lr * warm
-    done = max(0, step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+    """Linear warm-up, then constant, or a line or a cosine to 0 at the last step."""
+    warmup = args.warmup_steps or math.ceil(args.warmup_ratio * args.steps)
+    if step <= warmup:
+        return args.lr * step / warmup
+    done = (step - warmup) / (args.steps - warmup)
+    falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return args.lr * falls[args.lr_schedule]
 
 
 def memory_ran_out(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import math
 import shlex
 import sys
 import textwrap
@@ -214,18 +215,37 @@ def check(args: Any) -> None:
     least |= {"updates_per_rollout": 1, "generation_rounds": 1, "keep_checkpoints": 1}
     least |= {"eval_every": 0, "save_every": 0, "lora_rank": 0, "warmup_steps": 0}
     least |= {"max_prompt_tokens": 1, "overlong_buffer": 0, "importance_cap": 0, "kl": 0}
-    least |= {"buckets": 1, "probe_every": 0}  # of the scripts that have them
+    least |= {"clip_high": 0, "weight_decay": 0, "lora_alpha": 0}
+    least |= {"buckets": 1, "gamma": 0, "eta": 0}  # of the scripts that have them
     for name, minimum in least.items():
-        if getattr(args, name, minimum) < minimum:
+        if not getattr(args, name, minimum) >= minimum:  # NaN is refused as well
             refuse(
                 "--" + name.replace("_", "-"), getattr(args, name), f"must be at least {minimum}"
             )
     if args.prompts_per_step % args.updates_per_rollout:
         why = f"must divide --prompts-per-step {args.prompts_per_step}"
         refuse("--updates-per-rollout", args.updates_per_rollout, why)
-    for name in ("temperature", "lr", "max_grad_norm", "grader_deadline"):
-        if not getattr(args, name) > 0:
-            refuse("--" + name.replace("_", "-"), getattr(args, name), "must be above 0")
+    if args.warmup_steps and args.warmup_ratio:
+        why = f"cannot be given together with --warmup-steps {args.warmup_steps}"
+        refuse("--warmup-ratio", args.warmup_ratio, why)
+    if args.overlong_buffer > args.max_new_tokens:
+        why = f"must be at most --max-new-tokens {args.max_new_tokens}"
+        refuse("--overlong-buffer", args.overlong_buffer, why)
+    for name in ("warmup_ratio", "clip_low", "lora_dropout"):
+        if not 0 <= getattr(args, name, 0) < 1:
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, getattr(args, name), "must be at least 0 and below 1")
+    for name in ("lora_alpha", "lora_dropout"):
+        if getattr(args, name) and not args.lora_rank:
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, getattr(args, name), "needs --lora-rank: there are no adapters")
+    for name in ("gamma", "eta"):
+        if not math.isfinite(getattr(args, name, 0)):
+            refuse("--" + name, getattr(args, name), "must be finite")
+    for name in ("temperature", "lr", "max_grad_norm", "grader_deadline", "sigma_target"):
+        if not 0 < getattr(args, name, 1) < math.inf:
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, getattr(args, name), "must be above 0 and finite")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         refuse("--engine", "vllm", "vLLM is not installed; see README.md")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
@@ -241,7 +261,7 @@ def check(args: Any) -> None:
 def check_unchanged(args: Any, now: dict[str, Any], before: dict[str, Any]) -> None:
     """Refuse to go on with other settings than the run began with, but for harmless ones."""
     harmless = set(args.harmless)
-    if args.lr_schedule == "cosine":  # which ends at the last step
+    if args.lr_schedule != "constant" or args.warmup_ratio:  # which depend on the last step
         harmless.discard("steps")
     if before["script"] != now["script"]:
         refuse("--run-dir", args.run_dir, f"holds a run of {before['script']}.py")

@@ -38,6 +38,10 @@ METHODS = {
     "DAPO": "grpo.py --clip-high 0.28 --dynamic-sampling --overlong-buffer 8",
     "Dr. GRPO": "grpo.py --no-scale-rewards --loss-average constant",
     "EP-GRPO": "ep_grpo.py",
+    "EP-GRPO, gate alone": "ep_grpo.py --eta 0",
+    # --gamma 0 gates every token by 1/2. With the other weights halved too this is half the loss
+    # without a gate, and AdamW takes the same step for half a gradient.
+    "EP-GRPO, progress alone": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
     "ERPO": "erpo.py",
     "GTPO": "gtpo.py",
     "GRPO-S": "gtpo.py --level sequence",
@@ -50,6 +54,8 @@ METHODS = {
     "entropy credit": "arca.py --credit entropy",
     "divergence credit": "arca.py --credit divergence",
 }
+# Ablations: they take another method's learning rate.
+RATE_OF = {"EP-GRPO, gate alone": "EP-GRPO", "EP-GRPO, progress alone": "EP-GRPO"}
 SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
@@ -266,7 +272,7 @@ def validation_accuracy(selection: list[dict], method: str) -> dict[str, float]:
 def chosen_rate(selection: list[dict], method: str, rates: list[str]) -> tuple[str, bool]:
     """The learning rate with the highest validation accuracy, the lower one on a tie; and whether
     it lies at an end of the grid, beyond which there may be a better one."""
-    accuracy = validation_accuracy(selection, method)
+    accuracy = validation_accuracy(selection, RATE_OF.get(method, method))
     best = max(accuracy, key=accuracy.get) if accuracy else rates[0]
     grid = sorted(rates, key=float)
     return best, best in (grid[0], grid[-1])
@@ -404,7 +410,8 @@ def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
     }
     if len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
-        grid = [Job(method, lr, seed) for method in chosen for lr in args.rates for seed in seeds]
+        choosing = [method for method in chosen if method not in RATE_OF]
+        grid = [Job(method, lr, seed) for method in choosing for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
