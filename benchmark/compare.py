@@ -38,10 +38,10 @@ METHODS = {
     "DAPO": "grpo.py --clip-high 0.28 --dynamic-sampling --overlong-buffer 8",
     "Dr. GRPO": "grpo.py --no-scale-rewards --loss-average constant",
     "EP-GRPO": "ep_grpo.py",
-    "EP-GRPO, gate alone": "ep_grpo.py --eta 0",
+    "EP-GRPO gate alone": "ep_grpo.py --eta 0",
     # --gamma 0 gates every token by 1/2. With the other weights halved too this is half the loss
     # without a gate, and AdamW takes the same step for half a gradient.
-    "EP-GRPO, progress alone": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
+    "EP-GRPO progress alone": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
     "ERPO": "erpo.py",
     "GTPO": "gtpo.py",
     "GRPO-S": "gtpo.py --level sequence",
@@ -55,7 +55,7 @@ METHODS = {
     "divergence credit": "arca.py --credit divergence",
 }
 # Ablations: they take another method's learning rate.
-RATE_OF = {"EP-GRPO, gate alone": "EP-GRPO", "EP-GRPO, progress alone": "EP-GRPO"}
+RATE_OF = {"EP-GRPO gate alone": "EP-GRPO", "EP-GRPO progress alone": "EP-GRPO"}
 SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
