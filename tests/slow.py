@@ -6,8 +6,9 @@ A group is a list of rollouts, a rollout a list of its tokens' values.
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 Rows = list[list[float]]
 
@@ -48,24 +49,25 @@ def random_group(seed: int) -> Group:
     return Group(rewards, entropy, logp, ref_logp)
 
 
-def z_scores(values: list[float], eps: float) -> list[float]:
+def z_scores(values: list[float], eps: float, std: Callable = stdev) -> list[float]:
     if len(values) < 2 or len(set(values)) == 1:
         return [0.0] * len(values)
-    mean, std = fmean(values), stdev(values)
-    return [(value - mean) / (std + eps) for value in values]
+    mean, spread = fmean(values), std(values)
+    return [(value - mean) / (spread + eps) for value in values]
 
 
-def token_z_scores(rows: Rows, keep: list[list[bool]], eps: float) -> Rows:
+def token_z_scores(rows: Rows, keep: list[list[bool]], eps: float, std: Callable = stdev) -> Rows:
     """z-scores over the tokens to keep, 0 elsewhere."""
     places = [(i, t) for i, row in enumerate(rows) for t in range(len(row)) if keep[i][t]]
     scores = [[0.0] * len(row) for row in rows]
-    for (i, t), score in zip(places, z_scores([rows[i][t] for i, t in places], eps), strict=True):
+    kept = z_scores([rows[i][t] for i, t in places], eps, std)
+    for (i, t), score in zip(places, kept, strict=True):
         scores[i][t] = score
     return scores
 
 
 def gates(entropy: Rows, gamma: float, eps: float) -> Rows:
-    scores = token_z_scores(entropy, [[True] * len(row) for row in entropy], eps)
+    scores = token_z_scores(entropy, [[True] * len(row) for row in entropy], eps, pstdev)
     return [[1 / (1 + math.exp(-gamma * score)) for score in row] for row in scores]
 
 
@@ -90,7 +92,7 @@ def position_buckets(rows: Rows, buckets: int) -> list[list[int]]:
 def bucketed_z_scores(rows: Rows, bucket: list[list[int]], buckets: int, eps: float) -> Rows:
     result = [[0.0] * len(row) for row in rows]
     for k in range(buckets):
-        scores = token_z_scores(rows, [[b == k for b in row] for row in bucket], eps)
+        scores = token_z_scores(rows, [[b == k for b in row] for row in bucket], eps, pstdev)
         result = [
             [a + b for a, b in zip(*pair, strict=True)] for pair in zip(result, scores, strict=True)
         ]
@@ -104,10 +106,10 @@ def sign(x: float) -> float:
 def ep_grpo(
     group: Group,
     *,
-    gamma: float = 1.0,
+    gamma: float = 5.0,
+    eta: float = 0.2,
     buckets: int = 10,
     reward_threshold: float = 0.5,
-    gate_progress: bool = False,
     eps: float = 1e-6,
 ) -> Rows:
     outcome = z_scores(group.rewards, eps)
@@ -116,29 +118,44 @@ def ep_grpo(
     signal = []
     for i, reward in enumerate(group.rewards):
         direction = sign(reward - reward_threshold) if equal else sign(outcome[i])
-        signal.append([])
-        for t in range(len(group.logp[i])):
-            value = direction * (group.logp[i][t] - group.ref_logp[i][t])
-            signal[i].append(gate[i][t] * value if gate_progress else value)
+        signal.append(
+            [
+                direction * (group.logp[i][t] - group.ref_logp[i][t])
+                for t in range(len(group.logp[i]))
+            ]
+        )
     progress = bucketed_z_scores(signal, entropy_buckets(group.entropy, buckets), buckets, eps)
     return [
-        [gate[i][t] * outcome[i] + progress[i][t] for t in range(len(row))]
+        [gate[i][t] * outcome[i] + eta * progress[i][t] for t in range(len(row))]
         for i, row in enumerate(signal)
     ]
 
 
-def erpo(group: Group, *, gamma: float = 1.0, buckets: int = 10, eps: float = 1e-6) -> Rows:
+def erpo(
+    group: Group,
+    *,
+    gamma: float = 5.0,
+    eta: float = 0.2,
+    buckets: int = 10,
+    sigma_target: float = 1.0,
+    eps: float = 1e-6,
+) -> Rows:
     outcome = z_scores(group.rewards, eps)
     gate = gates(group.entropy, gamma, eps)
-    psi = [
-        [
-            gate[i][t] * sign(outcome[i]) * (group.logp[i][t] - group.ref_logp[i][t])
-            for t in range(len(row))
-        ]
-        for i, row in enumerate(group.logp)
+    signal = [
+        [a - b for a, b in zip(*rows, strict=True)]
+        for rows in zip(group.logp, group.ref_logp, strict=True)
     ]
-    progress = bucketed_z_scores(psi, position_buckets(psi, buckets), buckets, eps)
-    return [[outcome[i] + value for value in row] for i, row in enumerate(progress)]
+    progress = bucketed_z_scores(signal, position_buckets(signal, buckets), buckets, eps)
+    psi = [
+        [gate[i][t] * sign(outcome[i]) * value for t, value in enumerate(row)]
+        for i, row in enumerate(progress)
+    ]
+    spread = pstdev([value for row in psi for value in row])
+    if spread > 0:
+        psi = [[sigma_target * value / (spread + eps) for value in row] for row in psi]
+    total = [[outcome[i] + eta * value for value in row] for i, row in enumerate(psi)]
+    return token_z_scores(total, [[True] * len(row) for row in total], eps, pstdev)
 
 
 def gtpo_rewards(correct: list[bool], entropy: Rows, alpha1: float, alpha2: float) -> Rows:

@@ -26,24 +26,28 @@ def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
 
 
 def test_worked_example():
-    expected = [[0.7203, -1.1116, 0.5494], [-0.4381, 1.4637], [0.5096, -1.8238, 0.5806], [0.1134]]
+    expected = [[0.8814, -0.2858, 0.5095], [-0.1876, 1.0420], [0.1987, -0.7848, 0.1711], [-0.6824]]
     torch.testing.assert_close(on_example(buckets=2, eps=0), pad(expected), atol=5e-5, rtol=0)
 
 
-def test_worked_example_all_wrong():
-    expected = [[-0.6124, 0.6124, -0.6124], [-0.7071, -1.2247], [0.7071, -0.6124, 1.2247], [1.2247]]
-    advantages = on_example(torch.zeros_like(example.rewards), buckets=2, eps=0)
+@pytest.mark.parametrize(("reward", "direction"), [(0.0, 1), (1.0, -1)], ids=["wrong", "right"])
+def test_worked_example_of_equal_rewards(reward: float, direction: int):
+    expected = [[-0.1323, 0.1323, -0.1323], [-0.2, -0.2646], [0.2, -0.1323, 0.2646], [0.2646]]
+    advantages = on_example(torch.full_like(example.rewards, reward), buckets=2, eps=0)
+    torch.testing.assert_close(advantages, direction * pad(expected), atol=5e-5, rtol=0)
+
+
+def test_worked_example_of_a_policy_equal_to_the_reference():
+    expected = [[0.8584, 0.0124, 0.4866], [0.0124, 0.8584], [-0.0013, -0.4866, -0.0124], [-0.8659]]
+    advantages = ep_grpo_advantages(
+        example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
+    )
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"gamma": 2.5, "buckets": 3},
-        {"gate_progress": True},
-        {"reward_threshold": 0.05, "eps": 0},
-    ],
+    [{}, {"gamma": 2.5, "buckets": 3, "eta": 1.0}, {"reward_threshold": 0.05, "eps": 0}],
     ids=str,
 )
 def test_agrees_with_a_loop_over_tokens(settings: dict):
@@ -58,9 +62,15 @@ def test_policy_equal_to_reference_leaves_the_gated_outcome():
     advantages = ep_grpo_advantages(
         example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
     )
-    gate = pad(slow.gates(example.ENTROPY, gamma=1, eps=0))
+    gate = pad(slow.gates(example.ENTROPY, gamma=5, eps=0))
     outcome = grpo_advantages(example.rewards, eps=0)[..., None]
     torch.testing.assert_close(advantages, gate * outcome * example.mask)
+
+
+def test_without_eta_the_gated_outcome_alone_is_left():
+    gate = pad(slow.gates(example.ENTROPY, gamma=5, eps=0))
+    outcome = grpo_advantages(example.rewards, eps=0)[..., None]
+    torch.testing.assert_close(on_example(eta=0, eps=0), gate * outcome * example.mask)
 
 
 def test_policy_equal_to_reference_and_no_gate_gives_exactly_half_of_grpo():
@@ -79,27 +89,33 @@ def test_an_equal_signal_is_not_noise_divided_by_eps():
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-@pytest.mark.parametrize("gate_progress", [False, True])
 @pytest.mark.parametrize("factor", [0.01, 3.0, 100.0])
-def test_the_scale_of_the_log_ratio_cancels(factor: float, gate_progress: bool):
+def test_the_scale_of_the_log_ratio_cancels(factor: float):
     for seed in range(20):
         rewards, entropy, logp, ref_logp, mask = tensors(slow.random_group(seed))
-        settings = {"gate_progress": gate_progress, "eps": 0}
-        once = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask, **settings)
+        once = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask, eps=0)
         scaled = ref_logp + factor * (logp - ref_logp)
-        again = ep_grpo_advantages(rewards, entropy, scaled, ref_logp, mask, **settings)
+        again = ep_grpo_advantages(rewards, entropy, scaled, ref_logp, mask, eps=0)
         torch.testing.assert_close(again, once, atol=1e-6, rtol=0)
 
 
-def test_progress_has_mean_zero_in_each_bucket():
+@pytest.mark.parametrize("eta", [0.2, 0.7])
+def test_progress_has_mean_zero_and_deviation_eta_in_each_bucket(eta: float):
+    spreads = 0
     for seed in range(50):
         group = slow.random_group(seed)
         rewards, entropy, logp, ref_logp, mask = tensors(group)
-        whole = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask)
-        outcome = ep_grpo_advantages(rewards, entropy, ref_logp, ref_logp, mask)
+        settings = {"eta": eta, "eps": 0}
+        whole = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask, **settings)
+        outcome = ep_grpo_advantages(rewards, entropy, ref_logp, ref_logp, mask, **settings)
         bucket = pad(slow.entropy_buckets(group.entropy, 10), fill=-1)
         for k in range(10):
-            assert (whole - outcome)[bucket == k].sum().abs() < 1e-9
+            progress = (whole - outcome)[bucket == k]
+            assert progress.sum().abs() < 1e-9
+            if progress.any():
+                assert progress.std(correction=0) == pytest.approx(eta)
+                spreads += 1
+    assert spreads > 50
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
@@ -107,7 +123,7 @@ def test_a_group_of_equal_rewards_redistributes_credit(reward: float):
     rewards = torch.full_like(example.rewards, reward)
     assert torch.equal(grpo_advantages(rewards), torch.zeros_like(rewards))
     advantages = on_example(rewards, buckets=2)
-    assert advantages.abs().max() > 0.5
+    assert advantages.abs().max() > 0.2
     bucket = pad(slow.entropy_buckets(example.ENTROPY, 2), fill=-1)
     for k in range(2):
         assert advantages[bucket == k].any()
@@ -135,7 +151,7 @@ def test_a_rollout_without_entropy_lies_in_the_first_bucket(nothing: float):
     advantages = ep_grpo_advantages(
         wrong, pad(rows), logp, torch.zeros_like(logp), pad_mask(rows), buckets=2, eps=0
     )
-    pair = torch.tensor([-1, 1], dtype=torch.float64) / math.sqrt(2)
+    pair = torch.tensor([-0.2, 0.2], dtype=torch.float64)  # two alone in a bucket: -η and η
     torch.testing.assert_close(advantages[0, 0], pair)
 
 

@@ -9,7 +9,7 @@ import worked_example as example
 from torch import Tensor
 from worked_example import pad, pad_mask
 
-from erpo import erpo_advantages, grpo_advantages
+from erpo import erpo_advantages
 
 
 def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, ...]:
@@ -25,12 +25,23 @@ def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
     )
 
 
-def test_worked_example():
-    expected = [[1.37, 0.1061, 0.1816], [0.4911, 2.0136], [-0.9584, -1.8752, -1.3293], [0.8663]]
-    torch.testing.assert_close(on_example(buckets=2, eps=0), pad(expected), atol=5e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("sigma_target", "expected"),
+    [
+        (1.0, [[1.1082, 0.7157, 0.7904], [0.7199, 1.0354], [-1.1614, -1.3826, -1.1553], [-0.6703]]),
+        (0.5, [[1.0108, 0.8067, 0.8455], [0.8089, 0.9729], [-1.1470, -1.2621, -1.1439], [-0.8917]]),
+    ],
+)
+def test_worked_example(sigma_target: float, expected: list[list[float]]):
+    advantages = on_example(buckets=2, sigma_target=sigma_target, eps=0)
+    torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gamma": 2.5, "buckets": 3}, {"eps": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gamma": 2.5, "buckets": 3}, {"eps": 0}, {"eta": 1, "sigma_target": 2}],
+    ids=str,
+)
 def test_agrees_with_a_loop_over_tokens(settings: dict):
     for seed in range(200):
         group = slow.random_group(seed)
@@ -39,11 +50,18 @@ def test_agrees_with_a_loop_over_tokens(settings: dict):
         torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
 
 
-def test_policy_equal_to_reference_is_exactly_grpo():
-    advantages = erpo_advantages(
-        example.rewards, example.entropy, example.logp, example.logp, example.mask
-    )
-    assert torch.equal(advantages, grpo_advantages(example.rewards)[..., None] * example.mask)
+@pytest.mark.parametrize("left_out", ["signal", "eta"])
+def test_without_progress_it_is_the_token_z_score_of_grpo(left_out: str):
+    """Nine tokens: five of right answers and four of wrong ones, so 2/√5 and -√5/2."""
+    if left_out == "eta":
+        advantages = on_example(eta=0, eps=0)
+    else:
+        advantages = erpo_advantages(
+            example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
+        )
+    right, wrong = 2 / math.sqrt(5), math.sqrt(5) / 2
+    expected = right * example.rewards - wrong * (1 - example.rewards)
+    torch.testing.assert_close(advantages, expected[..., None] * example.mask)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
@@ -52,15 +70,41 @@ def test_a_group_of_equal_rewards_gives_exact_zeros(reward: float):
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-def test_progress_has_mean_zero_in_each_bucket():
+def test_advantages_sum_to_zero_and_have_variance_one():
+    contrasts = 0
     for seed in range(50):
+        rewards, *rows, mask = tensors(slow.random_group(seed))
+        advantages = erpo_advantages(rewards, *rows, mask, eps=0)[mask]
+        if rewards.amax() > rewards.amin():
+            assert advantages.sum().abs() < 1e-9
+            assert advantages.var(correction=0) == pytest.approx(1)
+            contrasts += 1
+    assert contrasts > 10
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (100.0, 0.0), (3.0, -0.7)])
+def test_an_affine_change_of_the_signal_inside_a_bucket_cancels(scale: float, shift: float):
+    for seed in range(20):
         group = slow.random_group(seed)
         rewards, entropy, logp, ref_logp, mask = tensors(group)
-        advantages = erpo_advantages(rewards, entropy, logp, ref_logp, mask)
-        progress = advantages - grpo_advantages(rewards)[..., None]
-        bucket = pad(slow.position_buckets(group.entropy, 10), fill=-1)
-        for k in range(10):
-            assert progress[bucket == k].sum().abs() < 1e-9
+        once = erpo_advantages(rewards, entropy, logp, ref_logp, mask, eps=0)
+        changed = ref_logp + scale * (logp - ref_logp)
+        if (logp != ref_logp).any():  # a shift of nothing is rounding, not a constant
+            bucket = pad(slow.position_buckets(group.entropy, 10), fill=-1)
+            changed = torch.where(bucket == 0, changed + shift, changed)
+        again = erpo_advantages(rewards, entropy, changed, ref_logp, mask, eps=0)
+        torch.testing.assert_close(again, once, atol=1e-6, rtol=0)
+
+
+def test_eta_and_sigma_target_act_through_their_product():
+    once = on_example(eta=0.2, sigma_target=1.5)
+    torch.testing.assert_close(on_example(eta=0.6, sigma_target=0.5), once, atol=1e-12, rtol=0)
+    assert (on_example(eta=0.2, sigma_target=0.5) - once).abs().max() > 0.01
+
+
+def test_opposite_rewards_turn_every_sign():
+    turned = on_example(1 - example.rewards)
+    torch.testing.assert_close(turned, -on_example(), atol=1e-12, rtol=0)
 
 
 def test_finite_in_float32():
