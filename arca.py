@@ -23,9 +23,18 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import common
-from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
-from runs import Run, launch, learning_rate, make_optimizer
-from settings import RunArgs, device, refuse, seed_for
+from engine import (
+    Engine,
+    Reference,
+    device,
+    eos_ids,
+    load_policy,
+    load_tokenizer,
+    make_engine,
+    refuse,
+    seed_for,
+)
+from run import Run, RunArgs, launch, learning_rate, make_optimizer
 from verifier import Grader
 
 
@@ -247,8 +256,8 @@ def collect(
 
 
 def main(args: Args) -> None:
-    run = Run(args, script=__file__)
-    grader = Grader(args.grader_workers, args.grader_deadline)
+    run = Run(args)
+    grader = Grader()
     tokenizer = load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
@@ -289,13 +298,13 @@ def main(args: Args) -> None:
                 case "entropy":
                     signal = entropy_reduction(entropy, mask)
                 case "divergence":
-                    with reference as frozen:
+                    with reference() as frozen:
                         signal = divergence(old_logp, common.score(frozen, rollouts, args)[0])
                 case "arca":
                     signal = residuals(policy, reference, rollouts, args)
             credit = credit_weights(signal, mask, sharpening=args.sharpening)  # [P, G, T]
             # </method>
-        gap = run.check_engine(rollouts, old_logp)
+        gap = common.check_engine(rollouts, old_logp, args)
 
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
@@ -334,6 +343,7 @@ def main(args: Args) -> None:
             "zero_variance": (rewards.amax(-1) == rewards.amin(-1)).float().mean(),
             "length": mask.sum(-1).float().mean(),
             "truncated": rollouts.truncated.float().mean(),
+            "boxed": common.boxed(rollouts),
             "entropy": entropy[mask].mean(),
             "loss": update_loss,
             "grad_norm": grad_norm,

@@ -7,13 +7,11 @@ Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from models import Engine, autocast, base_model, is_recurrent, prompt_cache
-from settings import RunArgs, first_line, precision, refuse, seed_for
+from engine import (
+    Engine,
+    StopRun,
+    autocast,
+    base_model,
+    first_line,
+    precision,
+    refuse,
+    seed_for,
+)
+from run import RunArgs
 from verifier import Grader, last_boxed
 
 # ------------------------------------------------------------------------------- problems
@@ -166,8 +173,8 @@ class Group:
     tokens: list[list[int]]  # response token ids, the end-of-sequence token included
     engine_logp: list[list[float]]  # of those tokens, as the engine computed them
     texts: list[str]
-    correct: list[float] = dataclasses.field(default_factory=list)  # 1.0 or 0.0, once verified
-    ranks: list[int] = dataclasses.field(default_factory=list)  # of chosen first tokens (reft.py)
+    correct: list[float] = field(default_factory=list)  # 1.0 or 0.0, once verified
+    ranks: list[int] = field(default_factory=list)  # of chosen first tokens (reft.py)
 
 
 @dataclass
@@ -188,31 +195,30 @@ def roll_out(
     problems: list[Problem],
     args: RunArgs,
     seed: tuple[int | str, ...],
+    *,
     openers: Tensor | None = None,
+    group_size: int | None = None,
+    temperature: float | None = None,
 ) -> list[Group]:
     """G responses to each problem. A response is a function of the weights and its own seed.
 
     openers: [P, G] token ids that responses begin with; None: every token is sampled.
+    group_size, temperature: others than those of the settings.
     """
-    prompts, seeds = [], []
-    for p, problem in enumerate(problems):
-        for g in range(args.group_size):
-            opener = [] if openers is None else [int(openers[p, g])]
-            prompts.append(problem.prompt + opener)
-            seeds.append(seed_for(*seed, p, g))
+    size = group_size or args.group_size
+    heat = args.temperature if temperature is None else temperature
+    places = [(p, g) for p in range(len(problems)) for g in range(size)]
+    opened = [[] if openers is None else [int(openers[place])] for place in places]
+    prompts = [problems[p].prompt + start for (p, _), start in zip(places, opened, strict=True)]
+    seeds = [seed_for(*seed, p, g) for p, g in places]
     length = args.max_new_tokens - (openers is not None)
-    responses = engine.generate(prompts, seeds, length, args.temperature)
-    groups = []
-    for p, problem in enumerate(problems):
-        of_group = slice(p * args.group_size, (p + 1) * args.group_size)
-        start = len(problem.prompt)
-        opened = [prompt[start:] for prompt in prompts[of_group]]
-        tokens = [o + ids for o, (ids, _) in zip(opened, responses[of_group], strict=True)]
-        logp = [
-            [math.nan] * len(o) + values
-            for o, (_, values) in zip(opened, responses[of_group], strict=True)
-        ]
-        groups.append(Group(problem, tokens, logp, engine.decode(tokens)))
+    responses = engine.generate(prompts, seeds, length, heat)
+    groups = [Group(problem, [], [], []) for problem in problems]
+    for (p, _), start, (tokens, logp) in zip(places, opened, responses, strict=True):
+        groups[p].tokens.append(start + tokens)
+        groups[p].engine_logp.append([math.nan] * len(start) + logp)
+    for group in groups:
+        group.texts = engine.decode(group.tokens)
     return groups
 
 
@@ -223,31 +229,6 @@ def verify(grader: Grader, groups: list[Group]) -> None:
     verdicts = iter(grader.grade(texts, golds))
     for group in groups:
         group.correct = [float(next(verdicts)) for _ in group.texts]
-
-
-def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
-    """Group-relative length punishment: 0 down to -1/2 (GTPO, arXiv 2508.04349, Appendix D).
-
-    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G]; zeros where gamma is 0.
-    gamma, in (1/2, 1], is the accuracy from which a group is easy: there, long correct rollouts
-    are punished, by the lengths of the correct ones. At 1 - gamma or less, none is. Between, those
-    of the majority are, by the lengths of all, and the wrong ones on a tie [open].
-    """
-    if not gamma:
-        return torch.zeros_like(lengths, dtype=torch.float32)
-    correct = correct > 0
-    accuracy = correct.float().mean(-1, keepdim=True)
-    easy, hard = accuracy >= gamma, (~correct).float().mean(-1, keepdim=True) >= gamma
-    measured = correct | ~easy
-    punished = torch.where(accuracy > 0.5, correct, ~correct) & ~hard
-
-    shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
-    longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
-    mean = torch.where(measured, lengths, 0).sum(-1, keepdim=True) / measured.sum(-1, keepdim=True)
-    limit = torch.maximum((shortest + longest) / 2, mean)
-    # No measured length reaches 2 * limit, where the paper's slope would end at -1/2.
-    punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
-    return torch.where(punished, punishment, 0.0)
 
 
 def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Rollouts:
@@ -314,9 +295,10 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     together = inputs.numel() + len(starts) * skipped.max()  # tokens to compute
     apart = len(inputs) * (skipped + lengths).max()
-    no_cache = args.gradient_checkpointing or is_recurrent(model)
+    # Recurrent layers have a state in the place of keys and values, which rows cannot share.
+    shared = not args.gradient_checkpointing and not getattr(base_model(model), "_is_stateful", 0)
     with autocast(args):
-        if together < 0.75 * apart and not no_cache:
+        if together < 0.75 * apart and shared:
             cache, real = prompt_cache(model, starts, which)
             real = torch.cat([real, torch.ones_like(mask)], dim=1)
             places = (real.cumsum(-1) - 1)[:, -inputs.shape[1] :]
@@ -330,23 +312,51 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
         return states[row, skipped[row] + place]
 
 
+def prompt_cache(
+    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
+) -> tuple[Any, Tensor]:
+    """Keys and values of prompts, each computed once, for n rows of which row i continues prompt
+    which[i]: transformers' cache, and which of its [n, L] places are no padding (on the left)."""
+    width = max(1, *map(len, prompts))
+    ids = [[-1] * (width - len(p)) + list(p) for p in prompts]
+    ids = torch.tensor(ids, device=which.device)
+    real = ids >= 0
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
+    cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
+    cache.batch_select_indices(which)
+    return cache, real[which]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed up and returned in float32: as vLLM computes its logits."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 class HeadLogp(torch.autograd.Function):
     """The LM head, up to the log-probability of each target and the entropy (nats; no gradient):
     two [tokens], float32. Logits exist for one tile of the vocabulary at a time, and are computed
     again in the backward pass.
 
-    hidden: [tokens, D], in the precision of the products; weight: [V, D]; targets: [tokens].
+    hidden: [tokens, D], in the precision of the body; weight: [V, D]; targets: [tokens]; scale:
+    what logits are multiplied by; cap: what they are softly kept below (Gemma 2), 0: nothing.
     """
 
     @staticmethod
-    def tiles(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Iterator[Any]:
+    def tiles(
+        hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, cap: float
+    ) -> Iterator[Any]:
         width = max(1, LOGITS_AT_ONCE // len(hidden))
         for start, w in zip(range(0, len(weight), width), weight.split(width), strict=True):
             w = w.to(hidden.dtype)
             column = (targets - start)[:, None]
             here = (column >= 0) & (column < len(w))  # whether the target lies in this tile
-            logits = (hidden @ w.T).float().div_(temperature)
-            yield slice(start, start + len(w)), w, logits, column * here, here
+            logits = product(hidden, w.T)
+            if cap:
+                logits = cap * (logits / cap).tanh()
+            yield slice(start, start + len(w)), w, logits.mul_(scale), column * here, here
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -357,7 +367,7 @@ class HeadLogp(torch.autograd.Function):
             picked.append(logp.gather(-1, column)[:, 0].where(here[:, 0], -torch.inf))
             entropies.append(-torch.linalg.vecdot(logp.exp(), logp))
         masses, picked, entropies = (torch.stack(x) for x in (masses, picked, entropies))
-        *tensors, ctx.temperature = inputs
+        *tensors, ctx.scale, ctx.cap = inputs
         ctx.save_for_backward(*tensors, masses.logsumexp(0))
         # A token is drawn by drawing its tile first: probabilities multiply, entropies add up.
         tile_logp = masses.log_softmax(0)
@@ -369,17 +379,19 @@ class HeadLogp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, log_total = ctx.saved_tensors
         hidden, weight, _ = inputs
-        scale = grad[:, None] / ctx.temperature
+        scale = grad[:, None] * ctx.scale
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, w, logits, column, here in HeadLogp.tiles(*inputs, ctx.temperature):
-            # ∂ log p_target / ∂ logits = (1[target] - p) / temperature
+        for rows, w, logits, column, here in HeadLogp.tiles(*inputs, ctx.scale, ctx.cap):
+            slope = 1 - (logits / (ctx.scale * ctx.cap)).square() if ctx.cap else 1  # of the tanh
+            # ∂ log p_target / ∂ logits = 1[target] - p
             d_logits = logits.sub_(log_total[:, None]).exp_().mul_(-scale)
-            d_logits = d_logits.scatter_add_(-1, column, scale * here).to(hidden.dtype)
+            d_logits = d_logits.scatter_add_(-1, column, scale * here)
+            d_logits = (d_logits * slope).to(hidden.dtype)
             d_hidden += d_logits @ w
             if d_weight is not None:
                 d_weight[rows] = d_logits.T @ hidden
-        return d_hidden.to(hidden.dtype), d_weight, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def token_logp(
@@ -392,8 +404,13 @@ def token_logp(
         return tuple(values[index] for values in scores)
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
-    weight = base_model(model).get_output_embeddings().weight
-    scores = HeadLogp.apply(hidden, weight, rollouts.tokens[index][mask], args.temperature)
+    head, config = base_model(model).get_output_embeddings(), base_model(model).config
+    config = config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma 2
+    divided = getattr(config, "logits_scaling", 1.0) * args.temperature  # Granite
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    targets = rollouts.tokens[index][mask]
+    scores = HeadLogp.apply(hidden, head.weight, targets, scale / divided, cap)
     nothing = torch.zeros(mask.shape, device=mask.device)
     return tuple(nothing.masked_scatter(mask, values) for values in scores)
 
@@ -418,6 +435,8 @@ def score(
     batches = list(micro_batches(rollouts, args.token_budget, everything))
     keep = reuse and len(batches) == args.updates_per_rollout == 1
     keep = keep and not drops_out(model, args)
+    if not keep:  # without activations to keep, more tokens fit
+        batches = list(micro_batches(rollouts, 4 * args.token_budget, everything))
     with torch.set_grad_enabled(keep):
         for index in batches:
             logp, entropy = token_logp(model, rollouts, index, args)
@@ -425,6 +444,32 @@ def score(
     if keep:
         rollouts.graph = scores
     return tuple(values.detach() for values in scores)
+
+
+def boxed(rollouts: Rollouts) -> float:
+    """Share of the responses with a \\boxed{} answer."""
+    return float(np.mean([last_boxed(text) is not None for row in rollouts.texts for text in row]))
+
+
+def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the trainer's, mean and largest, in nats.
+
+    Raises StopRun where that is more than rounding explains: then ratios and rewards are those of
+    another policy than the one that is trained.
+    """
+    if not old_logp[rollouts.mask].isfinite().all():
+        raise StopRun("the policy's log-probabilities are not finite")
+    sampled = rollouts.mask & rollouts.engine_logp.isfinite()
+    gap = (rollouts.engine_logp - old_logp)[sampled].abs()
+    mean, most = gap.mean().item(), max(gap.tolist(), default=math.nan)
+    exact = precision(args) is torch.float32 and not gap.is_cuda
+    allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
+    far = f"engine and trainer differ by {mean:.2g} nats a token on average, {most:.2g} at most"
+    if not mean <= allowed:
+        raise StopRun(f"{far}: more than --max-logp-gap {allowed:g}")
+    if mean > 0.05:
+        print(f"warning: {far}", file=sys.stderr)
+    return {"logp_gap/mean": mean, "logp_gap/max": most}
 
 
 def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
@@ -490,12 +535,10 @@ def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tens
 
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, float]:
     """Held-out accuracy over samples with a 95% interval over problems, greedy accuracy, length."""
-    chosen = problems[: args.eval_problems]
-    of_evaluation = copy.copy(args)  # not checked again: a method may need more rollouts
-    of_evaluation.group_size = args.eval_samples
-    groups = roll_out(engine, chosen, of_evaluation, (args.seed, "evaluation"))
-    of_evaluation.group_size, of_evaluation.temperature = 1, 0.0
-    greedy = roll_out(engine, chosen, of_evaluation, (args.seed, "greedy"))
+    chosen, samples = problems[: args.eval_problems], args.eval_samples
+    groups = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
+    once = {"group_size": 1, "temperature": 0.0}
+    greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), **once)
     verify(grader, groups + greedy)
     accuracy = np.array([np.mean(group.correct) for group in groups])
     low, high = bootstrap_interval(accuracy)

@@ -21,9 +21,18 @@ import torch
 from torch import Tensor
 
 import common
-from models import Engine, Reference, eos_ids, load_policy, load_tokenizer, make_engine
-from runs import Run, launch, learning_rate, make_optimizer
-from settings import RunArgs, device, refuse, seed_for
+from engine import (
+    Engine,
+    Reference,
+    device,
+    eos_ids,
+    load_policy,
+    load_tokenizer,
+    make_engine,
+    refuse,
+    seed_for,
+)
+from run import Run, RunArgs, launch, learning_rate, make_optimizer
 from verifier import Grader
 
 
@@ -270,8 +279,8 @@ def collect(
 
 
 def main(args: Args) -> None:
-    run = Run(args, script=__file__)
-    grader = Grader(args.grader_workers, args.grader_deadline)
+    run = Run(args)
+    grader = Grader()
     tokenizer = load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
@@ -305,10 +314,10 @@ def main(args: Args) -> None:
             old_logp, entropy = common.score(policy, rollouts, args, reuse=True)  # [P, G, T] each
             # <method>
             if args.kl:
-                with reference as frozen:
+                with reference() as frozen:
                     ref_logp, _ = common.score(frozen, rollouts, args)
             # </method>
-        gap = run.check_engine(rollouts, old_logp)
+        gap = common.check_engine(rollouts, old_logp, args)
 
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
@@ -351,6 +360,7 @@ def main(args: Args) -> None:
             "zero_variance": (rewards.amax(-1) == rewards.amin(-1)).float().mean(),
             "length": mask.sum(-1).float().mean(),
             "truncated": rollouts.truncated.float().mean(),
+            "boxed": common.boxed(rollouts),
             "entropy": entropy[mask].mean(),
             "loss": update_loss,
             "grad_norm": grad_norm,

@@ -1,22 +1,72 @@
-"""The policy, its frozen reference, and the two engines that roll it out."""
+"""The policy, its frozen reference, and the two engines that roll it out: vLLM and transformers.
+
+Below them all: where and how exactly a model runs, seeds, and how a run says that it cannot go on.
+`args` are a script's settings, which run.py describes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from settings import RunArgs, device, first_line, precision, refuse, seed_for
+# ------------------------------------------------------------------------------- for everybody
+
+
+class StopRun(Exception):
+    """The run cannot go on as it is; the message says why, and which flag to change."""
+
+
+def refuse(flag: str, value: Any, why: str) -> NoReturn:
+    """One line that names the flag and the value, then exit code 2."""
+    print(f"error: {flag} {value}: {why}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    kinds = torch.OutOfMemoryError, MemoryError
+    words = "can't allocate memory", "out of memory", "Free memory on device", "KV cache"
+    return isinstance(error, kinds) or any(part in str(error) for part in words)
+
+
+def seed_for(*parts: int | str) -> int:
+    """A 32-bit seed that is a pure function of its parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
+
+
+def device(args: Any) -> torch.device:
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
+
+
+def precision(args: Any) -> torch.dtype:
+    if args.precision == "auto":
+        return torch.bfloat16 if device(args).type == "cuda" else torch.float32
+    return getattr(torch, args.precision)
+
+
+def autocast(args: Any) -> Any:
+    """bfloat16 where the forward pass is bfloat16, nothing otherwise."""
+    on = precision(args) is torch.bfloat16
+    return torch.autocast(device(args).type, torch.bfloat16) if on else contextlib.nullcontext()
+
 
 # ------------------------------------------------------------------------------- the policy
 
@@ -25,18 +75,20 @@ def load_tokenizer(args: Any) -> Any:
     """The tokenizer of --model. What cannot be trained is refused here, before its weights load."""
     from transformers import AutoConfig, AutoTokenizer
 
+    if (Path(args.model) / "adapter_config.json").is_file():
+        refuse("--model", args.model, "is a LoRA adapter: name the model that it was trained on")
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(args.model, **trust)
         tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a dozen kinds, for what is one mistake here
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    if quantised := getattr(config, "quantization_config", None):
+        method = dict(quantised).get("quant_method", "unknown")
+        refuse("--model", args.model, f"is quantised ({method}); training needs full weights")
     vocabulary = config.get_text_config().vocab_size
     if getattr(args, "candidates", 0) > vocabulary:  # of reft.py
         refuse("--candidates", args.candidates, f"the model knows {vocabulary} tokens")
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config.get_text_config(), name, None) not in (None, 1):
-            refuse("--model", args.model, f"changes its logits by {name}, which is not supported")
     return tokenizer
 
 
@@ -46,13 +98,22 @@ def load_policy(args: Any) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if importlib.util.find_spec("vllm") is None:  # which switches it off as well
+        torch.backends.cuda.enable_cudnn_sdp(False)  # gives NaN gradients at some lengths
     dtype = precision(args) if args.lora_rank else torch.float32
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
+        policy, found = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            dtype=dtype,
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if memory_ran_out(error):
+            raise
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    if found["missing_keys"]:
+        refuse("--model", args.model, f"lacks the weights {sorted(found['missing_keys'])[:3]}")
     if getattr(policy.get_output_embeddings(), "bias", None) is not None:
         refuse("--model", args.model, "its LM head has a bias, which is not supported")
     policy.to(device(args))
@@ -66,16 +127,14 @@ def load_policy(args: Any) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed_for(args.seed, "lora"))
-        policy = get_peft_model(
-            policy,
-            LoraConfig(
-                r=args.lora_rank,
-                lora_alpha=args.lora_alpha or 2 * args.lora_rank,
-                lora_dropout=args.lora_dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+        adapter = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+            lora_dropout=args.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
+        policy = get_peft_model(policy, adapter)
     return policy
 
 
@@ -94,9 +153,8 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     model = base_model(policy)
     for name, weight in model.state_dict().items():
         module, is_adapted, leaf = name.rpartition(".base_layer.")
-        if is_adapted and leaf == "weight":
-            delta = model.get_submodule(module).get_delta_weight("default")
-            weight = weight + delta.to(weight.dtype)
+        if is_adapted and leaf == "weight":  # in float32: the cast may round a small delta away
+            weight = weight.float() + model.get_submodule(module).get_delta_weight("default")
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), weight
 
@@ -112,6 +170,14 @@ def load_weights(policy: nn.Module, folder: Path) -> None:
         policy.load_state_dict(saved.state_dict())
 
 
+def save_model(policy: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write the policy as an ordinary model folder, LoRA added in."""
+    model = base_model(policy)
+    weights = {name: w.to(model.dtype).contiguous() for name, w in merged_weights(policy)}
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
     """Every token id that ends a response: the generation config's and the tokenizer's."""
     ids = base_model(policy).generation_config.eos_token_id
@@ -120,14 +186,14 @@ def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
 
 
 class Reference:
-    """The frozen initial policy, as a context: the same model with its adapter off under LoRA,
-    a frozen copy of it otherwise."""
+    """The frozen initial policy, `with reference() as frozen:`. Under LoRA it is the same model
+    with its adapter off, otherwise a copy."""
 
-    def __init__(self, policy: nn.Module, args: RunArgs) -> None:
-        self.policy = policy
+    def __init__(self, policy: nn.Module, args: Any) -> None:
+        self.policy, self.copy = policy, None
         if is_lora(policy):
             return
-        memo = {}  # what deepcopy takes for copied already
+        memo: dict[int, Any] = {}  # what deepcopy takes for copied already
         if precision(args) is torch.bfloat16:
             # Autocast rounds the weights of linear layers to bfloat16 in either model, so a copy in
             # bfloat16 gives the same values in half the memory. All else stays float32.
@@ -137,147 +203,135 @@ class Reference:
             memo = {id(w): nn.Parameter(w.bfloat16(), requires_grad=False) for w in layers}
         self.copy = copy.deepcopy(policy, memo).requires_grad_(False)
 
-    def __enter__(self) -> nn.Module:
-        if not is_lora(self.policy):
-            return self.copy
-        self.adapter_off = self.policy.disable_adapter()
-        self.adapter_off.__enter__()
-        return self.policy
-
-    def __exit__(self, *error: Any) -> None:
-        if is_lora(self.policy):
-            self.adapter_off.__exit__(*error)
-
-
-def is_recurrent(model: nn.Module) -> bool:
-    """Whether some layers have a state instead of keys and values, which rows cannot share."""
-    return getattr(base_model(model), "_is_stateful", False)
-
-
-def prompt_cache(
-    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
-) -> tuple[Any, Tensor]:
-    """Keys and values of prompts, each computed once, for n rows of which row i continues prompt
-    which[i]: transformers' cache, and which of its [n, L] places are no padding (on the left)."""
-    width = max(1, *map(len, prompts))
-    ids = [[-1] * (width - len(p)) + list(p) for p in prompts]
-    ids = torch.tensor(ids, device=which.device)
-    real = ids >= 0
-    places = (real.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
-    cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
-    cache.batch_select_indices(which)
-    return cache, real[which]
-
-
-def autocast(args: RunArgs) -> Any:
-    """bfloat16 where the forward pass is bfloat16, nothing otherwise."""
-    on = precision(args) is torch.bfloat16
-    return torch.autocast(device(args).type, torch.bfloat16) if on else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        with self.policy.disable_adapter() if self.copy is None else contextlib.nullcontext():
+            yield self.policy if self.copy is None else self.copy
 
 
 # ------------------------------------------------------------------------------- the engines
+
+Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
+
+
+def first_values(weights: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A few values of each named weight: enough to see whether an engine holds the policy's."""
+    return {name: weight.flatten()[:64].to(dtype).cpu() for name, weight in weights}
 
 
 class VLLM:
     """vLLM in this process, so that weights pass by reference."""
 
-    def __init__(self, args: RunArgs, policy: nn.Module, tokenizer: Any, context: int) -> None:
+    def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        on_cuda = device(args).type == "cuda"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        if device(args).type == "cpu":  # vLLM would compile with g++, which not every machine has
+        if precision(args) is torch.float32:  # or its attention would compute in TF32
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        if not on_cuda:  # vLLM would compile with g++, which not every machine has
             torch._dynamo.config.disable = True
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-        from vllm import LLM
+        import vllm
+        from vllm.platforms import current_platform
 
-        self.tokenizer = tokenizer
-        self.stops = eos_ids(policy, tokenizer)
+        if current_platform.device_type != device(args).type:
+            why = f"the vLLM that is installed runs on {current_platform.device_type} here; "
+            refuse("--device", device(args), why + "--engine transformers runs on either")
+        self.sampling = vllm.SamplingParams
+        self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
         self.vocabulary = base_model(policy).config.get_text_config().vocab_size
-        self.sleeps = device(args).type == "cuda"
-        on_cuda = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
+        self.dtype, self.sleeps = precision(args), on_cuda
+        for_cuda = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
         # vLLM's CPU build fails on a seeded request whose prompt is cut into chunks.
-        on_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 8192)}
-        self.llm = LLM(
+        for_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 8192)}
+        self.llm = vllm.LLM(
             args.model,
-            dtype=str(precision(args)).removeprefix("torch."),
+            dtype=str(self.dtype).removeprefix("torch."),
             max_model_len=context,
-            max_num_seqs=min(args.prompts_per_step * args.group_size, 512),
+            max_num_seqs=512 if on_cuda else min(args.prompts_per_step * args.group_size, 512),
             logprobs_mode="processed_logprobs",  # those of the distribution that was sampled
             max_logprobs=-1,  # no limit: top_tokens asks for many
+            hf_overrides={"head_dtype": "float32"},  # as the trainer computes its logits
             generation_config="vllm",  # no top-p or top-k from the model's folder
-            enforce_eager=not self.sleeps,
+            enforce_eager=not on_cuda,
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
             seed=args.seed,
-            **(on_cuda if self.sleeps else on_cpu),
+            **(for_cuda if on_cuda else for_cpu),
         )
+        # vLLM gives some transformers classes a __call__ that reads this, the policy's among them.
+        type(base_model(policy).base_model).do_not_compile = True
+        # Some weights vLLM stores under other names or in another order. It has just loaded those
+        # of --model, as the policy has: what is equal now must be equal after every sync.
+        held, own = self.held(), first_values(merged_weights(policy), self.dtype)
+        self.compared = [name for name in held.keys() & own.keys() if held[name].equal(own[name])]
+
+    def held(self) -> dict[str, Tensor]:
+        """The first values of the engine's weights."""
+        return self.llm.apply_model(lambda m: first_values(m.named_parameters(), self.dtype))[0]
 
     def sync(self, policy: nn.Module) -> None:
-        """Load the policy's weights. A tied LM head comes along: the state dict names it."""
+        """Load the policy's weights, and see that they are there. A tied LM head comes along: the
+        state dict names it. Raises StopRun where the engine holds other weights."""
         if self.sleeps:
+            torch.cuda.empty_cache()
             self.llm.wake_up()
-        weights = iter(merged_weights(policy))
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        weights = dict(merged_weights(policy))
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(weights.items())}
+        )
         self.llm.reset_prefix_cache()
+        held, own = self.held(), first_values(weights.items(), self.dtype)
+        stale = [name for name in self.compared if not held[name].equal(own[name])]
+        if stale:
+            raise StopRun(
+                f"vLLM holds stale weights: after the sync {len(stale)} of {len(self.compared)} "
+                f"differ from the policy's, {stale[0]} among them; try --engine transformers"
+            )
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
-    ) -> list[tuple[list[int], list[float]]]:
-        """For each prompt the response's token ids and their log-probabilities."""
-        from vllm import SamplingParams
-
+    ) -> list[Response]:
+        """A response of at most `length` tokens to each prompt, drawn with its own seed."""
+        common = {"max_tokens": length, "temperature": temperature, "logprobs": 0}
+        common |= {"stop_token_ids": self.stops, "detokenize": False}
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [
-                SamplingParams(
-                    max_tokens=length,
-                    temperature=temperature,
-                    seed=seed,
-                    stop_token_ids=self.stops,
-                    logprobs=0,
-                    detokenize=False,
-                )
-                for seed in seeds
-            ],
+            [self.sampling(seed=seed, **common) for seed in seeds],
             use_tqdm=False,
         )
-        responses = [output.outputs[0] for output in outputs]
-        return [
-            (
-                list(r.token_ids),
-                [at[i].logprob for at, i in zip(r.logprobs, r.token_ids, strict=True)],
-            )
-            for r in responses
-        ]
+        responses = []
+        for output in outputs:
+            tokens, at = output.outputs[0].token_ids, output.outputs[0].logprobs
+            logp = [place[token].logprob for place, token in zip(at, tokens, strict=True)]
+            responses.append((list(tokens), logp))
+        return responses
 
     def top_tokens(
         self, prompts: list[list[int]], count: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """The likeliest first tokens after each prompt, in descending order, and their
         log-probabilities: two [P, count]. The prompts stay in the prefix cache."""
-        from vllm import SamplingParams
-
         count = min(count, self.vocabulary)
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(max_tokens=1, temperature=temperature, logprobs=count, detokenize=False),
+            self.sampling(max_tokens=1, temperature=temperature, logprobs=count, detokenize=False),
             use_tqdm=False,
         )
         # The sampled token comes as well, even where it is not among the likeliest.
+        first = [output.outputs[0].logprobs[0] for output in outputs]
         ranked = [
-            sorted((-token.logprob, i) for i, token in output.outputs[0].logprobs[0].items())
-            for output in outputs
+            sorted((-at.logprob, token) for token, at in row.items())[:count] for row in first
         ]
-        likeliest = [row[:count] for row in ranked]
-        tokens = torch.tensor([[i for _, i in row] for row in likeliest])
-        return tokens, -torch.tensor([[value for value, _ in row] for row in likeliest])
+        ranked = torch.tensor(ranked, dtype=torch.float64)  # [P, count, 2]
+        return ranked[..., 1].long(), -ranked[..., 0].float()
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the update."""
+        """Give the GPU's memory to the update. The weights are dropped: each sync writes them."""
         if self.sleeps:
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=2)
 
     def decode(self, responses: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -286,12 +340,9 @@ class VLLM:
 class Transformers:
     """The policy's own `generate`: slower than vLLM, nothing to install, nothing to sync."""
 
-    def __init__(self, args: RunArgs, policy: nn.Module, tokenizer: Any, context: int) -> None:
-        self.tokenizer = tokenizer
-        self.stops = eos_ids(policy, tokenizer)
-        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
-        self.args = args
-        self.policy = policy
+    def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
+        self.args, self.policy = args, policy
 
     def sync(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -299,22 +350,17 @@ class Transformers:
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
-    ) -> list[tuple[list[int], list[float]]]:
+    ) -> list[Response]:
         """As VLLM.generate. Each response draws from its own random numbers, one a token: it is
         the first token whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
         model = base_model(self.policy.eval())
-        width = max(2, *map(len, prompts))
+        width = max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        # Prompts but for their last token: the distinct ones, in order, and which each row has.
-        starts: dict[tuple[int, ...], int] = {}
-        which = [starts.setdefault(tuple(p[:-1]), len(starts)) for p in prompts]
-        which = torch.tensor(which, device=model.device)
-        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws], dim=-1)
-        uniform = uniform.to(model.device)[..., None]  # [T, n, 1]
+        real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        draws = [torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        uniform = torch.stack(draws, dim=-1).to(model.device)[..., None]  # [T, n, 1]
         steps: list[Tensor] = []
 
         def choose(_: Tensor, logits: Tensor) -> Tensor:
@@ -331,15 +377,13 @@ class Transformers:
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
-                cache = None if is_recurrent(model) else prompt_cache(model, list(starts), which)[0]
                 sequences = model.generate(
                     input_ids=padded,
-                    attention_mask=real.to(model.device),
-                    past_key_values=cache,
+                    attention_mask=torch.tensor(real, device=model.device),
                     logits_processor=[choose],
-                    generation_config=GenerationConfig(
-                        max_new_tokens=length, eos_token_id=self.stops or None, pad_token_id=0
-                    ),
+                    max_new_tokens=length,
+                    eos_token_id=self.stops or None,
+                    pad_token_id=0,
                 )
         finally:
             model.generation_config = defaults
@@ -356,13 +400,11 @@ class Transformers:
     ) -> tuple[Tensor, Tensor]:
         """As VLLM.top_tokens."""
         model = base_model(self.policy.eval())
-        rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        with autocast(self.args):  # padding is on the right, where no real token sees it
-            states = model.base_model(input_ids=pad_sequence(rows, batch_first=True))[0]
-            logits = model.get_output_embeddings()(states[range(len(rows)), last])
+        with autocast(self.args):
+            rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+            logits = torch.cat([model(row, logits_to_keep=1).logits[:, -1] for row in rows])
         logp = (logits.float() / temperature).log_softmax(-1)
-        top = logp.topk(min(count, self.vocabulary))
+        top = logp.topk(min(count, logp.shape[-1]))
         return top.indices.cpu(), top.values.cpu()
 
     def sleep(self) -> None:
@@ -375,7 +417,7 @@ class Transformers:
 Engine = VLLM | Transformers
 
 
-def make_engine(args: RunArgs, policy: nn.Module, tokenizer: Any, *sets: list[Any]) -> Engine:
+def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *sets: list[Any]) -> Engine:
     """vLLM where it is installed, transformers otherwise, for the longest prompt of the sets."""
     lengths = [len(problem.prompt) for problems in sets for problem in problems]
     context = max(lengths) + args.max_new_tokens

@@ -1,0 +1,556 @@
+"""A run: its settings and command line, its folder, its log, its checkpoints, and going on.
+
+    metrics.jsonl     one line a step           rollouts.jsonl   some rollouts of each step
+    args.json         the settings              tensorboard/     the same metrics
+    checkpoints/      step-000050/ and so on    model/           the final policy, ready to load
+
+A checkpoint is written under another name and renamed when it is whole, so a kill at any moment
+leaves whole ones. A run that goes on is, in float32 on a CPU, bit for bit the run not stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import (
+    StopRun,
+    device,
+    first_line,
+    load_weights,
+    memory_ran_out,
+    refuse,
+    save_model,
+    seed_for,
+)
+
+# ------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class ResumeArgs:
+    """What may be given anew with --resume, for it changes nothing that is learned."""
+
+    resume: str = ""
+    """folder of a run to go on with, by its own settings; those from here to --wandb-project may be
+    given anew"""
+    steps: int = 150
+    """training steps, each one round of rollouts"""
+    eval_dataset: str = "tiny/test.jsonl"
+    """held-out problems, named as --dataset (split: test)"""
+    eval_every: int = 50
+    """steps between evaluations (0: only before and after)"""
+    eval_problems: int = 200
+    """held-out problems used, the first ones of the file"""
+    eval_samples: int = 4
+    """sampled answers per held-out problem, beside a greedy one"""
+    save_every: int = 50
+    """steps between checkpoints (0: only after the last)"""
+    keep_checkpoints: int = 2
+    """latest checkpoints kept, beside the one with the best held-out accuracy"""
+    token_budget: int = 8192
+    """tokens in one micro-batch, padding included: lower it when memory runs out"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    gpu_memory: float = 0.3
+    """share of the GPU's memory that vLLM may hold while it generates"""
+    max_logp_gap: float | None = None
+    """stop when engine and trainer disagree by more, mean over tokens (nats); None: 1e-4 in
+    float32 on a CPU, 0.2 otherwise"""
+    log_rollouts: int = 1
+    """groups a step written to rollouts.jsonl"""
+    wandb_project: str = ""
+    """also log to this Weights & Biases project (needs `pip install wandb`)"""
+
+
+@dataclass
+class RunArgs(ResumeArgs):
+    """Every setting that no method changes."""
+
+    model: str = "tiny"
+    """folder or hub name of a causal language model"""
+    dataset: str = "tiny/train.jsonl"
+    """training problems: a jsonl, parquet or csv file, a folder, or a hub name[:config][@split]"""
+    instruction: str = ""
+    """text put after each problem, such as: Put your final answer in \\boxed{}."""
+    max_prompt_tokens: int = 1024
+    """longer prompts are dropped, with their count (tokens)"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+    prompts_per_step: int = 16
+    """P: problems in a step"""
+    group_size: int = 8
+    """G: rollouts of each problem"""
+    max_new_tokens: int = 1024
+    """T: longest response (tokens)"""
+    temperature: float = 1.0
+    """of sampling and of every log-probability"""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """what generates; auto: vLLM where it is installed"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policy lives"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the forward pass; auto: bfloat16 on CUDA, float32 on CPU; master weights are float32"""
+    seed: int = 1
+    """of everything random"""
+    run_dir: str = ""
+    """the run's folder; empty: runs/<script>-<seed>-<date>"""
+
+
+def parse_args(settings: type, command: list[str] | None = None) -> Any:
+    """A script's settings from its command line; with --resume, those the run began with, and what
+    may be given anew."""
+    about = {"description": sys.modules[settings.__module__].__doc__, "args": command}
+    args = tyro.cli(settings, **about)
+    if not args.resume:
+        return args
+    try:
+        began = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        refuse("--resume", args.resume, f"is not the folder of a run: {first_line(error)}")
+    script = Path(sys.modules[settings.__module__].__file__).stem
+    if began.pop("script") != script:
+        refuse("--resume", args.resume, f"is a run of another script than {script}.py")
+    content = began.pop("content")
+    before = settings(**began | {"resume": args.resume, "run_dir": args.resume})
+    args = tyro.cli(settings, **about, default=dataclasses.replace(before))
+    anew = {field.name for field in dataclasses.fields(ResumeArgs)}
+    if args.lr_schedule != "constant" or args.warmup_ratio:  # which depend on the last step
+        anew.remove("steps")
+    for name, value in vars(args).items():
+        same = value == vars(before)[name] or content_of(value) == content.get(name)
+        if name not in anew and not same:
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, value, f"this run began with {vars(before)[name]}: start a new one")
+    return args
+
+
+def content_of(name: Any) -> str:
+    """What tells a model or a data set from another, wherever it lies: the size, the beginning and
+    the end of its files; or its name on the hub."""
+    if not isinstance(name, str) or not Path(name).exists():
+        return str(name)
+    total, path = hashlib.blake2b(digest_size=8), Path(name)
+    for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
+        with file.open("rb") as data:
+            size = file.stat().st_size
+            total.update(f"{file.relative_to(path)} {size} ".encode() + data.read(1 << 20))
+            data.seek(max(0, size - (1 << 20)))
+            total.update(data.read())
+    return total.hexdigest()
+
+
+NOT_ZERO = (
+    *("steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "buckets"),
+    *("token_budget", "eval_problems", "eval_samples", "keep_checkpoints", "updates_per_rollout"),
+    *("generation_rounds", "temperature", "lr", "max_grad_norm", "gpu_memory", "sigma_target"),
+)
+BELOW_ONE = ("warmup_ratio", "clip_low", "lora_dropout", "gpu_memory")
+SIGNED = ("p_start", "p_end", "max_logp_gap")  # what may be below 0, or is checked elsewhere
+
+
+def check(args: Any) -> None:
+    """Refuse what cannot work, before anything heavy is loaded."""
+
+    def must(name: str, fine: Any, why: str) -> None:
+        if not fine:
+            refuse("--" + name.replace("_", "-"), getattr(args, name), why)
+
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and name not in SIGNED:
+            must(name, 0 <= value < math.inf, "must be at least 0 and finite")
+            must(name, value or name not in NOT_ZERO, "must be above 0")
+            must(name, value < 1 or name not in BELOW_ONE, "must be below 1")
+    must("group_size", args.group_size > 1, "must be at least 2")
+    shares = f"must divide --prompts-per-step {args.prompts_per_step}"
+    must("updates_per_rollout", args.prompts_per_step % args.updates_per_rollout == 0, shares)
+    longest = f"must be at most --max-new-tokens {args.max_new_tokens}"
+    must("overlong_buffer", args.overlong_buffer <= args.max_new_tokens, longest)
+    both = f"cannot be given together with --warmup-steps {args.warmup_steps}"
+    must("warmup_ratio", not (args.warmup_ratio and args.warmup_steps), both)
+    for name in ("lora_alpha", "lora_dropout"):
+        must(name, args.lora_rank or not getattr(args, name), "needs --lora-rank: no adapters")
+    has = importlib.util.find_spec
+    must("engine", args.engine != "vllm" or has("vllm"), "vLLM is not installed; see README.md")
+    must("wandb_project", not args.wandb_project or has("wandb"), "wandb is not installed")
+    must("device", args.device != "cuda" or torch.cuda.is_available(), "no CUDA device is there")
+
+
+# ------------------------------------------------------------------------------- files
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+UNFINISHED = ".unfinished"  # ends the name of what must not be taken for whole
+
+
+def lock(folder: Path) -> Any:
+    """Make a folder, and this process its only writer for as long as the returned file is open.
+    What a crash has left halfway is deleted."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.rglob(f"*{UNFINISHED}"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except BlockingIOError:
+        refuse("--run-dir", folder, "another run is writing here")
+    except OSError as error:
+        refuse("--run-dir", folder, f"cannot be written: {error.strerror}")
+    return file
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's jsonl file, but for those that a crash or a disk has damaged."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                rows += [row] if (row := json.loads(line))["step"] >= 0 else []
+    return rows
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file or a folder to write under another name, which is on the disk before it is renamed:
+    what has the name is whole. Raises StopRun where it cannot be written."""
+    partial = path.with_name(path.name + UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            handle = os.open(written, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        remove(path)
+        partial.rename(path)
+    except Exception as error:  # torch and safetensors have kinds of their own
+        remove(partial)
+        why = f"{path} cannot be written; is the disk full? ({first_line(error)})"
+        raise StopRun(why) from error
+
+
+def remove(path: Path) -> None:
+    """Delete; a crash halfway leaves nothing under the name of a folder."""
+    if path.is_dir():
+        doomed = path.with_name(f"{path.name}.old{UNFINISHED}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+# ------------------------------------------------------------------------------- the run
+
+
+def say(text: str) -> None:
+    """A line on the error stream, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+HOPELESS = {  # metrics that mean, at this value, that nothing can be learned
+    "boxed": (0, "no response held a \\boxed{} answer: --instruction can ask for one"),
+    "zero_variance": (1, "all rewards of each group were equal, which teaches GRPO nothing"),
+    "truncated": (1, "every response was cut off at --max-new-tokens"),
+    "length": (1, "every response was empty"),
+}
+
+
+class Run:
+    """A run's folder, its clock, its log and its checkpoints."""
+
+    def __init__(self, args: Any) -> None:
+        check(args)
+        script = Path(sys.modules[type(args).__module__].__file__).stem
+        args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
+        self.args, self.folder = args, Path(args.run_dir)
+        self.lock = lock(self.folder)
+        self.logs = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
+        if not args.resume and (self.logs[0].exists() or self.checkpoints()):
+            refuse("--run-dir", self.folder, f"holds a run; --resume {self.folder} goes on with it")
+        if (self.folder / "model").exists() and step_of(self.checkpoints()[-1]) >= args.steps:
+            print(f"{self.folder} is finished: {args.steps} steps; more --steps would go on")
+            raise SystemExit(0)
+        content = {name: content_of(getattr(args, name)) for name in ("model", "dataset")}
+        self.settings = {"script": script, "content": content, **dataclasses.asdict(args)}
+        self.started = time.perf_counter()
+        self.step = self.failures = self.skipped = 0
+        self.hopeless = dict.fromkeys(HOPELESS, 0)
+        self.interrupted = self.stopped = False
+
+    # -- steps and time
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the run stands to --steps; 1 is the first.
+
+        Ctrl-C and SIGTERM let the step end and be saved. A second one stops at once.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+        while self.step < self.args.steps and not self.stopped:
+            self.step_started, self.seconds, self.skipped = time.perf_counter(), {}, 0
+            yield self.step + 1
+
+    def interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        os.write(2, b"\nfinishing the step, then saving; Ctrl-C again stops at once\n")
+
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Adds what runs inside to the step's seconds of that part."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            error.add_note(part)  # for `launch`, should memory have run out
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    # -- log
+
+    def log(self, step: int, metrics: dict[str, float], tokens: int = 0) -> None:
+        """Write one step's metrics everywhere they are shown."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if tokens:
+            total = time.perf_counter() - self.step_started
+            parts = self.seconds | {"other": total - sum(self.seconds.values()), "step": total}
+            metrics |= {f"seconds/{part}": spent for part, spent in parts.items()}
+            metrics |= {"tokens_per_second": tokens / total, "skipped_updates": self.skipped}
+            if torch.cuda.is_available():
+                metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            self.warn(metrics)
+        append_line(self.logs[0], {"step": step, **metrics})
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()  # or a kill would lose the last two minutes
+        self.step = step
+        shown = {k: v for k, v in metrics.items() if k in ("reward", "length", "entropy")}
+        self.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if "eval/accuracy" in metrics:
+            say(f"step {step}  held-out accuracy {metrics['eval/accuracy']:.3f}")
+        elif self.bar.disable and step % max(1, self.args.steps // 20) == 0:
+            say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+
+    def warn(self, metrics: dict[str, float]) -> None:
+        """Say it once when nothing can be learned for 5 steps in a row."""
+        for name, (value, why) in HOPELESS.items():
+            self.hopeless[name] = self.hopeless[name] + 1 if metrics.get(name) == value else 0
+            if self.hopeless[name] == 5:
+                say(f"warning: for 5 steps {why}")
+
+    def log_rollouts(self, step: int, rollouts: Any, rewards: Tensor, **per_token: Tensor) -> None:
+        """Write the first --log-rollouts groups, with a value a token of each [P, G, T] given."""
+        for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
+            for g, text in enumerate(rollouts.texts[p]):
+                live = rollouts.mask[p, g]
+                row = {"step": step, "problem": problem.text, "answer": problem.answer}
+                row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
+                per_token["tokens"] = rollouts.tokens
+                row |= {name: values[p, g][live].tolist() for name, values in per_token.items()}
+                append_line(self.logs[1], row)
+
+    # -- the update
+
+    def update(self, optimizer: torch.optim.Optimizer, lr: float, loss: float) -> float:
+        """Clip the gradient and take the optimiser's step, unless something is not finite.
+
+        Returns the gradient norm before clipping.
+        """
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
+        fine = math.isfinite(norm) and math.isfinite(loss)
+        self.failures = 0 if fine else self.failures + 1
+        if fine:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        else:
+            self.skipped += 1
+            say(f"loss {loss:g}, gradient norm {norm:g}: update skipped")
+        optimizer.zero_grad()
+        if self.failures == 3:
+            raise StopRun("3 updates in a row were not finite")
+        return norm
+
+    # -- checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """All that are there, the oldest first."""
+        folders = (self.folder / "checkpoints").glob("step-*")
+        return sorted((f for f in folders if f.name[5:].isdigit()), key=step_of)
+
+    def restore(self, policy: nn.Module, **state: Any) -> dict[str, Any]:
+        """Load the last checkpoint into the policy and into what has a state_dict; the plain
+        values come back. One that a disk has damaged is said, and the one before it is taken.
+        Where there is none, nothing is loaded. From here on the run can be logged."""
+        torch.manual_seed(seed_for(self.args.seed, "training"))
+        values: dict[str, Any] = {}
+        for folder in reversed(self.checkpoints()):
+            try:
+                values = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+                load_weights(policy, folder)
+                for name, owner in state.items():
+                    owner.load_state_dict(values[name])
+                torch.set_rng_state(values["rng"])
+                self.step = step_of(folder)
+                break
+            except Exception as error:
+                say(f"{folder} is damaged ({first_line(error)}); looking for an older checkpoint")
+                values = {}
+        if self.checkpoints() and not values:
+            refuse("--resume", self.folder, "none of its checkpoints can be loaded")
+        self.open_logs(policy)
+        return values
+
+    def open_logs(self, policy: nn.Module) -> None:
+        """Write the settings; drop what was logged after the checkpoint; start the boards."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        sizes = [w.numel() * w.element_size() for w in policy.parameters() if w.requires_grad]
+        free = shutil.disk_usage(self.folder).free
+        if free < 4 * sum(sizes):  # weights, two moments, and model/ in the end
+            why = f"a checkpoint and the final model need {4 * sum(sizes) / 1e9:.1f} GB"
+            refuse("--run-dir", self.folder, f"{why}, and {free / 1e9:.1f} GB are free")
+        for path in self.logs:
+            if path.exists():
+                rows = [row for row in read_lines(path) if row["step"] <= self.step]
+                with whole(path) as partial:
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with whole(self.folder / "args.json") as partial:
+            partial.write_text(json.dumps(self.settings, indent=1))
+        if self.args.wandb_project:
+            import wandb
+
+            mark = self.folder / "wandb_id"  # of this run, not of the folder's name
+            if not mark.exists():
+                mark.write_text(secrets.token_hex(4))
+            options = {"project": self.args.wandb_project, "name": self.folder.name}
+            options |= {"id": mark.read_text(), "resume": "allow", "config": self.settings}
+            wandb.init(**options, sync_tensorboard=True)
+        first = self.step + 1 if self.step else 0  # step 0 is logged too
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.args.steps, initial=self.step, disable=quiet, unit="step")
+
+    def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
+        """Write a checkpoint every --save-every steps, after the last, and when interrupted.
+
+        state: what has a state_dict, and plain values.
+        """
+        self.stopped = self.interrupted
+        due = self.args.save_every and step % self.args.save_every == 0
+        if not (due or step == self.args.steps or self.stopped):
+            return
+        if not all(weight.isfinite().all() for weight in policy.parameters()):
+            raise StopRun("the weights are not finite")
+        values = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+        with whole(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
+            policy.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            torch.save(values | {"rng": torch.get_rng_state()}, folder / "trainer.pt")
+        accuracy = {row["step"]: row.get("eval/accuracy", -1) for row in read_lines(self.logs[0])}
+        best = max(self.checkpoints(), key=lambda f: accuracy.get(step_of(f), -1))
+        for old in self.checkpoints()[: -self.args.keep_checkpoints]:
+            if old != best:
+                remove(old)
+
+    def finish(self, policy: nn.Module, tokenizer: Any) -> None:
+        """Write model/, the policy as an ordinary model folder, and say how the run went."""
+        self.bar.close()
+        self.board.close()
+        if self.stopped and self.step < self.args.steps:
+            raise KeyboardInterrupt
+        with whole(self.folder / "model") as folder:
+            save_model(policy, tokenizer, folder)
+        rows = [row for row in read_lines(self.logs[0]) if "eval/accuracy" in row]
+        for label, row in zip(("before", "after"), rows[:1] + rows[-1:], strict=False):
+            low, high = row["eval/accuracy_low"], row["eval/accuracy_high"]
+            print(
+                f"held-out accuracy {label:6}  {row['eval/accuracy']:.3f}  "
+                f"95% interval [{low:.3f}, {high:.3f}]  greedy {row['eval/greedy']:.3f}"
+            )
+        print(f"wall time {time.perf_counter() - self.started:.0f} s")
+        print(f"checkpoint {self.folder / 'model'}")
+
+
+# ------------------------------------------------------------------------------- start and stop
+
+
+def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def learning_rate(step: int, args: Any) -> float:
+    """Linear warm-up, then constant, or a line or a cosine to 0 at the last step."""
+    warmup = args.warmup_steps or math.ceil(args.warmup_ratio * args.steps)
+    if step <= warmup:
+        return args.lr * step / warmup
+    done = (step - warmup) / (args.steps - warmup)
+    falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return args.lr * falls[args.lr_schedule]
+
+
+def out_of_memory(args: Any, part: str) -> tuple[str, str]:
+    """What to do where memory ran out: in words, and as flags to go on with."""
+    if part in ("score", "update"):
+        half = f"--token-budget {max(1, args.token_budget // 2)}"
+        return f"lower --token-budget {args.token_budget}, or add --gradient-checkpointing", half
+    if part and device(args).type == "cuda" and args.engine != "transformers":
+        return f"change --gpu-memory {args.gpu_memory}, vLLM's share", ""
+    if part:
+        return f"start anew with fewer --prompts-per-step than {args.prompts_per_step}", ""
+    return f"--model {args.model} is too large here; --lora-rank 32 needs less", ""
+
+
+def launch(main: Callable[[Any], None], settings: type) -> None:
+    """Parse the command line, run, and turn what can go wrong into one clear message."""
+    args, flags = parse_args(settings), ""
+    try:
+        return main(args)
+    except KeyboardInterrupt:
+        what, code = "interrupted", 130
+    except Exception as error:
+        disk = isinstance(error, OSError) and error.errno in DISK_TROUBLE
+        what, code = f"stopped: {error}", 1
+        if memory_ran_out(error):
+            part = getattr(error, "__notes__", [""])[-1]
+            advice, flags = out_of_memory(args, part)
+            what = f"stopped: out of memory ({part or 'loading'}): {advice}"
+        elif not (disk or isinstance(error, StopRun)):
+            raise
+    script = Path(sys.argv[0]).name
+    print(f"{what}\ngo on with: python {script} --resume {args.run_dir} {flags}", file=sys.stderr)
+    raise SystemExit(code)
