@@ -225,31 +225,6 @@ def verify(grader: Grader, groups: list[Group]) -> None:
         group.correct = [float(next(verdicts)) for _ in group.texts]
 
 
-def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
-    """Group-relative length punishment: 0 down to -1/2 (GTPO, arXiv 2508.04349, Appendix D).
-
-    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G]; zeros where gamma is 0.
-    gamma, in (1/2, 1], is the accuracy from which a group is easy: there, long correct rollouts
-    are punished, by the lengths of the correct ones. At 1 - gamma or less, none is. Between, those
-    of the majority are, by the lengths of all, and the wrong ones on a tie [open].
-    """
-    if not gamma:
-        return torch.zeros_like(lengths, dtype=torch.float32)
-    correct = correct > 0
-    accuracy = correct.float().mean(-1, keepdim=True)
-    easy, hard = accuracy >= gamma, (~correct).float().mean(-1, keepdim=True) >= gamma
-    measured = correct | ~easy
-    punished = torch.where(accuracy > 0.5, correct, ~correct) & ~hard
-
-    shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
-    longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
-    mean = torch.where(measured, lengths, 0).sum(-1, keepdim=True) / measured.sum(-1, keepdim=True)
-    limit = torch.maximum((shortest + longest) / 2, mean)
-    # No measured length reaches 2 * limit, where the paper's slope would end at -1/2.
-    punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
-    return torch.where(punished, punishment, 0.0)
-
-
 def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Rollouts:
     """Groups as padded tensors; the mask comes from lengths, never from token ids."""
 

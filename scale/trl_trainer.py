@@ -99,7 +99,7 @@ def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
             return erpo.erpo_advantages(*signals, gamma=args.gamma, buckets=args.buckets)
         case "gtpo" | "grpo_s":
             doubt = step.entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else step.entropy
-            punished = common.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
+            punished = gtpo.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
             alpha1 = 1 + torch.where(step.correct > 0, punished, -punished)[..., None]
             rollouts = step.correct, doubt, mask
             if args.level == "sequence":
