@@ -298,9 +298,7 @@ def test_arca_gradient_is_the_plain_one(credit: str, run: Callable):
             logp = plain_logp(policy, rollouts, i, g)
             score = plain_score(credit, policy, base, rollouts, i, g).double()
             power = (score + 1e-8) ** 2
-            weights = (
-                power / power.sum() if score.sum() > 1e-8 else torch.ones(len(logp)) / len(logp)
-            )
+            weights = power / power.sum() if power.sum() > 1e-8 else 1 / len(logp)
             losses.append(-advantages[i, g] * (weights * logp).sum())
     (sum(losses) / len(losses)).backward()
     assert_same(theirs, gradient(policy), 1e-3)
@@ -402,7 +400,11 @@ def test_arca_holds_one_copy_of_the_weights(make: Callable, rollouts: common.Rol
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"lora_rank": 0}, "--lora-rank 0"), ({"sharpening": -1.0}, "--sharpening -1.0")],
+    [
+        ({"lora_rank": 0}, "--lora-rank 0"),
+        ({"sharpening": -1.0}, "--sharpening -1.0"),
+        ({"credit": "uniform", "sharpening": 3.0}, "--sharpening 3.0"),
+    ],
 )
 def test_arca_refuses(settings: dict, named: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
