@@ -60,6 +60,8 @@ class Args(RunArgs):
             refuse("--lora-rank", self.lora_rank, "ARCA compares the model with and without LoRA")
         if not 0 <= self.sharpening < math.inf:
             refuse("--sharpening", self.sharpening, "must be at least 0 and finite")
+        if self.credit == "uniform" and self.sharpening != Args.sharpening:
+            refuse("--sharpening", self.sharpening, "changes nothing with --credit uniform")
 
     # </method>
     lora_alpha: int = 0
@@ -110,14 +112,15 @@ def credit_weights(
     """w, each token's share of its response's credit, in proportion to a score to a power.
 
     score: [..., T], non-negative. Returns [..., T]: at least 0, 0 outside the mask, sum 1 over
-    each response, and exactly 1 / T where a response's scores sum to at most 1e-8.
+    each response, and exactly 1 / T where a response's sharpened scores sum to at most 1e-8.
     """
     score = score.float().masked_fill(~mask, 0.0)
     uniform = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     log_power = sharpening * (score + eps).log()  # Eq. sharpening [code]
-    # The softmax of the logarithm is the quotient, and the power of a small score stays above 0.
-    weights = log_power.masked_fill(~mask, -math.inf).softmax(-1)  # Eq. weight [paper]
-    moved = score.sum(-1, keepdim=True) > 1e-8
+    log_power = log_power.masked_fill(~mask, -math.inf)
+    # The softmax of the logarithm is the quotient, and no power overflows.
+    weights = log_power.softmax(-1)  # Eq. weight [paper]
+    moved = log_power.logsumexp(-1, keepdim=True) > math.log(1e-8)
     return torch.where(moved, weights, uniform)  # Eq. uniform fallback [code]
 
 

@@ -8,7 +8,8 @@ The other scripts are this file with other advantages: read `diff grpo.py ep_grp
     python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
 
-DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
+The loss is averaged over all tokens and has no KL term; DeepSeekMath's own form, DAPO (arXiv
+2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 

@@ -71,7 +71,20 @@ class Args(RunArgs):
             refuse("--entropy-clamp", self.entropy_clamp, "needs 0 <= LOW <= HIGH")
         if self.overlong_gamma and not 0.5 < self.overlong_gamma <= 1:
             refuse("--overlong-gamma", self.overlong_gamma, "must lie in (0.5, 1], or be 0: off")
-        self.loss_average = "sequence" if self.level == "sequence" else self.loss_average
+        if not 0 <= self.alpha2 < torch.inf:
+            refuse("--alpha2", self.alpha2, "must be at least 0 and finite")
+        # What would change nothing.
+        if self.overlong_buffer:
+            why = "changes no verdict, and only verdicts count here; use --overlong-gamma"
+            refuse("--overlong-buffer", self.overlong_buffer, why)
+        if self.entropy_clamp and not self.alpha2:
+            refuse("--entropy-clamp", self.entropy_clamp, "changes nothing with --alpha2 0")
+        if self.level == "sequence":
+            if self.normalize != "with-zeros":
+                refuse("--normalize", self.normalize, "is for --level token alone")
+            if self.loss_average == "constant":
+                refuse("--loss-average", self.loss_average, "is for --level token alone")
+            self.loss_average = "sequence"
 
     # </method>
     lora_alpha: int = 0
@@ -170,6 +183,31 @@ def grpo_s_advantages(
     entropy, mask = masked_mean(entropy, mask), mask.any(-1, keepdim=True)  # Eq. 8 [paper]
     shaping = {"alpha1": beta1, "alpha2": beta2, "eps": eps}
     return gtpo_advantages(correct, entropy, mask, **shaping)[..., 0]  # Eq. 9 [paper]
+
+
+def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
+    """Group-relative length punishment: 0 down to -1/2 (Appendix D).
+
+    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G]; zeros where gamma is 0.
+    gamma, in (1/2, 1], is the accuracy from which a group is easy: there, long correct rollouts
+    are punished, by the lengths of the correct ones. At 1 - gamma or less, none is. Between, those
+    of the majority are, by the lengths of all, and the wrong ones on a tie [open].
+    """
+    if not gamma:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    correct = correct > 0
+    accuracy = correct.float().mean(-1, keepdim=True)
+    easy, hard = accuracy >= gamma, (~correct).float().mean(-1, keepdim=True) >= gamma
+    measured = correct | ~easy
+    punished = torch.where(accuracy > 0.5, correct, ~correct) & ~hard
+
+    shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
+    longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
+    mean = torch.where(measured, lengths, 0).sum(-1, keepdim=True) / measured.sum(-1, keepdim=True)
+    limit = torch.maximum((shortest + longest) / 2, mean)
+    # No measured length reaches 2 * limit, where the paper's slope would end at -1/2.
+    punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
+    return torch.where(punished, punishment, 0.0)
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -288,7 +326,7 @@ def main(args: Args) -> None:
 
         # <method>
         doubt = entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else entropy
-        punishment = common.overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
+        punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
         alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
         if args.level == "token":
             shaped = shaped_rewards(correct, doubt, mask, alpha1, args.alpha2)

@@ -44,7 +44,7 @@ class Args(RunArgs):
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     p_start: float = 2.0
-    """p at the first step (paper: 2 for mathematics, 1 for ALFWorld)"""
+    """p that the schedule starts from (paper: 2 for mathematics, 1 for ALFWorld)"""
     p_end: float = -2.0
     """p that the schedule ends at (paper: -2 for mathematics, -1 for ALFWorld)"""
     schedule: Literal["linear", "cosine", "quadratic", "cubic", "constant"] = "linear"
@@ -66,6 +66,8 @@ class Args(RunArgs):
         for flag, p in (("--p-start", self.p_start), ("--p-end", self.p_end)):
             if not math.isfinite(p):
                 refuse(flag, p, "must be finite")
+        if self.schedule == "constant" and self.p_end != Args.p_end:
+            refuse("--p-end", self.p_end, "p stays at --p-start with --schedule constant")
         if self.schedule != "constant":  # then p depends on --steps
             self.harmless = tuple(name for name in RunArgs.harmless if name != "steps")
 
@@ -307,7 +309,7 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
         advantages = advantages[..., None] * mask  # [P, G, T]
         schedule = {"p_start": args.p_start, "p_end": args.p_end, "schedule": args.schedule}
-        p = anneal_p(step - 1, args.steps, **schedule)  # Eq. p is held for a step [code]
+        p = anneal_p(step, args.steps, **schedule)  # Eq. p is held for a step [code]
         rhos, entropies = [], []
         # </method>
 

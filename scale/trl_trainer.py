@@ -99,7 +99,7 @@ def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
             return erpo.erpo_advantages(*signals, gamma=args.gamma, buckets=args.buckets)
         case "gtpo" | "grpo_s":
             doubt = step.entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else step.entropy
-            punished = common.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
+            punished = gtpo.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
             alpha1 = 1 + torch.where(step.correct > 0, punished, -punished)[..., None]
             rollouts = step.correct, doubt, mask
             if args.level == "sequence":
@@ -123,7 +123,7 @@ def method_loss(args: Any, step: SimpleNamespace, logp: Tensor, index: common.In
         return -advantages * logp
     if args.method == "holderpo":
         schedule = {"p_start": args.p_start, "p_end": args.p_end, "schedule": args.schedule}
-        p = holderpo.anneal_p(step.number - 1, args.steps, **schedule)
+        p = holderpo.anneal_p(step.number, args.steps, **schedule)
         responses = logp, old_logp, mask, advantages[:, 0]  # the same on every token
         clips = {"clip": args.clip, "clip_level": args.clip_level}
         return holderpo.holder_surrogate(*responses, p, **clips)[0][:, None]

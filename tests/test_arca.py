@@ -35,9 +35,9 @@ def hidden_states() -> tuple[torch.Tensor, torch.Tensor]:
 
 def slow_weights(scores: list[float], sharpening: float, eps: float = 1e-8) -> list[float]:
     """The weights of one completion, in Python's double precision."""
-    if sum(scores) <= 1e-8:
-        return [1 / len(scores)] * len(scores)
     powers = [(score + eps) ** sharpening for score in scores]
+    if sum(powers) <= 1e-8:
+        return [1 / len(scores)] * len(scores)
     return [power / sum(powers) for power in powers]
 
 
@@ -88,11 +88,11 @@ def test_the_scale_of_the_residual_does_not_matter(scale):
     torch.testing.assert_close(scaled, arca_weights(adapted, base, MASK), atol=2e-5, rtol=0)
 
 
-def test_the_powers_of_tiny_scores_do_not_underflow():
-    score = torch.tensor([[1e-7, 3e-7, 2e-7, 0.0]])
+def test_the_powers_of_large_scores_do_not_overflow():
+    score = torch.tensor([[1e5, 3e5, 2e5, 0.0]])
     mask = torch.tensor([[True, True, True, False]])
-    weights = credit_weights(score, mask, sharpening=8.0)  # 1e-56 is 0 in single precision
-    expected = slow_weights([1e-7, 3e-7, 2e-7], 8.0)
+    weights = credit_weights(score, mask, sharpening=8.0)  # 1e40 is infinite in single precision
+    expected = slow_weights([1e5, 3e5, 2e5], 8.0)
     torch.testing.assert_close(weights[0, :3].tolist(), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1))
 
@@ -104,16 +104,21 @@ def test_identical_states_give_exactly_uniform_weights():
     assert torch.equal(credit_weights(torch.full((4, 6), 0.7), MASK), weights)
 
 
-def test_uniform_only_where_the_scores_sum_to_at_most_1e_8():
-    score = torch.tensor([[2e-9, 6e-9, 0.0], [4e-9, 16e-9, 0.0], [1.0, 3.0, 0.0]])
+def test_uniform_only_where_the_sharpened_scores_sum_to_at_most_1e_8():
+    """The scores' own sum is above 1e-8 in all rows but the last."""
+    score = torch.tensor([[3e-5, 9e-5, 0.0], [4e-5, 12e-5, 0.0], [2e-9, 6e-9, 0.0]])
     mask = torch.tensor([[True, True, False]]).expand(3, 3)
-    weights = credit_weights(score, mask, sharpening=1.0)
-    # eps = 1e-8 joins each score of the second row: 14 to 26.
-    expected = torch.tensor([[0.5, 0.5, 0], [0.35, 0.65, 0], [0.25, 0.75, 0]])
-    torch.testing.assert_close(weights, expected)
-    torch.testing.assert_close(
-        credit_weights(score, mask, sharpening=1.0, eps=1.0)[2], torch.tensor([1 / 3, 2 / 3, 0])
-    )
+    even = [0.5, 0.5, 0]
+    # Squares: 0.9e-9 + 8.1e-9, just below; 1.6e-9 + 14.4e-9, just above.
+    expected = torch.tensor([even, [0.1, 0.9, 0], even])
+    torch.testing.assert_close(credit_weights(score, mask), expected, atol=1e-3, rtol=0)
+    assert torch.equal(credit_weights(score, mask)[0], torch.tensor(even))
+    # eps = 1e-8 joins each score, in the sum too: 1.2 to 1.6.
+    expected = torch.tensor([[0.25, 0.75, 0], [0.25, 0.75, 0], [3 / 7, 4 / 7, 0]])
+    blunt = credit_weights(score, mask, sharpening=1.0)
+    torch.testing.assert_close(blunt, expected, atol=1e-3, rtol=0)
+    of_eps = credit_weights(score, mask, eps=1.0)
+    torch.testing.assert_close(of_eps, torch.tensor([even] * 3), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])

@@ -9,12 +9,13 @@ import worked_example as example
 from torch import Tensor
 from worked_example import pad, pad_mask
 
-from common import overlong_punishment
 from grpo import grpo_advantages
 from gtpo import (
+    Args,
     clipped_loss,
     grpo_s_advantages,
     gtpo_advantages,
+    overlong_punishment,
     rollout_logp,
     shaped_rewards,
 )
@@ -317,3 +318,33 @@ def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising
     ):
         assert (advantages < before)[0, [1, 3]].all()
         assert (advantages > before)[0, [0, 2]].all()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"alpha2": -0.1}, "--alpha2 -0.1"),
+        ({"alpha2": math.nan}, "--alpha2 nan"),
+        ({"overlong_buffer": 8}, "--overlong-buffer 8"),
+        ({"alpha2": 0.0, "entropy_clamp": (0.2, 0.28)}, "--entropy-clamp (0.2, 0.28)"),
+        ({"level": "sequence", "normalize": "own-set"}, "--normalize own-set"),
+        ({"level": "sequence", "normalize": "joint"}, "--normalize joint"),
+        ({"level": "sequence", "loss_average": "constant"}, "--loss-average constant"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(
+    settings: dict, named: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit) as stop:
+        Args(**settings)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {named}: ") and message.count("\n") == 1
+
+
+def test_grpo_s_is_averaged_over_rollouts():
+    assert Args(level="sequence").loss_average == "sequence"
+    assert Args(level="sequence", loss_average="sequence").loss_average == "sequence"
