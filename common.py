@@ -499,11 +499,6 @@ def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Ten
     return torch.where(mask & (std > 0), (x - mean) / (std + eps), 0.0)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the live tokens of each rollout. Both are [..., T]; the result is [..., 1]."""
-    return torch.where(mask, x, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
-
-
 class Means:
     """Running means over live tokens, across micro-batches."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import common
-from common import masked_mean, standardize
+from common import standardize
 from engine import (
     Engine,
     Reference,
@@ -126,6 +126,11 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
     return torch.where(varied, advantages, 0.0)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the live tokens of each rollout. Both are [..., T]; the result is [..., 1]."""
+    return torch.where(mask, x, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -386,7 +391,9 @@ def main(args: Args) -> None:
         }
         # <method>
         signals = {"advantage": advantages, "shaped_reward": shaped}
-        metrics |= diagnostics.reward_spread(shaped, correct, mask)
+        for name, verdict in (("correct", 1), ("wrong", 0)):
+            chosen = shaped[mask & (correct == verdict)[..., None]]
+            metrics[f"spread/{name}"] = chosen.std() if len(chosen) > 1 else 0.0
         if args.kl:
             metrics["kl_to_reference"] = kl_to_reference(old_logp, ref_logp)[mask].mean()
         # </method>

@@ -137,7 +137,7 @@ def holder_gap(trainer: MethodTrainer, batch: dict[str, Tensor]) -> float:
             trainer._compute_loss(trainer.model, batch), "mean"
         ).item()
     rows = (values.flatten(0, 1) for values in (logp, step.logp, step.mask))
-    advantages, p = step.advantages[..., 0].flatten(), holderpo.anneal_p(0, args.steps)
+    advantages, p = step.advantages[..., 0].flatten(), holderpo.anneal_p(1, args.steps)
     theirs = holderpo.holder_loss(*rows, advantages, p, clip=args.clip).item()
     step.logp = logp
     return abs(ours - theirs)
