@@ -298,7 +298,9 @@ class Run:
             print(f"{self.folder} is finished: {args.steps} steps; more --steps would go on")
             raise SystemExit(0)
         content = {name: content_of(getattr(args, name)) for name in ("model", "dataset")}
-        self.settings = {"script": script, "content": content, **dataclasses.asdict(args)}
+        self.settings = {"script": script, "content": content, **vars(args), "resume": ""}
+        with whole(self.folder / "args.json") as partial:
+            partial.write_text(json.dumps(self.settings, indent=1))
         self.started = time.perf_counter()
         self.step = self.failures = self.skipped = 0
         self.hopeless = dict.fromkeys(HOPELESS, 0)
@@ -434,7 +436,7 @@ class Run:
         return values
 
     def open_logs(self, policy: nn.Module) -> None:
-        """Write the settings; drop what was logged after the checkpoint; start the boards."""
+        """Drop what was logged after the checkpoint; start the boards."""
         from torch.utils.tensorboard import SummaryWriter
 
         sizes = [w.numel() * w.element_size() for w in policy.parameters() if w.requires_grad]
@@ -447,8 +449,6 @@ class Run:
                 rows = [row for row in read_lines(path) if row["step"] <= self.step]
                 with whole(path) as partial:
                     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with whole(self.folder / "args.json") as partial:
-            partial.write_text(json.dumps(self.settings, indent=1))
         if self.args.wandb_project:
             import wandb
 
@@ -551,6 +551,7 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
             what = f"stopped: out of memory ({part or 'loading'}): {advice}"
         elif not (disk or isinstance(error, StopRun)):
             raise
-    script = Path(sys.argv[0]).name
-    print(f"{what}\ngo on with: python {script} --resume {args.run_dir} {flags}", file=sys.stderr)
+    if args.run_dir:
+        what += f"\ngo on with: python {sys.argv[0]} --resume {args.run_dir} {flags}".rstrip()
+    print(what, file=sys.stderr)
     raise SystemExit(code)
