@@ -1,5 +1,5 @@
 # make demo    train the tiny model with GRPO and write a report      make test    run the tests
-# make check   format and lint                                        make clean   remove .venv
+# make check   format, lint, requirements                             make clean   remove .venv
 # make scale-test   the tests of scale/, in .venv-scale
 # Each sets up .venv by itself; a second call installs nothing.
 
@@ -9,9 +9,11 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed-$(REQUIREMENTS)
+RESOLVE := .venv/bin/uv pip compile --quiet --no-config --no-annotate --no-header \
+	--only-binary :all: --python-platform x86_64-manylinux_2_31
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check install scale-test clean
+.PHONY: demo test check resolve install scale-test clean
 
 demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
@@ -23,6 +25,20 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	@$(MAKE) --no-print-directory resolve
+
+# The CUDA lists install from the public index alone and name every package they need: with and
+# without dependencies they resolve to the same. uv reads metadata, no wheels, and not pip's settings.
+unexport UV_DEFAULT_INDEX UV_EXTRA_INDEX_URL UV_FIND_LINKS UV_INDEX UV_INDEX_URL
+resolve: $(INSTALLED)
+	@echo uv | $(RESOLVE) - >/dev/null 2>&1 || \
+		{ echo "skipped: requirements are not resolved, the package index cannot be reached"; exit 0; }; \
+	for list in requirements.txt requirements-scale.txt; do for python in 3.11 3.12 3.13; do \
+		echo "resolving $$list for Python $$python"; \
+		$(RESOLVE) --python-version $$python $$list > .venv/resolved || exit 1; \
+		$(RESOLVE) --python-version $$python --no-deps --offline $$list | diff - .venv/resolved || \
+			{ echo "error: $$list leaves out the packages above"; exit 1; }; \
+	done; done
 
 install: $(INSTALLED)
 
@@ -55,6 +71,10 @@ ifeq ($(REQUIREMENTS)-$(shell uname -s),requirements-cpu.txt-Linux)
 	.venv-scale/bin/python -m pip install --quiet --no-deps torch==2.13.0+cpu 2>/dev/null || \
 		.venv-scale/bin/python -m pip install --quiet --no-deps torch==2.13.0+cpu \
 			--index-url https://download.pytorch.org/whl/cpu
+	sed '/^# What torch.s CUDA build needs/,$$d' requirements-scale.txt > .venv-scale/requirements.txt
+else
+	cp requirements-scale.txt .venv-scale/requirements.txt
 endif
-	.venv-scale/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
+	.venv-scale/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r .venv-scale/requirements.txt
 	@touch $@
