@@ -10,21 +10,29 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft")
-TITLE = "# Equations, lines and tests"
-LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)")
+HEAD = """# Equations, lines and tests
+
+Every equation of every method, the line of code that computes it and the tests that hold it, \
+written by `python docs/equations.py` from the tables of the methods' pages and the tags in the \
+code.
+
+A line that computes an equation ends in `# Eq. <tag> [<mark>]`. The mark says where the equation \
+comes from: **[paper]** its text, **[code]** its authors' code, **[second-hand]** summaries that \
+agree, **[open]** our choice. An equation without a tag has no line of its own: the link leads to \
+the function.
+"""
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """A row of a page's table of equations."""
 
-    tag: str  # "" where the equation has no line of its own
+    tag: str  # a dash where the equation has no line of its own
     equation: str
     mark: str
     code: list[tuple[str, str]]  # (function or file, path)
@@ -37,10 +45,9 @@ def read_rows(page: str) -> list[Row]:
     rows = []
     for line in table[1].splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        tag, equation, source, code, tests = ["–", *cells][-5:]
-        mark = re.match(r"\[[a-z-]+\]", source)[0]
-        tag = "" if tag == "–" else tag
-        rows.append(Row(tag, equation, mark, LINK.findall(code), LINK.findall(tests)))
+        tag, equation, source, *linked = ["–", *cells][-5:]
+        links = [re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)", cell) for cell in linked]
+        rows.append(Row(tag, equation, re.match(r"\[[a-z-]+\]", source)[0], *links))
     return rows
 
 
@@ -58,68 +65,39 @@ def definition_line(source: str, name: str) -> int:
 
 def tests_that_call(source: str, name: str) -> list[str]:
     """Names of the tests in a file that call a function, in the file's order."""
-    return [
-        node.name
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef)
-        and node.name.startswith("test_")
-        and re.search(rf"\b{name}\(", ast.get_source_segment(source, node))
-    ]
+    tests = (n for n in ast.parse(source).body if getattr(n, "name", "").startswith("test_"))
+    call = rf"\b{name}\("
+    return [test.name for test in tests if re.search(call, ast.get_source_segment(source, test))]
 
 
-def link(label: str, path: str, line: int | None = None) -> str:
-    return f"[{label}](../{path}{f'#L{line}' if line else ''})"
-
-
-def code_cell(row: Row) -> str:
-    """The tagged lines, or the functions where the row has no tag."""
-    cells = []
+def links(row: Row) -> tuple[str, str]:
+    """The tagged lines, or the functions where the row has no tag; and the tests that the page
+    names, or where it names a file those in it that call the function."""
+    lines, tests = [], []
     for name, path in row.code:
         source = (ROOT / path).read_text(encoding="utf-8")
-        lines = tagged_lines(source, row.tag, row.mark) if row.tag else []
-        cells += [link(f"{path}:{line}", path, line) for line in lines]
-        if not lines and name.isidentifier():
-            line = definition_line(source, name)
-            cells.append(link(f"{path}:{line}", path, line))
-        elif not lines:
-            cells.append(link(path, path))
-    return ", ".join(dict.fromkeys(cells))
-
-
-def tests_cell(row: Row) -> str:
-    """The tests that the page names; where it names a file, those in it that use the function."""
-    cells = []
+        found = tagged_lines(source, row.tag, row.mark)
+        if not found and name.isidentifier():
+            found = [definition_line(source, name)]
+        lines += [f"[{path}:{n}](../{path}#L{n})" for n in found] or [f"[{path}](../{path})"]
     for name, path in row.tests:
         source = (ROOT / path).read_text(encoding="utf-8")
-        names = [name] if name.isidentifier() else []
-        if not names:
-            names = [test for used, _ in row.code for test in tests_that_call(source, used)]
-        cells += [link(f"`{test}`", path, definition_line(source, test)) for test in names]
-    return ", ".join(dict.fromkeys(cells))
+        called = [test for used, _ in row.code for test in tests_that_call(source, used)]
+        for test in [name] if name.isidentifier() else called:
+            tests.append(f"[`{test}`](../{path}#L{definition_line(source, test)})")
+    return ", ".join(dict.fromkeys(lines)), ", ".join(dict.fromkeys(tests))
 
 
 def make_page() -> str:
     """The whole of docs/equations.md."""
-    parts = [
-        TITLE,
-        "Every equation of every method, the line of code that computes it and the tests that hold "
-        "it, written by `python docs/equations.py` from the tables of the methods' pages and the "
-        "tags in the code.",
-        "A line that computes an equation ends in `# Eq. <tag> [<mark>]`. The mark says where the "
-        "equation comes from: **[paper]** its text, **[code]** its authors' code, "
-        "**[second-hand]** summaries that agree, **[open]** our choice. An equation without a tag "
-        "has no line of its own: the link leads to the function.",
-    ]
+    lines = [HEAD]
     for page in PAGES:
         text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")
-        lines = [f"## [{title}]({page}.md)", "", "| tag | equation | source | line | tests |"]
-        lines.append("|---|---|---|---|---|")
-        for row in read_rows(text):
-            cells = [row.tag or "–", row.equation, row.mark, code_cell(row), tests_cell(row)]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+        lines += [f"## [{title}]({page}.md)", "", "| tag | equation | source | line | tests |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [f"| {' | '.join([*row[:3], *links(row)])} |" for row in read_rows(text)] + [""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

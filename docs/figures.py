@@ -1,40 +1,51 @@
-"""Draw the figures of docs/ep_grpo.md, docs/erpo.md and docs/gtpo.md with the scripts' functions.
+"""Draw the figure of docs/ep_grpo.md and docs/erpo.md with the scripts' own functions.
 
     python docs/figures.py
 
-Plain SVG on a transparent ground, in colours that can be read on white and on black.
+Those of other pages are drawn by the benchmarks that measure what they show. Plain SVG on a
+transparent ground, in colours that can be read on white and on black.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import torch
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
 from ep_grpo import entropy_buckets  # noqa: E402
-from erpo import entropy_gate, position_buckets  # noqa: E402
-from gtpo import shaped_rewards  # noqa: E402
+from erpo import position_buckets  # noqa: E402
 
 GREY, BLUE, ORANGE = "#7d8590", "#3b82f6", "#e0752d"
 
 # An answer of the tiny model to 4*6+(3-3)+7, with a slip, and its entropies in nats.
-TOKENS = [*"Easy! 4*6=24; 3-3=1; 1+24=25; 25+7=32; \\boxed{32}", "end"]
+TOKENS = [*"Easy! 4*6=24; 3-3=1; 1+24=25; 25+7=32; \\boxed{32}", "¶"]
 SURPRISES = {0: 1.27, 6: 0.01, 10: 0.19, 11: 0.7, 18: 0.68, 23: 0.01, 27: 0.91, 35: 0.61, 36: 0.09}
-ENTROPY = torch.tensor([[[SURPRISES.get(t, 0.0) for t in range(len(TOKENS))]]])
-MASK = torch.ones_like(ENTROPY, dtype=torch.bool)
+
+WIDTH, HEIGHT = 216, 124  # of a panel with its labels; two side by side suit a phone
+# What tells each sick run from the healthy one.
+TELLING = (
+    *("collapse: reward", "collapse: entropy", "collapse: zero_variance", "collapse: length"),
+    *("entropy blow-up: reward", "entropy blow-up: entropy"),
+    *("entropy blow-up: truncated", "entropy blow-up: length"),
+    *("stale weights: reward", "stale weights: logp_gap/mean"),
+)
 
 
 class Drawing:
     """An SVG under construction; y grows downwards."""
 
     def __init__(self, width: int, height: int) -> None:
-        self.size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-        self.parts: list[str] = []
+        size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        font = 'font-family="ui-monospace, monospace" font-size="12"'
+        self.parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>']
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, solid: float = 1):
         at = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
@@ -44,93 +55,103 @@ class Drawing:
         at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
         self.parts.append(f'<text {at} fill="{colour}">{escape(words)}</text>')
 
-    def line(self, points: list[tuple[float, float]], colour: str = GREY, width: float = 1):
+    def line(
+        self, points: Iterable[Sequence], colour: str = GREY, width: float = 1, solid: float = 0
+    ) -> None:
+        """A line of a width, or the area inside it, solid from 0 to 1."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        stroke = f'stroke="{colour}" stroke-width="{width}"'
-        self.parts.append(f'<polyline points="{path}" fill="none" {stroke}/>')
+        look = f'stroke="{colour}" stroke-width="{width}" fill="{colour}" fill-opacity="{solid}"'
+        self.parts.append(f'<polyline points="{path}" {look}/>')
 
-    def save(self, name: str) -> None:
-        font = 'font-family="ui-monospace, monospace" font-size="12"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {self.size} {font}>'
-        (FOLDER / name).write_text("\n".join([head, *self.parts, "</svg>", ""]), encoding="utf-8")
+    def save(self, path: str | Path) -> None:
+        text = "\n".join([*self.parts, "</svg>", ""])
+        (FOLDER / path).write_text(text, encoding="utf-8")
 
 
-def draw_tokens(name: str, title: str, heights: list[float], bucket: list[int], strip: str) -> None:
-    """A bar for each token of the answer, and the bucket of each in a strip below."""
-    left, step, base, tall = 20, 13.6, 150, 100
-    drawing = Drawing(720, 226)
-    drawing.text(left, 20, title, anchor="start")
-    drawing.line([(left, base), (left + step * len(TOKENS), base)])
-    used = sorted(set(bucket))
-    for t, height in enumerate(heights):
-        x = left + t * step
-        colour = (BLUE, ORANGE)[used.index(bucket[t]) % 2]
-        drawing.box(x + 2, base - tall * height, step - 4, tall * height, colour)
-        drawing.box(x, base + 24, step, 18, colour, 0.35)
-        drawing.text(x + step / 2, base + 16, {"end": "¶"}.get(TOKENS[t], TOKENS[t]))
-    for number in used:
-        of_bucket = [t for t, b in enumerate(bucket) if b == number]
-        middle = left + step * (of_bucket[0] + of_bucket[-1] + 1) / 2
-        drawing.text(middle, base + 37, str(number))
-    drawing.text(left, base + 62, strip, anchor="start")
+def draw_buckets() -> None:
+    """The entropy of each token of an answer, and the bucket of each by both methods."""
+    entropy = torch.tensor([[[SURPRISES.get(t, 0.0) for t in range(len(TOKENS))]]])
+    mask = torch.ones_like(entropy, dtype=torch.bool)
+    left, step, base = 20, 13.6, 140
+    drawing = Drawing(720, 246)
+    drawing.text(left, 20, "entropy of the policy at each token", anchor="start")
+    for t, value in enumerate(entropy[0, 0].tolist()):
+        drawing.box(left + step * t + 2, base - 80 * value, step - 4, 80 * value, GREY)
+        drawing.text(left + step * (t + 0.5), base + 16, TOKENS[t])
+    for y, buckets, words in (
+        (base + 24, entropy_buckets(entropy, mask, 10), "EP-GRPO: tenth of the answer's entropy"),
+        (base + 66, position_buckets(mask, 10), "ERPO: tenth of its tokens"),
+    ):
+        x = left
+        numbers, counts = buckets[0, 0].unique_consecutive(return_counts=True)
+        for place, (number, count) in enumerate(zip(numbers, counts, strict=True)):
+            width = step * int(count)
+            drawing.box(x, y, width, 18, (BLUE, ORANGE)[place % 2], 0.35)
+            drawing.text(x + width / 2, y + 13, f"{number}")
+            x += width
+        drawing.text(left, y + 32, words, anchor="start")
+    drawing.save("ep_grpo.svg")
+
+
+def put(axes: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where values lie in the drawing: [points, 2]. axes: ticks on x and on y, left and top."""
+    across, up, left, top = axes
+    x = np.interp(x, (across[0], across[-1]), (left, left + WIDTH - 60))
+    y = np.interp(y, (up[0], up[-1]), (top + HEIGHT - 56, top))
+    return np.stack(np.broadcast_arrays(x, y), axis=-1)
+
+
+def draw_panels(name: str, title: str, thick: str, thin: str, panels: Sequence[tuple]) -> None:
+    """Panels of two curves. Each: title, ticks on x and on y, x, and the y of the thick and of the
+    thin one, both [runs, points]: a line for the mean, a shade from the lowest to the highest."""
+    drawing = Drawing(2 * WIDTH + 32, 76 + HEIGHT * -(-len(panels) // 2))
+    drawing.text(8, 16, title, anchor="start")
+    for left, colour, width, words in ((8, BLUE, 2.5, thick), (150, ORANGE, 1, thin)):
+        drawing.line([(left, 32), (left + 20, 32)], colour, width)
+        drawing.text(left + 26, 36, words, colour, "start")
+    for place, (of_panel, across, up, x, *curves) in enumerate(panels):
+        left, top = 38 + WIDTH * (place % 2), 76 + HEIGHT * (place // 2)
+        at = partial(put, (across, up, left, top))
+        drawing.text(left, top - 14, of_panel, anchor="start")
+        for value in across:
+            drawing.text(*np.add(at(value, up[0]), (0, 16)), f"{value:g}")
+        for value in up:
+            drawing.line(at(across, value), width=0.4)
+            drawing.text(*np.add(at(across[0], value), (-8, 4)), f"{value:g}", anchor="end")
+        for y, colour, width in zip(curves, (BLUE, ORANGE), (2.5, 1), strict=True):
+            drawing.line([*at(x, y.min(0)), *at(x, y.max(0))[::-1]], colour, 0, 0.25)
+            drawing.line(at(x, y.mean(0)), colour, width)
     drawing.save(name)
 
 
-def draw_ep_grpo() -> None:
-    draw_tokens(
-        "ep_grpo.svg",
-        "entropy of the distribution that each token was drawn from",
-        (ENTROPY / ENTROPY.max())[0, 0].tolist(),
-        entropy_buckets(ENTROPY, MASK, 10)[0, 0].tolist(),
-        "bucket: tenth of the answer's entropy that is spent, up to and with the token",
-    )
+def draw_compare(runs: dict[str, list]) -> None:
+    """Each method's accuracy by rollouts drawn, beside GRPO's.
+    runs: for each method, GRPO among them, and each seed its evaluations' (rollouts, accuracy)."""
+    x = np.linspace(0, max(rollouts for run in runs["GRPO"] for rollouts, _ in run), 13)
+    curves = {
+        method: np.array([np.interp(x, *zip(*run, strict=True)) for run in seeds])
+        for method, seeds in runs.items()
+    }
+    low = np.floor(10 * min(values.min() for values in curves.values())) / 10
+    baseline = curves.pop("GRPO")
+    ticks = (x[0], x[-1]), (low, (low + 1) / 2, 1)
+    panels = [(method, *ticks, x, own, baseline) for method, own in curves.items()]
+    title = "validation accuracy by rollouts drawn; shaded: all seeds"
+    draw_panels("compare.svg", title, "the method", "GRPO", panels)
 
 
-def draw_erpo() -> None:
-    draw_tokens(
-        "erpo.svg",
-        "gate: 1/2 at mean entropy, towards 1 above",
-        entropy_gate(ENTROPY, MASK)[0, 0].tolist(),
-        position_buckets(MASK, 10)[0, 0].tolist(),
-        "bucket: tenth of the answer's tokens, the same for every answer of a like length",
-    )
-
-
-def draw_gtpo() -> None:
-    """The shaped reward of one of four right and of one of four wrong answers at a position,
-    against its own entropy; that of the others is 1 nat."""
-    drawing = Drawing(720, 300)
-    left, right, top, bottom, largest = 60, 700, 40, 250, 4.0
-
-    def place(entropy: float, reward: float) -> tuple[float, float]:
-        across = left + (right - left) * entropy / largest
-        return across, top + (bottom - top) * (1.5 - reward) / 3
-
-    for reward in (-1, 0, 1):
-        drawing.line([place(0, reward), place(largest, reward)], width=0.5)
-        drawing.text(left - 8, place(0, reward)[1] + 4, str(reward), anchor="end")
-    for entropy in range(int(largest) + 1):
-        drawing.text(place(entropy, 0)[0], bottom + 16, str(entropy))
-    correct = torch.tensor([[True] * 4 + [False] * 4])
-    mask = torch.ones(1, 8, 1, dtype=torch.bool)
-    grid = torch.linspace(0.02, largest, 200)
-    for rollout, colour, label in ((0, BLUE, "right answer"), (4, ORANGE, "wrong answer")):
-        curve = []
-        for value in grid:
-            entropy = torch.ones(1, 8, 1)
-            entropy[0, rollout] = value
-            shaped = sum(shaped_rewards(correct, entropy, mask, 1.0, 0.1))
-            curve.append(place(float(value), float(shaped[0, rollout, 0])))
-        drawing.line(curve, colour, 2.5)
-        drawing.text(right, curve[-1][1] - 10, label, colour, "end")
-    drawing.text(left - 40, 20, "shaped reward of a token", anchor="start")
-    drawing.text(
-        right, bottom + 36, "its entropy (nats); that of the other answers is 1", anchor="end"
-    )
-    drawing.save("gtpo.svg")
+def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:
+    """The metrics that give each sick run away, beside those of the run named healthy.
+    runs: for each run each metric's value at every step."""
+    panels = []
+    for title in TELLING:
+        name, metric = title.split(": ")
+        curves = [np.array([runs[run][metric]]) for run in (name, "healthy")]
+        top = float(f"{1.2 * max(curve.max() for curve in curves):.0e}")
+        steps = np.arange(1, 1 + curves[1].size)
+        panels.append((title, (1, steps[-1]), (0, top / 2, top), steps, *curves))
+    draw_panels("metrics.svg", "metrics by step", "the sick run", "the healthy run", panels)
 
 
 if __name__ == "__main__":
-    draw_ep_grpo()
-    draw_erpo()
-    draw_gtpo()
+    draw_buckets()

@@ -1,7 +1,7 @@
 """Which model fits on which GPU: docs/memory.md, computed from the models' shapes.
 
-    python docs/memory.py            # prints the page's table
-    python docs/memory.py --write    # puts it into docs/memory.md
+    python docs/memory.py            # prints the page's tables
+    python docs/memory.py --write    # puts them into docs/memory.md
 
 What autograd keeps of a token is counted, not guessed: two layers and one layer of the real width
 run on fake tensors, which have shapes but no memory. Needs no GPU.
@@ -9,95 +9,95 @@ run on fake tensors, which have shapes but no memory. Needs no GPU.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 PAGE = Path(__file__).with_suffix(".md")
+MEASURED = PAGE.parents[1] / "benchmark" / "results" / "gpu.json"
 GPUS = (24, 48, 80, 141)  # GB
-TOKEN_BUDGET = 16384  # --token-budget's default, and the least that is worth a micro-batch
-LEAST_BUDGET = 2048
+TOKEN_BUDGETS = (8192, 4096, 2048)  # --token-budget: the default, and what is worth a micro-batch
+GPU_MEMORY = 0.3  # --gpu-memory's default: the share of the GPU that vLLM may hold
 LORA_RANK = 32
 CONTEXT = 2048  # tokens of a prompt and its response
 SEQUENCES = 32  # that vLLM should at least hold at once
+ENGINE = 1.5e9  # what vLLM computes with, its weights and its cache aside
 LOGITS = 3 * 2**28  # a tile of logits, their log-softmax and its exponential
 RESERVED = 2.5e9  # CUDA's context, vLLM's CUDA graphs, fragments
+KINDS = {
+    "full": "Full fine-tuning",
+    "reference": "Full fine-tuning with a reference model",
+    "lora": f"LoRA of rank {LORA_RANK}, with or without a reference model",
+}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A shape of Qwen2.5."""
+    """A shape of Qwen2.5, in the words of its configuration; what is derived is in bytes."""
 
     name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int = 152064
-    tied: bool = False
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int = 152064
+    tie_word_embeddings: bool = False
 
-    def config(self, layers: int) -> Qwen2Config:
-        return Qwen2Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            intermediate_size=self.intermediate,
-            tie_word_embeddings=self.tied,
-        )
+    def build(self, lora: bool, **changes: int) -> nn.Module:
+        """The policy as a run loads it, but for its weights' memory."""
+        config = Qwen2Config(**asdict(self) | changes)
+        dtype = torch.bfloat16 if lora else torch.float32
+        with torch.device("meta"):
+            policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            adapters = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+            return get_peft_model(policy, adapters) if lora else policy
 
-    @property
-    def kv_width(self) -> int:
-        return self.hidden // self.heads * self.kv_heads
-
-    @property
-    def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of one layer's linear modules."""
-        h, kv, i = self.hidden, self.kv_width, self.intermediate
-        return [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
-
-    @property
+    @cached_property
     def parameters(self) -> int:
-        layer = sum(a * b for a, b in self.linears) + self.hidden + 2 * self.kv_width  # biases
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * (layer + 2 * self.hidden) + self.hidden
+        """How many there are."""
+        return sum(weight.numel() for weight in self.build(lora=False).parameters())
+
+    @cached_property
+    def adapters(self) -> int:
+        """How many parameters LoRA adds: adapters on every linear module of the layers."""
+        weights = self.build(lora=True).parameters()
+        return sum(weight.numel() for weight in weights if weight.requires_grad)
+
+    @cached_property
+    def reference(self) -> int:
+        """A frozen copy: linear modules in bfloat16, all else in float32, a tied head included."""
+        copy = self.build(lora=False)
+        linear = {module.weight for module in copy.modules() if isinstance(module, nn.Linear)}
+        linear.discard(copy.get_input_embeddings().weight)
+        return sum(w.numel() * (2 if w in linear else 4) for w in copy.parameters())
 
     @property
-    def adapters(self) -> int:
-        """Parameters of LoRA adapters on every linear module of the layers."""
-        return self.layers * LORA_RANK * sum(a + b for a, b in self.linears)
+    def engine(self) -> float:
+        """The least for vLLM: bfloat16 weights, a key-value cache, what it computes with."""
+        width = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        keys_and_values = 2 * 2 * self.num_hidden_layers * width * CONTEXT * SEQUENCES
+        return 2 * self.parameters + keys_and_values + ENGINE
 
 
 MODELS = (
-    Model("0.5B", 896, 24, 14, 2, 4864, 151936, tied=True),
-    Model("1.5B", 1536, 28, 12, 2, 8960, 151936, tied=True),
-    Model("3B", 2048, 36, 16, 2, 11008, 151936, tied=True),
+    Model("0.5B", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True),
+    Model("1.5B", 1536, 28, 12, 2, 8960, 151936, tie_word_embeddings=True),
+    Model("3B", 2048, 36, 16, 2, 11008, 151936, tie_word_embeddings=True),
     Model("7B", 3584, 28, 28, 4, 18944),
     Model("14B", 5120, 48, 40, 8, 13824),
-    Model("32B", 5120, 64, 40, 8, 27648),
 )
-
-
-class Adapted(nn.Module):
-    """A linear module with a LoRA adapter, as peft computes it."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_a = nn.Linear(base.in_features, LORA_RANK, bias=False)
-        self.lora_b = nn.Linear(LORA_RANK, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_b(self.lora_a(x)) * 2.0
 
 
 def kept_bytes(model: Model, layers: int, lora: bool, tokens: int) -> int:
@@ -109,127 +109,119 @@ def kept_bytes(model: Model, layers: int, lora: bool, tokens: int) -> int:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    policy = model.build(lora, num_hidden_layers=layers)
+    body = (policy.get_base_model() if lora else policy).model
     with FakeTensorMode(), torch.device("cpu"):
-        dtype = torch.bfloat16 if lora else torch.float32
-        policy = AutoModelForCausalLM.from_config(model.config(layers), dtype=dtype)
-        if lora:
-            policy.requires_grad_(False)
-            for layer in policy.model.layers:
-                for part in (layer.self_attn, layer.mlp):
-                    for name, linear in list(part.named_children()):
-                        if isinstance(linear, nn.Linear):
-                            setattr(part, name, Adapted(linear))
-        own = {weight.untyped_storage()._cdata for weight in policy.parameters()}
-        ids = torch.zeros(1, tokens, dtype=torch.long)
+        state = {
+            name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(value.requires_grad)
+            for name, value in [*body.named_parameters(), *body.named_buffers()]
+        }
+        inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "use_cache": False}
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
-            policy.model(input_ids=ids, use_cache=False)
+            torch.func.functional_call(body, state, kwargs=inputs)
+    own = {value.untyped_storage()._cdata for value in state.values()}
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
 @cache
 def activations(model: Model, lora: bool) -> tuple[int, int]:
     """Bytes of one layer: of each token, and of the weights' bf16 copies that autocast makes."""
-    few, many = 64, 128
-    of_layer = [
+    few, many = (
         kept_bytes(model, 2, lora, tokens) - kept_bytes(model, 1, lora, tokens)
-        for tokens in (few, many)
-    ]
-    of_token = (of_layer[1] - of_layer[0]) // (many - few)
-    return of_token, of_layer[0] - few * of_token
+        for tokens in (64, 128)
+    )
+    of_token = (many - few) // 64
+    return of_token, few - 64 * of_token
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the memory, in the order in which it is worth giving up."""
+    """What decides the memory; from the third on in the order in which it is worth giving up."""
 
-    lora: bool
-    reference: bool = False
+    model: Model
+    kind: str = "full"
+    token_budget: int = TOKEN_BUDGETS[0]
     checkpointing: bool = False
     eight_bit: bool = False
-    token_budget: int = TOKEN_BUDGET
 
-    def flags(self, gpu_memory: float = 0.5) -> str:
+    @property
+    def trained(self) -> int:
+        return self.model.adapters if self.kind == "lora" else self.model.parameters
+
+    @property
+    def saved(self) -> tuple[int, int]:
+        """Bytes on the disk: of a checkpoint (what is trained and its moments), and of model/."""
+        weight = 2 if self.kind == "lora" else 4
+        return (6 if self.eight_bit else 12) * self.trained, weight * self.model.parameters
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay on the GPU from step to step: weights, optimiser, reference."""
+        # LoRA's reference is the policy with its adapters off.
+        frozen = {"full": 0, "reference": self.model.reference, "lora": 2 * self.model.parameters}
+        return self.saved[0] + frozen[self.kind]
+
+    @property
+    def update(self) -> float:
+        """Peak of the update, vLLM asleep: what stays, gradients, activations, a tile of logits."""
+        depth, width = self.model.num_hidden_layers, self.model.hidden_size
+        # The head's gradient of a micro-batch, before it is added to that of those before.
+        head = 4 * self.model.vocab_size * width * (self.kind != "lora")
+        of_token, of_weights = activations(self.model, self.kind == "lora")
+        layers = of_token * depth
+        if self.checkpointing:  # every layer's input, and all of the one that is computed again
+            layers = 4 * width * depth + of_token
+        kept = layers * self.token_budget + of_weights * depth + head
+        return self.resident + 4 * self.trained + kept + LOGITS + RESERVED
+
+    @property
+    def rollout(self) -> float:
+        """Peak of the rollouts: what stays, and the least for vLLM."""
+        return self.resident + self.model.engine + RESERVED
+
+    def flags(self, gpu: int) -> str:
+        """For a GPU of so many GB. vLLM's share of it is the default, more where vLLM needs more,
+        less where there is less beside what stays."""
+        needed = math.ceil(self.model.engine / gpu / 1e7) / 100
+        free = math.floor(100 - (self.resident + RESERVED) / gpu / 1e7) / 100
+        share = min(max(GPU_MEMORY, needed), free)
         words = ["--gradient-checkpointing"] * self.checkpointing
-        words += [f"--gpu-memory {gpu_memory}"] * (gpu_memory < 0.5)
+        words += [f"--gpu-memory {share:g}"] * (share != GPU_MEMORY)
         words += ["--adamw-8bit"] * self.eight_bit
-        if self.token_budget != TOKEN_BUDGET:
-            words.append(f"--token-budget {self.token_budget}")
-        return "`" + " ".join(words) + "`" if words else "as it is"
+        words += [f"--token-budget {self.token_budget}"] * (self.token_budget != TOKEN_BUDGETS[0])
+        return f"`{' '.join(words)}`" if words else "as it is"
 
 
-def resident(model: Model, settings: Settings) -> float:
-    """Bytes that stay on the GPU from step to step: weights, optimiser, reference."""
-    states = 2 if settings.eight_bit else 8
-    if settings.lora:  # the reference is the policy with its adapters off
-        return 2 * model.parameters + (4 + states) * model.adapters
-    reference = 2 * model.parameters if settings.reference else 0
-    return (4 + states) * model.parameters + reference
-
-
-def update_bytes(model: Model, settings: Settings) -> float:
-    """Peak of the update, vLLM asleep: what stays, gradients, activations, a tile of logits."""
-    trained = model.adapters if settings.lora else model.parameters
-    # The head's gradient of a micro-batch, before it is added to that of those before.
-    head = 4 * model.vocabulary * model.hidden * (not settings.lora)
-    of_token, of_weights = activations(model, settings.lora)
-    layers = of_token * model.layers
-    if settings.checkpointing:  # every layer's input, and all of the one that is computed again
-        layers = 4 * model.hidden * model.layers + of_token
-    kept = layers * settings.token_budget + of_weights * model.layers + head
-    return resident(model, settings) + 4 * trained + kept + LOGITS + RESERVED
-
-
-def rollout_bytes(model: Model, settings: Settings) -> float:
-    """Peak of the rollouts: what stays, vLLM's bf16 weights, the least key-value cache."""
-    keys_values = 2 * 2 * model.layers * model.kv_width * CONTEXT * SEQUENCES
-    return resident(model, settings) + 2 * model.parameters + keys_values + RESERVED
-
-
-def peak(model: Model, settings: Settings) -> float:
-    return max(update_bytes(model, settings), rollout_bytes(model, settings))
-
-
-def gpu_memory(model: Model, settings: Settings, gpu: int) -> float:
-    """The share of the GPU that vLLM may have beside what stays; half, the default, if it can."""
-    free = gpu * 1e9 - resident(model, settings) - RESERVED
-    return min(0.5, int(100 * free / (gpu * 1e9)) / 100)
-
-
-def gentlest(model: Model, gpu: int, lora: bool, reference: bool) -> Settings | None:
+def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
     """The first of the settings, from costless to costly, that fits; None where none does."""
-    for eight_bit in (False, True):
-        for checkpointing in (False, True):
-            budget = TOKEN_BUDGET
-            while budget >= LEAST_BUDGET:
-                tried = Settings(lora, reference, checkpointing, eight_bit, budget)
-                if peak(model, tried) <= gpu * 1e9:
-                    return tried
-                budget //= 2
+    for eight_bit, checkpointing, budget in product((False, True), (False, True), TOKEN_BUDGETS):
+        settings = Settings(model, kind, budget, checkpointing, eight_bit)
+        if max(settings.update, settings.rollout) <= gpu * 1e9:
+            return settings
     return None
 
 
 def tables() -> str:
-    """One table for full fine-tuning, with and without a reference model, and one for LoRA."""
-    lines = []
-    for title, lora, reference in (
-        ("Full fine-tuning", False, False),
-        ("Full fine-tuning with a reference model", False, True),
-        (f"LoRA of rank {LORA_RANK}, with or without a reference model", True, False),
-    ):
-        lines += ["", f"**{title}**", ""]
-        sizes = " | ".join(f"{gpu} GB" for gpu in GPUS)
-        lines.append(f"| model | rollout, GB | update, GB | {sizes} | measured |")
-        lines.append("|---|---:|---:|" + "---|" * len(GPUS) + "---|")
+    """A table for each kind. gpu.json holds the GiB that were used after the engine's start,
+    asleep, and at a step's peak: {"memory": {kind: {model: [start, asleep, peak]}}}."""
+    measured = json.loads(MEASURED.read_text())["memory"] if MEASURED.exists() else {}
+    head = ["model", "rollout, GB", "update, GB", *(f"{gpu} GB" for gpu in GPUS)]
+    head += ["checkpoint + `model/` on disk, GB", "measured: start, asleep, peak, GB"]
+    parts = []
+    for kind, title in KINDS.items():
+        rows = [head, ["---"] * len(head)]
         for model in MODELS:
-            plain = Settings(lora, reference)
-            row = [model.name, f"{rollout_bytes(model, plain) / 1e9:.0f}"]
-            row.append(f"{update_bytes(model, plain) / 1e9:.0f}")
-            for gpu in GPUS:
-                chosen = gentlest(model, gpu, lora, reference)
-                row.append(chosen.flags(gpu_memory(model, chosen, gpu)) if chosen else "no")
-            lines.append(f"| {' | '.join(row)} | not measured |")
-    return "\n".join(lines[1:])
+            plain = Settings(model, kind)
+            fits = [(gentlest(model, kind, gpu), gpu) for gpu in GPUS]
+            found = measured.get(kind, {}).get(model.name, [])
+            row = [model.name, f"{plain.rollout / 1e9:.0f}", f"{plain.update / 1e9:.0f}"]
+            row += [settings.flags(gpu) if settings else "no" for settings, gpu in fits]
+            row.append(" + ".join(f"{size / 1e9:.1f}" for size in plain.saved))
+            row.append(", ".join(f"{2**30 * size / 1e9:.0f}" for size in found) or "not measured")
+            rows.append(row)
+        parts += [f"**{title}**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n\n".join(parts)
 
 
 def filled_page() -> str:

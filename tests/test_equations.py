@@ -1,85 +1,100 @@
-"""The pages' tables of equations and the code agree, so that neither can go stale alone.
+"""The pages' tables of equations, docs/equations.md and the code agree, so that none goes stale.
 
 A line that computes an equation ends in `# Eq. <tag> [<mark>]`; a row of a page's table begins
 with the tag, names the source with the same mark, and links the function and its test.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MARK = r"(paper|code|second-hand|open)"
-HEAD = "| tag | equation | source | computed by | tested by |"
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if HEAD in page.read_text()]
-SHARED = [ROOT / "common.py"]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
 
-Tag = tuple[str, str]  # such as ("20-25", "second-hand")
+import equations  # noqa: E402
 
-
-def tags_in_code(source: str) -> set[Tag]:
-    assert len(re.findall(r"# Eq\.", source)) == len(re.findall(rf"# Eq\. .+? \[{MARK}\]", source))
-    return set(re.findall(rf"# Eq\. (.+?) \[{MARK}\]", source))
+TAG = r"# Eq\. (.+?) (\[(?:paper|code|second-hand|open)\])"
 
 
-def rows(page: str) -> list[list[str]]:
-    """Cells of each row of the table of equations."""
-    lines = page.split(HEAD + "\n")[1].split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+def tags_in_code(file: Path) -> set[tuple[str, ...]]:
+    """Each tag with its mark, such as ("20-25", "[second-hand]")."""
+    source = file.read_text(encoding="utf-8")
+    found = re.findall(TAG, source)
+    assert source.count("# Eq.") == len(found), f"{file.name}: a tag without a mark"
+    return set(found)
 
 
-def tags_on_page(page: str) -> dict[Tag, str]:
-    """Each tag and mark of the table, with the cell that links the code. Rows without a tag (a
-    dash) describe what has no line of its own."""
-    found = {}
-    for tag, _, source, code, _ in rows(page):
-        mark = re.match(rf"\[{MARK}\]", source)
-        assert mark, f"{tag}: the source begins with no mark"
-        if tag != "–":
-            found[tag, mark[1]] = code
-    return found
+def rows_of(page: str) -> list[equations.Row]:
+    return equations.read_rows((DOCS / f"{page}.md").read_text(encoding="utf-8"))
 
 
-def links(text: str) -> list[tuple[str, str]]:
-    """(`name`, path) of each link to a file of the project."""
-    return re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)", text)
+def test_the_page_of_equations_is_fresh():
+    fresh = (DOCS / "equations.md").read_text(encoding="utf-8") == equations.make_page()
+    assert fresh, "docs/equations.md is stale: python docs/equations.py"
 
 
-def test_the_methods_here_have_pages():
-    assert {"ep_grpo", "erpo", "gtpo"} <= {page.stem for page in PAGES}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_and_its_script_have_the_same_equations(page: Path):
-    script = (ROOT / f"{page.stem}.py").read_text()
-    on_page = tags_on_page(page.read_text())
-    assert tags_in_code(script) <= on_page.keys()
-    for (tag, mark), code in on_page.items():
-        linked = "".join((ROOT / path).read_text() for _, path in links(code))
-        assert (tag, mark) in tags_in_code(linked), f"{page.name}: {tag} [{mark}] is in no code"
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_page_and_the_code_have_the_same_equations(page: str):
+    rows = rows_of(page)
+    assert len(rows) >= 8
+    assert tags_in_code(ROOT / f"{page}.py") <= {(row.tag, row.mark) for row in rows}
+    for row in rows:
+        in_code = set().union(*(tags_in_code(ROOT / path) for _, path in row.code))
+        assert row.tag == "–" or (row.tag, row.mark) in in_code, f"{row.tag} is in no code"
+        _, tests = equations.links(row)
+        assert tests, f"no test of {row.equation}"
 
 
 def test_shared_equations_are_on_a_page():
-    on_pages = {tag for page in PAGES for tag in tags_on_page(page.read_text())}
-    for file in SHARED:
-        assert tags_in_code(file.read_text()) <= on_pages
+    on_pages = {(row.tag, row.mark) for page in equations.PAGES for row in rows_of(page)}
+    assert tags_in_code(ROOT / "common.py") <= on_pages
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_links_lead_to_functions_that_exist(page: Path):
-    for name, path in links(page.read_text()):
+    for name, path in re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)", page.read_text("utf-8")):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
         if name.isidentifier():
             defined = re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), re.M)
             assert defined, f"{page.name}: {path} has no {name}"
 
 
-def test_what_the_comparison_notices():
-    assert tags_in_code("x = 1  # Eq. 3 [paper]") == {("3", "paper")}
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_images_are_there(page: Path):
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert (DOCS / name).exists(), f"{page.name}: {name}"
+
+
+def test_rows_by_hand():
+    page = (
+        "| tag | equation | source | computed by | tested by |\n|---|---|\n"
+        "| 3 | a = b | [paper], Eq. 2 | [`f`](../x.py), [`C`](../y.py) | [`test_f`](../t.py) |\n"
+        "| – | c | [open] | [`x.py`](../x.py) | [`t.py`](../t.py) |\n\n| 4 | d |\n"
+    )
+    code = [("f", "x.py"), ("C", "y.py")]
+    assert equations.read_rows(page) == [
+        equations.Row("3", "a = b", "[paper]", code, [("test_f", "t.py")]),
+        equations.Row("–", "c", "[open]", [("x.py", "x.py")], [("t.py", "t.py")]),
+    ]
+    without_tags = page.replace("| tag ", "").replace("| 3 ", "").replace("| – ", "")
+    assert [row.tag for row in equations.read_rows(without_tags)] == ["–", "–"]
+
+
+def test_lines_by_hand():
+    source = "a = 1  # Eq. 3 [paper]\nb = 2  # Eq. 30 [paper]\nc = 3  # Eq. 3 [open]\n"
+    source += "d = 4  # Eq. 3 [paper], but not yet\n"
+    assert equations.tagged_lines(source, "3", "[paper]") == [1]
+    source = "def f(): ...\nclass C:\n    def g(self): ...\ndef test_f(): f()\ndef test_g(): 'f'\n"
+    assert [equations.definition_line(source, name) for name in "fCg"] == [1, 2, 3]
+    assert equations.tests_that_call(source, "f") == ["test_f"]
+
+
+def test_a_tag_without_a_mark_is_noticed(tmp_path: Path):
+    (tmp_path / "x.py").write_text("x = 1  # Eq. 3 [paper]")
+    assert tags_in_code(tmp_path / "x.py") == {("3", "[paper]")}
+    (tmp_path / "x.py").write_text("x = 1  # Eq. 3")
     with pytest.raises(AssertionError):
-        tags_in_code("x = 1  # Eq. 3")
-    page = f"{HEAD}\n|---|\n| 3 | x = 1 | [paper] | [`f`](../f.py) | `t` |\n\n"
-    assert tags_on_page(page) == {("3", "paper"): "[`f`](../f.py)"}
-    with pytest.raises(AssertionError):
-        tags_on_page(page.replace("[paper]", "the paper"))
+        tags_in_code(tmp_path / "x.py")

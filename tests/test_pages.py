@@ -1,4 +1,4 @@
-"""docs/: the index, the page of equations and the page of metrics say what is so."""
+"""docs/: the index and the page of metrics say what is so."""
 
 import json
 import re
@@ -12,57 +12,12 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
-import equations  # noqa: E402
+import figures  # noqa: E402
 
 
 def test_the_index_names_every_page():
     linked = set(re.findall(r"\]\(([a-z_]+\.md)\)", (DOCS / "README.md").read_text()))
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
-
-
-# ------------------------------------------------------------------------------- equations
-
-
-def test_the_page_of_equations_is_fresh():
-    fresh = (DOCS / "equations.md").read_text(encoding="utf-8") == equations.make_page()
-    assert fresh, "docs/equations.md is stale: python docs/equations.py"
-
-
-@pytest.mark.parametrize("page", equations.PAGES)
-def test_every_equation_has_its_line_and_a_test(page: str):
-    rows = equations.read_rows((DOCS / f"{page}.md").read_text(encoding="utf-8"))
-    assert len(rows) >= 8
-    for row in rows:
-        tagged = [
-            line
-            for _, path in row.code
-            for line in equations.tagged_lines((ROOT / path).read_text(), row.tag, row.mark)
-        ]
-        assert tagged or not row.tag, f"{page}.md: no line ends in # Eq. {row.tag} {row.mark}"
-        assert equations.tests_cell(row), f"{page}.md: no test of {row.equation}"
-
-
-def test_rows_by_hand():
-    page = (
-        "| tag | equation | source | computed by | tested by |\n|---|---|\n"
-        "| 3 | a = b | [paper], Eq. 2 | [`f`](../x.py), [`C`](../y.py) | [`test_f`](../t.py) |\n"
-        "| – | c | [open] | [`x.py`](../x.py) | [`t.py`](../t.py) |\n\n| 4 | d |\n"
-    )
-    code = [("f", "x.py"), ("C", "y.py")]
-    assert equations.read_rows(page) == [
-        equations.Row("3", "a = b", "[paper]", code, [("test_f", "t.py")]),
-        equations.Row("", "c", "[open]", [("x.py", "x.py")], [("t.py", "t.py")]),
-    ]
-    without_tags = page.replace("| tag ", "").replace("| 3 ", "").replace("| – ", "")
-    assert [row.tag for row in equations.read_rows(without_tags)] == ["", ""]
-
-
-def test_lines_by_hand():
-    source = "a = 1  # Eq. 3 [paper]\nb = 2  # Eq. 30 [paper]\nc = 3  # Eq. 3 [open]\n"
-    assert equations.tagged_lines(source, "3", "[paper]") == [1]
-    source = "def f(): ...\nclass C:\n    def g(self): ...\ndef test_f(): f()\ndef test_g(): 'f'\n"
-    assert [equations.definition_line(source, name) for name in "fCg"] == [1, 2, 3]
-    assert equations.tests_that_call(source, "f") == ["test_f"]
 
 
 # ------------------------------------------------------------------------------- metrics
@@ -74,6 +29,26 @@ RUNS = {run["name"]: run for run in RESULTS["runs"]}
 def test_the_page_of_metrics_shows_the_results():
     fresh = (DOCS / "metrics.md").read_text(encoding="utf-8") == sick.filled_page(RESULTS)
     assert fresh, "docs/metrics.md is stale: python benchmark/sick.py --write"
+
+
+def test_the_figures_are_what_the_results_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    figures.draw_buckets()
+    figures.draw_metrics({name: run["curves"] for name, run in RUNS.items()})
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_text("utf-8") == (DOCS / drawn.name).read_text("utf-8"), drawn.name
+
+
+def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    runs = {"GRPO": [[(0, 0.5), (120, 0.5)]], "X": [[(0, 0.5), (60, 1)], [(0, 0.5), (60, 0.8)]]}
+    figures.draw_compare(runs)
+    drawn = (tmp_path / "compare.svg").read_text("utf-8")
+    *_, shade, mean, _, baseline = [line for line in drawn.splitlines() if "<polyline" in line]
+    right, top, bottom = 38 + figures.WIDTH - 60, 76, 76 + figures.HEIGHT - 56
+    assert f"{right:.1f},{top:.1f}" in shade  # the better seed's 1 is the top
+    assert f"{right:.1f},{top + 0.2 * (bottom - top):.1f}" in mean  # 0.9, from 0.5 to 1
+    assert f"{right:.1f},{bottom:.1f}" in baseline
 
 
 def test_every_logged_metric_is_explained():
