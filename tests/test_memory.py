@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 import memory
 from memory import GPUS, KINDS, MODELS, Model, Settings
 
-from models import Reference
+from engine import Reference
 
 SHAPES = {model.name: model for model in MODELS}
 
