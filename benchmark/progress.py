@@ -83,6 +83,19 @@ def terms(
     }
 
 
+def pull(rewards: Tensor, entropy: Tensor, signal: Tensor, mask: Tensor) -> float:
+    """What log π - log π_ref is multiplied by in the progress of a failed answer's token, but for
+    its sign: η over the deviation in the token's bucket. Median over those tokens."""
+    bucket = ep_grpo.entropy_buckets(entropy, mask, 10)
+    anchored = grpo_advantages(rewards).sign()[..., None] * signal
+    weight = torch.zeros_like(signal)
+    for k in range(10):
+        _, std = common.group_moments(anchored, mask & (bucket == k), correction=0)
+        weight = torch.where((bucket == k) & (std > 0), 0.2 / std, weight)
+    failed = mask & (rewards == 0)[..., None] & (weight > 0)
+    return float(weight[failed].median())
+
+
 def main(args: Args) -> None:
     if args.write:
         write_page(json.loads(RESULTS.read_text()))
@@ -133,7 +146,10 @@ def main(args: Args) -> None:
                     rows.append(
                         {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
                     )
-                ratio = (logp - ref_logp)[rollouts.mask]
+                ratio = logp - ref_logp
+                found = pull(rewards, entropy, ratio, rollouts.mask)
+                rows.append({"step": step, "seed": seed, "term": "pull", "norm": round(found, 4)})
+                ratio = ratio[rollouts.mask]
                 rows.append(
                     {"step": step, "seed": seed, "term": "deviation", "norm": float(ratio.std())}
                 )
@@ -146,7 +162,7 @@ def main(args: Args) -> None:
 
 def table(rows: list[dict]) -> str:
     """A line a term: at each step its norm by GRPO's, and its cosine with the true gradient."""
-    names = dict.fromkeys(row["term"] for row in rows if row["term"] != "deviation")
+    names = dict.fromkeys(row["term"] for row in rows if "truth" in row)
     lines = [
         "| term |" + "".join(f" step {step} |" for step in STEPS),
         "|---|" + "---:|" * len(STEPS),
@@ -159,8 +175,13 @@ def table(rows: list[dict]) -> str:
     for name in names:
         cells = [f"{mean(name, s, 'norm'):.2f}, {mean(name, s, 'truth'):+.2f}" for s in STEPS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    spread = [f"{mean('deviation', s, 'norm'):.4f}" for s in STEPS]
-    lines.append("| deviation of the log-ratio, nats | " + " | ".join(spread) + " |")
+    for name, what in (
+        ("deviation", "deviation of the log-ratio, nats"),
+        ("pull", "weight of the log-ratio in failed answers' progress"),
+    ):
+        lines.append(
+            f"| {what} | " + " | ".join(f"{mean(name, s, 'norm'):.3g}" for s in STEPS) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -168,8 +189,8 @@ def write_page(results: dict) -> None:
     seeds = len({row["seed"] for row in results["rows"]})
     said = (
         f"Norm of the gradient against GRPO's, and its cosine with the true one; means over "
-        f"{seeds} batches of {PROBLEMS} problems at checkpoints of `{results['training']}`. The true "
-        f"gradient is from {TRUTH} problems with 8 other rollouts each. `{results['command']}`, "
+        f"{seeds} batches of {PROBLEMS} problems at checkpoints of `{results['training']}`. The "
+        f"true gradient is from {TRUTH} problems with 8 other rollouts each. `{results['command']}`, "
         f"{results['machine']}."
     )
     marks = r"(<!-- results:progress -->\n).*?(<!-- /results -->)"
