@@ -190,8 +190,8 @@ def write_page(results: dict) -> None:
     said = (
         f"Norm of the gradient against GRPO's, and its cosine with the true one; means over "
         f"{seeds} batches of {PROBLEMS} problems at checkpoints of `{results['training']}`. The "
-        f"true gradient is from {TRUTH} problems with 8 other rollouts each. `{results['command']}`, "
-        f"{results['machine']}."
+        f"true gradient is from {TRUTH} problems with 8 other rollouts each. "
+        f"`{results['command']}`, {results['machine']}."
     )
     marks = r"(<!-- results:progress -->\n).*?(<!-- /results -->)"
     text = PAGE.read_text(encoding="utf-8")
