@@ -76,9 +76,14 @@ WRAPPED = re.compile(r"\$\$?([^$]*)\$\$?|\{([^{}]*)\}|\\\(([^()]*)\\\)|\\\[([^][
 SENTENCE = re.compile(r"[A-Z][a-z]* [a-z]+ ")  # left to math-verify
 
 FRACTION = r"\d+/0*[1-9]\d*|\\[dt]?frac\{\d+\}\{0*[1-9]\d*\}"
-POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{-?\d{1,3}\})"
-DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+"
+POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{-?\d{1,2}\})"
+DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,2}(?!\d))?|\.\d+"
 NUMBER = rf"-?(?:{FRACTION}|{POWER}|{DECIMAL})"
+PYTHON = [  # of a number, as Fraction reads it
+    (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"),
+    (r"^(-?)10\^", r"\g<1>1*10^"),
+    (r" *(?:\\times|\\cdot|\*) *10\^\{?(-?\d+)\}?", r"e\1"),
+]
 PLAIN = re.compile(rf"\s*(?:\\?\$)?\s*({NUMBER})\s*\$?\s*", re.ASCII)
 CURRENCY = r"\\?\$|\\pounds|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
 QUANTITY = re.compile(
@@ -163,9 +168,8 @@ def plain_number(text: str) -> Fraction | None:
     match = PLAIN.fullmatch(text) if len(text) <= 40 else None
     if not match:
         return None
-    rules = [(",", ""), (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"), (r"^(-?)10\^", r"\g<1>1*10^")]
-    rules += [(r" *(?:\\times|\\cdot|\*) *10\^\{?(-?\d+)\}?", r"e\1")]
-    return Fraction(rewritten(match[1], rules))
+    number = match[1].replace(",", "")
+    return Fraction(rewritten(number, PYTHON) if "\\" in number or "^" in number else number)
 
 
 def phrase(text: str) -> str:
@@ -185,6 +189,8 @@ class Answer(NamedTuple):
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Answer:
     """Reads an answer as far as that is possible without math-verify."""
+    if "$" not in text and (value := plain_number(text)) is not None:
+        return Answer(text.strip(), value)
     text = tidy(text)
     match = QUANTITY.fullmatch(text)
     value = plain_number(match["number"]) if match else None
@@ -212,18 +218,19 @@ def quick_verdict(gold: Answer, answer: Answer) -> bool | None:
             return False  # a list of one number
         words = phrase(gold.text)
         return True if words and words == phrase(answer.text) else None
-    known = set(gold.unit + answer.unit) <= set(UNIT.values())
-    if known and gold.unit and answer.unit and gold.unit != answer.unit:
-        return False
     golds, answers = [gold.value], [answer.value]
     if gold.unit != answer.unit:  # 50% is 50, and it is 1/2
+        known = set(gold.unit + answer.unit) <= set(UNIT.values())
+        if known and gold.unit and answer.unit:
+            return False
         golds += [gold.value / 100] * (gold.unit == ("%",))
         answers += [answer.value / 100] * (answer.unit == ("%",))
-    apart = [(abs(g - a), min(1, max(abs(g), abs(a)))) for g in golds for a in answers]
-    if any(distance == 0 for distance, _ in apart):
+    if not set(golds).isdisjoint(answers):
         return True
     # math-verify rounds decimals to six places, so it is asked about a near miss
-    return None if any(distance * 10**5 < size for distance, size in apart) else False
+    pairs = [(float(g), float(a)) for g in golds for a in answers]
+    near = any(abs(g - a) < 1e-5 * min(1, max(abs(g), abs(a))) for g, a in pairs)
+    return None if near else False
 
 
 def in_order(gold: str) -> str:
