@@ -59,14 +59,10 @@ REWRITES = [  # of a text without line breaks, in this order
     (r"°", r"^\\circ "),
     (r"^\$(-?[\d.,]+)\$", r"\1"),
     (r"\\! *|\\(?:text)?color *\{[^{}]*\}|\\(?:display|text)style(?![A-Za-z])", ""),
-    (r"\{ *" + SWITCH, r"\\text{"),
     (SWITCH, " "),
     (r"(?<=\d)(?:\\[,;: ]|\{,\}|[~ ])(?=\d{3}(?!\d))", ""),  # 1\,234
     (r"(?<!\\)(?:\\[,;: ]|\\q?quad(?![A-Za-z])|~)", " "),
-    (FONT + r"([^{}A-Za-z]*)\}", r"{\1}"),  # \text{18}
     (FONT + r"(?= *[-+\d.\\${])", "{"),  # \mathbf{3\sqrt{2}}
-    (r"(?<!\\)\{(\{[^{}]*\})\}", r"\1"),
-    (r"(?<!\\)\{([ .,;:]*)\}", r"\1"),
     (r"\((?:approx|round|about|estimat)[A-Za-z .]*\)", ""),
     (r"^(?:\\approx|\\sim|approx(?:imately)?|about|roughly)(?=[- \d.])", ""),
     (r"^(-?\d+\.?\d*)e\+?(?=-?\d\d)(-?)0*(\d+)$", r"\1 \\times 10^{\2\3}"),  # a float's 1e-05
@@ -85,7 +81,7 @@ PYTHON = [  # of a number, as Fraction reads it
     (r" *(?:\\times|\\cdot|\*) *10\^\{?(-?\d+)\}?", r"e\1"),
 ]
 PLAIN = re.compile(rf"\s*(?:\\?\$)?\s*({NUMBER})\s*\$?\s*", re.ASCII)
-CURRENCY = r"\\?\$|\\pounds|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
+CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
 QUANTITY = re.compile(
     rf"(?:(?P<minus>-?) *(?P<currency>{CURRENCY}))? *(?P<number>{NUMBER})(?P<unit>.*)", re.ASCII
 )
@@ -103,7 +99,6 @@ NO_UNIT = re.compile(  # what may follow a number and is no unit
 )
 UNIT_REWRITES = [
     (r"\^ *\{? *\\circ|\\degree", " degree "),
-    (r"\\pounds", "£"),
     (FONT + r"|[{}.]|\\(?=[$%])", " "),
     (r"\bmph\b", "mi/h"),
 ]
@@ -189,7 +184,7 @@ class Answer(NamedTuple):
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Answer:
     """Reads an answer as far as that is possible without math-verify."""
-    if "$" not in text and (value := plain_number(text)) is not None:
+    if not {"$", "e"} & set(text) and (value := plain_number(text)) is not None:
         return Answer(text.strip(), value)
     text = tidy(text)
     match = QUANTITY.fullmatch(text)

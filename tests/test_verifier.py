@@ -220,7 +220,7 @@ def test_plain_numbers_start_no_process_and_no_sympy() -> None:
 RULES = {
     "markup": [
         ("18", [r"\text{18}", r"\textbf{18}", r"\mathbf{ 18 }", r"\mathrm{18}", r"\textit{18}",
-          r"\mathcal{18}", r"{\bf 18}", r"\bf 18", r"\underline{\text{18}}", r"\mathbf{18.}",
+          r"\mathcal{18}", r"{\bf 18}", r"\bf 18", r"\bf{18}", r"\underline{\text{18}}", r"\mathbf{18.}",
           "**18**", "`18`", "$18$", r"\(18\)", r"\textcolor{red}{18}", r"\displaystyle 18"],
          [r"\text{19}", r"\text{18 or 19}", r"\text{eighteen}", r"\text{17}+1"]),
         (r"3\sqrt{2}", [r"\mathbf{3\sqrt{2}}", r"\boldsymbol{3}\sqrt{2}"], [r"\mathbf{2\sqrt{3}}"]),
@@ -241,19 +241,19 @@ RULES = {
         (r"\$18", ["18", "18 dollars", r"18 \text{ USD}"], ["€18", "18 cents", "18%"]),
     ],
     "units": [
-        ("18", ["18 km/h", "18 points", r"18\ \mathrm{m/s}", r"18\text{ cm}^{2}", "18 m^2",
+        ("18", ["18 km/h", "$18$ points", r"18\ \mathrm{m/s}", r"18\text{ cm}^{2}", "18 m^2",
          "18 apples",
           "18 miles per hour", r"18^\circ", "18°", "18 degrees", "18 mph", r"\text{18 cm}"],
          ["18x", "18 or 19", "18 dozen", "18 mod 20", "18!", "180 km/h", "18 pi", "18 theta"]),
         ("18 cm", ["18", r"18\text{ cm}", "18 centimeters", "18 centimetre"],
-         ["18 m", "18 inches", "18 cm^2", "18%", "9 cm"]),
+         ["18 m", r"18^\circ", "18 inches", "18 cm^2", "18%", "9 cm"]),
         ("60 mph", ["60 miles per hour", r"60\text{ mi/h}", "60"], ["60 km/h", "61 mph"]),
         ("18000", ["18 thousand", r"18 \text{ thousand}", "18 thousand dollars"],
          ["18", "18 million"]),
         ("18", [], ["18 thousand", r"18 \text{ thousand}", "[18]"]),
     ],
     "percent": [
-        (r"7.41\%", ["7.41", "0.0741", "7.41%", r"7.41 \text{ percent}"],
+        (r"7.41\%", ["7.41", "0.0741", "7.41%", "$7.41$ %", r"7.41 \text{ percent}"],
          ["741", "0.741", r"74.1\%"]),
         ("7.41", [r"7.41\%"], [r"741.5\%", r"7.4\%"]),
         (r"12.5\%", [r"\frac{1}{8}"], [r"\frac{1}{80}"]),
@@ -315,6 +315,10 @@ def test_rules(rule: str) -> None:
     cases += [(gold, answer, False) for gold, _, wrong in RULES[rule] for answer in wrong]
     verdicts = STRICT.grade([rf"\boxed{{{a}}}" for _, a, _ in cases], [g for g, _, _ in cases])
     assert [case for case, verdict in zip(cases, verdicts, strict=True) if case[2] != verdict] == []
+
+
+def test_a_float_is_not_read_as_e() -> None:
+    assert LENIENT.grade([r"\boxed{e-5}", r"\boxed{10^{-5}}"], ["1e-05"] * 2) == [False, True]
 
 
 def test_rules_take_linear_time() -> None:
