@@ -220,7 +220,8 @@ def test_plain_numbers_start_no_process_and_no_sympy() -> None:
 RULES = {
     "markup": [
         ("18", [r"\text{18}", r"\textbf{18}", r"\mathbf{ 18 }", r"\mathrm{18}", r"\textit{18}",
-          r"\mathcal{18}", r"{\bf 18}", r"\bf 18", r"\bf{18}", r"\underline{\text{18}}", r"\mathbf{18.}",
+          r"\mathcal{18}", r"{\bf 18}", r"\bf 18", r"\bf{18}",
+          r"\underline{\text{18}}", r"\mathbf{18.}",
           "**18**", "`18`", "$18$", r"\(18\)", r"\textcolor{red}{18}", r"\displaystyle 18"],
          [r"\text{19}", r"\text{18 or 19}", r"\text{eighteen}", r"\text{17}+1"]),
         (r"3\sqrt{2}", [r"\mathbf{3\sqrt{2}}", r"\boldsymbol{3}\sqrt{2}"], [r"\mathbf{2\sqrt{3}}"]),
