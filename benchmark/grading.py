@@ -2,10 +2,11 @@ r"""How fast the verifier grades, and what hostile answers cost it.
 
     python benchmark/grading.py
 
-Prints its figures and writes them to benchmark/results/grading.json. Two sittings:
+Prints its figures and writes them to benchmark/results/grading.json. Three sittings:
 
 - ordinary answers, a second: written differently from their gold or plainly wrong, half and half,
   read by math-verify; plain numbers, which are compared without it; and a mixture;
+- golds read by `Grader.readable`, a second: for the first time, and again;
 - hostile answers, made by hand and by mutation, with ordinary ones between them: seconds, workers
   killed, the peak memory of all processes together, and whether the ordinary ones were graded
   exactly as without the hostile ones.
@@ -20,6 +21,7 @@ import platform
 import random
 import resource
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -206,6 +208,23 @@ def ordinary_sitting(workers: int, deadline: float, count: int) -> dict[str, flo
     }
 
 
+def reading_sitting(count: int) -> dict[str, float]:
+    """Golds that are no plain numbers, read a second, and again from the cache (a new one)."""
+    golds = [gold for _, gold, _ in ordinary_pairs(count, seed=5)]
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder, Grader() as grader:
+        kept = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = folder
+        for _ in range(2):
+            start = time.perf_counter()
+            grader.readable(golds)
+            seconds.append(time.perf_counter() - start)
+        del os.environ["XDG_CACHE_HOME"]
+        os.environ |= {"XDG_CACHE_HOME": kept} if kept else {}
+    first, again = (round(count / s) for s in seconds)
+    return {"golds": count, "first_per_second": first, "again_per_second": again}
+
+
 def hostile_sitting(workers: int, deadline: float, count: int, memory: int) -> dict[str, object]:
     """Grades hostile answers with an ordinary one after every fifth, and the ordinary ones alone.
 
@@ -266,6 +285,7 @@ def main() -> None:
         },
         "settings": vars(args),
         "ordinary": ordinary_sitting(args.workers, args.deadline, args.ordinary),
+        "golds": reading_sitting(args.ordinary),
         "hostile": hostile_sitting(args.workers, args.deadline, args.hostile, args.memory_mb),
     }
     text = json.dumps(results, indent=2)

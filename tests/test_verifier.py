@@ -1,22 +1,26 @@
 r"""The verifier: what it reads, that it agrees with math-verify, and that nothing can hang it."""
 
+import _thread
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+import verifier
 from benchmark.grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
-from verifier import Grader, last_boxed, plain_number, plain_verdict
+from verifier import Grader, cache_path, last_boxed, plain_number, quick_verdict, read
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
+PAIRS = ROOT.parent / "shared" / "cases" / "verifier_pairs.jsonl"
 TOWER = r"\boxed{9^{9^{9^{9}}}+x}"  # keeps sympy busy for ever
 STRICT, LENIENT = Grader(), Grader(strict=False)
 ORDINARY = [
@@ -27,6 +31,11 @@ ORDINARY = [
     (r"\boxed{2, 1}", "1, 2", True),
     (r"\boxed{\sqrt{3}}", r"\sqrt{2}", False),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,9 +135,16 @@ def test_last_boxed_of_hostile_sizes() -> None:
         (r"-\frac{3}{6}", Fraction(-1, 2)),
         (r"\dfrac{22}{7}", Fraction(22, 7)),
         *[(text, None) for text in ["", "-", "$", "x", "1/0", "00/00", r"\frac{1}{0}", "12,34"]],
-        *[(text, None) for text in ["1,2345", "5%", r"5\%", "1e3", "5.", "--5", "1_000", "٣", "½"]],
+        *[(text, None) for text in ["1,2345", "5%", r"5\%", "5.", "--5", "1_000", "٣", "½"]],
         *[(text, None) for text in ["+7,000", "2^3", "1 000", r"\5", "(5)", "nan", "inf", "5\0"]],
-        *[(text, None) for text in ["9" * 41, "9" * 10**6, "0.12345678901234567", "1/2/3"]],
+        *[(text, None) for text in ["9" * 41, "9" * 10**6, "1e9999", "10^{9999}", "1/2/3"]],
+        ("0.12345678901234567", Fraction("0.12345678901234567")),
+        ("1e-05", Fraction(1, 10**5)),
+        ("1e+16", 10**16),
+        (r"2.5 \times 10^{-7}", Fraction(25, 10**8)),
+        ("10^5", 10**5),
+        ("-10^{-2}", Fraction(-1, 100)),
+        (".5", Fraction(1, 2)),
     ],
 )
 def test_plain_number(text: str, value: Fraction | None) -> None:
@@ -151,6 +167,10 @@ def number_text(rng: random.Random) -> str:
     return rng.choice(["{}", "{}", "${}$", r"\${}", " {}\n", "\t{} ", "$ {} $"]).format(text)
 
 
+def quick_numbers(gold: str, answer: str) -> bool | None:
+    return quick_verdict(read(gold), read(answer))
+
+
 def test_plain_numbers_agree_with_math_verify() -> None:
     """Wherever two plain numbers are compared here, math-verify says the same."""
     rng = random.Random(0)
@@ -164,19 +184,20 @@ def test_plain_numbers_agree_with_math_verify() -> None:
             others += [f"{near.numerator}/{near.denominator}", f"{float(near):.6f}"]
             others += [rf"\frac{{{abs(near.numerator) * 3}}}{{{near.denominator * 3}}}"] * 2
         pairs.append((gold, rng.choice(others)))
-    pairs = [pair for pair in pairs if plain_verdict(*pair) is not None]
+    pairs = [pair for pair in pairs if quick_numbers(*pair) is not None]
     for name in ("math_train", "math500", "olympiadbench", "minerva_math", "aime24", "amc23"):
         if (DATA / f"{name}.jsonl").exists():
             golds = sorted({row["answer"] for row in rows(name)})
-            golds = [gold for gold in golds if plain_number(gold) is not None][:150]
+            golds = [g for g in golds if plain_number(g) is not None and "10^" not in g][:150]
             pairs += zip(golds, golds[1:] + golds[:1], strict=True)
             pairs += [(gold, str(plain_number(gold))) for gold in golds]
-    verdicts = [plain_verdict(*pair) for pair in pairs]
+    verdicts = [quick_numbers(*pair) for pair in pairs]
     assert verdicts.count(True) > 300 and verdicts.count(False) > 300
     with Grader(workers=2) as grader:
-        read = grader._ask([(rf"\boxed{{{g}}}", rf"\boxed{{{a}}}", False) for g, a in pairs])
+        asked = [(rf"\boxed{{{g}}}", rf"\boxed{{{a}}}", False) for g, a in pairs]
+        slowly = list(grader._ask_all(asked, 2))
     differing = [
-        (pair, fast) for pair, fast, slow in zip(pairs, verdicts, read, strict=True)
+        (pair, fast) for pair, fast, slow in zip(pairs, verdicts, slowly, strict=True)
         if fast is not None and fast != slow
     ]  # fmt: skip
     assert not differing
@@ -193,6 +214,199 @@ def test_plain_numbers_start_no_process_and_no_sympy() -> None:
         "\nassert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# What means the same, by rule: gold, answers that are right, answers that stay wrong.
+RULES = {
+    "markup": [
+        ("18", [r"\text{18}", r"\textbf{18}", r"\mathbf{ 18 }", r"\mathrm{18}", r"\textit{18}",
+          r"\mathcal{18}", r"{\bf 18}", r"\bf 18", r"\bf{18}",
+          r"\underline{\text{18}}", r"\mathbf{18.}",
+          "**18**", "`18`", "$18$", r"\(18\)", r"\textcolor{red}{18}", r"\displaystyle 18"],
+         [r"\text{19}", r"\text{18 or 19}", r"\text{eighteen}", r"\text{17}+1"]),
+        (r"3\sqrt{2}", [r"\mathbf{3\sqrt{2}}", r"\boldsymbol{3}\sqrt{2}"], [r"\mathbf{2\sqrt{3}}"]),
+        (r"\text{18}", ["18", r"\mathbf{18}"], ["81"]),
+    ],
+    "stop": [
+        ("3.5", ["3.5.", "3.5,", "3.5 ;", r"3.5\text{.}", r"\textbf{3.5.}", r"3.5\,."],
+         ["35.", "3.5!"]),
+        ("1, 2", ["1, 2.", "{1, 2}."], ["1, 2, 3."]),
+    ],
+    "grouping": [
+        ("1234567", [r"1\,234\,567", "1{,}234{,}567", r"1,\!234,\!567", "1 234 567", "1~234~567"],
+         [r"1\,234", r"1\,234\,56", "1, 234, 567"]),
+    ],
+    "currency": [
+        ("18", [r"\$18", "€18", "£ 18", "USD 18", "US$18", "18 USD", "18元", "Rs. 18", "18 €",
+          r"\$18.00", r"\pounds 18"], ["$19", "€1.8", "USD 81"]),
+        (r"\$18", ["18", "18 dollars", r"18 \text{ USD}"], ["€18", "18 cents", "18%"]),
+    ],
+    "units": [
+        ("18", ["18 km/h", "$18$ points", r"18\ \mathrm{m/s}", r"18\text{ cm}^{2}", "18 m^2",
+         "18 apples",
+          "18 miles per hour", r"18^\circ", "18°", "18 degrees", "18 mph", r"\text{18 cm}"],
+         ["18x", "18 or 19", "18 dozen", "18 mod 20", "18!", "180 km/h", "18 pi", "18 theta"]),
+        ("18 cm", ["18", r"18\text{ cm}", "18 centimeters", "18 centimetre"],
+         ["18 m", r"18^\circ", "18 inches", "18 cm^2", "18%", "9 cm"]),
+        ("60 mph", ["60 miles per hour", r"60\text{ mi/h}", "60"], ["60 km/h", "61 mph"]),
+        ("18000", ["18 thousand", r"18 \text{ thousand}", "18 thousand dollars"],
+         ["18", "18 million"]),
+        ("18", [], ["18 thousand", r"18 \text{ thousand}", "[18]"]),
+    ],
+    "percent": [
+        (r"7.41\%", ["7.41", "0.0741", "7.41%", "$7.41$ %", r"7.41 \text{ percent}"],
+         ["741", "0.741", r"74.1\%"]),
+        ("7.41", [r"7.41\%"], [r"741.5\%", r"7.4\%"]),
+        (r"12.5\%", [r"\frac{1}{8}"], [r"\frac{1}{80}"]),
+        ("0.5", [r"50\%"], [r"5\%"]),
+    ],
+    "about": [
+        ("18", [r"\approx 18", "≈18", "about 18", "18 (approximately)", r"18 \text{ (rounded)}"],
+         [r"\approx 19", "18 (mod 20)", "about 1.8"]),
+    ],
+    "exponents": [
+        ("1e-05", ["0.00001", "10^{-5}", r"1 \times 10^{-5}", "1e-5"],
+         ["e-5", "-2.28", "0.0001", "1"]),
+        ("2.5e-07", [r"2.5 \times 10^{-7}"], [r"2.5 \times 10^{-8}", "0"]),
+        ("1024", ["2^{10}", "4^5"], ["2^{9}", "2^9+512"]),
+        ("2e - 3", ["-3+2e"], ["0.002"]),
+    ],
+    "characters": [
+        (r"2\sqrt{13}", ["2√13", "2 √(13)"], ["2√1 3", "√13"]),
+        ("x^2+1", ["x²+1"], ["x³+1"]),
+        ("x^{-12}", ["x⁻¹²"], ["x¹²"]),
+        ("1/2", ["½"], ["⅓"]),
+        ("7/2", ["3½"], ["31/2"]),
+        ("-3", ["−3"], ["3"]),
+    ],
+    "choices": [
+        ("B", [r"\textbf{(B)}\ 12", "B) 12", "(B) 12", "B. 12", "(B)", r"\text{B}", "Option B: 12"],
+         ["C) 12", "(B) and (C)", "B, C", "A", "12"]),
+        ("A, C", ["AC", "A and C", r"\text{A, C}"], ["A", "AB", "ABC"]),
+    ],
+    "words": [
+        ("True", ["true", r"\text{True}", "TRUE."], ["false", "1"]),
+        ("Yes", [r"\text{Yes, it is}", "yes.", r"\textbf{Yes}"], ["No", "No, yes"]),
+        ("No", ["no, because 3 is odd"], [r"\text{no solution}", "yes"]),
+        (r"\text{No solution}", [r"\text{no solutions}"], ["no", "one solution"]),
+        (r"\text{DNE}", [r"\text{does not exist}", "dne"], [r"\text{does exist}"]),
+        ("3:30 PM", [r"3:30 \text{ PM}", r"3{:}30\,\text{p.m.}"], ["3:30 AM", "3:31 PM", "3:30"]),
+    ],
+    "intervals": [
+        ("(-2,3)", ["-2<x<3"], [r"-2\le x<3", "-2<x<4"]),
+        (r"[0,\infty)", [r"x \geq 0"], ["x > 0"]),
+    ],
+    "names": [
+        ("a=1,b=2,c=3", ["1,2,3", "(1,2,3)", "c=3, a=1, b=2"], ["3,2,1", "(3,2,1)", "a=3,b=2,c=1"]),
+        ("x=1, x=2", ["2, 1"], ["1, 3"]),
+    ],
+    "rounding": [
+        (r"\pi", [r"\pi"], ["3.14159265", "3.14"]),
+        (r"\frac{1}{2^{99}}", ["2^{-99}"], [r"\frac{1}{2^{98}}", "0"]),
+        ("0.0000001", ["1e-7"], ["0.0000002"]),
+        (r"\frac{1}{3}", ["0.33333333"], ["0.333", "0.3334"]),
+        ("33.333333333333336", [r"\frac{100}{3}"], ["33.3"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule: str) -> None:
+    cases = [(gold, answer, True) for gold, right, _ in RULES[rule] for answer in right]
+    cases += [(gold, answer, False) for gold, _, wrong in RULES[rule] for answer in wrong]
+    verdicts = STRICT.grade([rf"\boxed{{{a}}}" for _, a, _ in cases], [g for g, _, _ in cases])
+    assert [case for case, verdict in zip(cases, verdicts, strict=True) if case[2] != verdict] == []
+
+
+def test_a_float_is_not_read_as_e() -> None:
+    assert LENIENT.grade([r"\boxed{e-5}", r"\boxed{10^{-5}}"], ["1e-05"] * 2) == [False, True]
+
+
+def test_rules_take_linear_time() -> None:
+    """The longest answers that are read, of what the patterns repeat."""
+    parts = [
+        "{",
+        "}",
+        " ",
+        "1",
+        "1,",
+        "a",
+        "a ",
+        "$",
+        r"\text{",
+        r"\bf ",
+        "√",
+        "(approx",
+        r"\,",
+        "A, ",
+    ]
+    parts += ["10^{", "1 000 ", ".", "1 km ", "²", "x=1,", "½", "*", "B) A "]
+    start = time.perf_counter()
+    for part in parts:
+        for text in ((part * 4096)[:4096], "18 " + (part * 4096)[:4093]):
+            quick_verdict(read(text), read("18"))
+    assert time.perf_counter() - start < 5
+
+
+def test_shared_pairs() -> None:
+    """What is left is arguable: docs/verifier.md lists it."""
+    if not PAIRS.exists():
+        pytest.skip("the shared pairs are not here")
+    pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    golds = [pair["gold"].rpartition("####")[2] for pair in pairs]
+    verdicts = STRICT.grade([rf"\boxed{{{pair['answer']}}}" for pair in pairs], golds)
+    otherwise = [p for p, verdict in zip(pairs, verdicts, strict=True) if p["want"] != verdict]
+    assert len(otherwise) <= 18, otherwise
+
+
+def test_readable_golds_are_remembered(stub, tmp_path: Path) -> None:
+    golds = ["x+1", "y+2", r"\frac{1}{", "7"]
+    with Grader() as grader:
+        first = grader.readable(golds)
+        assert first == [True, True, False, True]
+    with cache_path().open("a") as file:
+        file.write("\n0123torn")
+    stub("raise ImportError('no worker is wanted')")
+    with Grader() as grader:
+        assert grader.readable(golds) == first and not grader._idle
+        with pytest.raises(RuntimeError):
+            grader.readable(["z+3"])
+
+
+def test_a_gold_that_timed_out_is_not_remembered(stub) -> None:
+    stub(
+        "import time\n"
+        "def parse(text, **_): time.sleep(600 * ('y' in text)); return [text]\n"
+        "verify = None"
+    )
+    for _ in range(2):
+        with Grader(deadline=0.5) as grader:
+            assert grader.readable(["y+1"]) == [False]
+            assert grader.timeouts == 1
+
+
+def test_a_cache_that_cannot_be_written_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with Grader() as grader:
+        assert grader.readable(["x+1", r"\frac{1}{"]) == [True, False]
+
+
+def test_golds_are_read_by_more_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Counted(verifier.Worker):
+        def __init__(self, *args: object) -> None:
+            started.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr("verifier.Worker", Counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with Grader() as grader:
+        assert all(grader.readable([f"x+{i}" for i in range(150)]))
+        assert (len(started), len(grader._idle)) == (3, 1)
 
 
 def test_ordinary_answers_in_order_with_several_workers() -> None:
@@ -264,10 +478,17 @@ def test_equal_pairs_are_graded_once(stub, tmp_path: Path) -> None:
 
 
 def test_golds_that_cannot_be_read_are_told() -> None:
-    golds = ["7", r"\frac{\pi}{2}", r"\boxed{x}", r"\text{Evelyn}", "", r"\frac{1}{", "a + b + c"]
-    golds += ["x" * 5000, "\ud800", "((10!)!)!+x"]
+    golds = ["7", "18 cm", r"\frac{\pi}{2}", r"\boxed{x}", r"\boxed{2} or \boxed{3}"]
+    golds += [r"\text{Evelyn}", "((10!)!)!+x", r"$f(x)=ax$, where $a$ is some integer and so on"]
+    none = ["", " ", r"\boxed{}", "proof", "notfound", "Not found", "None", "nan", "NULL", "n/a"]
+    none += ["{'value': '52', 'unit': 'cm'}", '{"value": 52}']
+    unread = ["x" * 5000, "\ud800", r"\frac{1}{", "a + b + c"]
+    unread += ["This completes the proof of $a=b$ for all integers."]
+    unread += ["First we add 2 and 3. So Tom has 5 apples left."]
     with Grader(deadline=1.0) as grader:
-        assert grader.readable(golds)[:9] == [True] * 4 + [False] * 5
+        assert grader.readable(golds) == [True] * len(golds)
+        assert grader.readable(none + unread) == [False] * len(none + unread)
+        assert not any(grader.grade([rf"\boxed{{{gold}}}" for gold in none], none))
         check_ordinary(grader)
 
 
@@ -291,8 +512,8 @@ def test_deadline_holds_where_no_signal_arrives(stub) -> None:
         "def verify(gold, answer, **_): return gold[0].lower() == answer[0].lower()"
     )
     with Grader(deadline=0.5, strict=False) as grader:
-        responses = [r"\boxed{hang}", r"\boxed{A}", r"\boxed{hang it}"]
-        assert grader.grade(responses, ["a"] * 3) == [False, True, False]
+        responses = [r"\boxed{hang}", r"\boxed{A+1}", r"\boxed{hang it}"]
+        assert grader.grade(responses, ["a+1"] * 3) == [False, True, False]
         assert (grader.timeouts, grader.crashes) == (2, 0)
 
 
@@ -308,8 +529,8 @@ def test_a_dying_worker_costs_its_answer_only(stub) -> None:
         "def verify(gold, answer, **_): return gold[0].lower() == answer[0].lower()"
     )
     with Grader(strict=False, memory_mb=512) as grader:
-        answers = ["abort", "A", "exit", "A ", "noise", "b", "memory", "A  "]
-        golds = ["a", "a", "a", "a ", "b", "a", "memorY", "a  "]
+        answers = ["abort", "A+1", "exit", "A+2", "noise", "b", "memory+1", "A+3"]
+        golds = ["a", "a+1", "a", "a+2", "b", "a", "memorY+1", "a+3"]
         verdicts = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], golds)
         assert verdicts == [False, True, False, True, False, False, False, True]
         assert (grader.timeouts, grader.crashes) == (0, 2)
@@ -338,18 +559,13 @@ def test_a_worker_that_cannot_start_is_an_error(stub) -> None:
         Grader(deadline=0.0)
 
 
-def test_an_interrupted_call_leaves_no_reply_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with Grader(deadline=30.0, strict=False) as grader:
+def test_an_interrupted_call_leaves_no_reply_for_the_next() -> None:
+    with Grader(deadline=1.0, strict=False) as grader:
         check_ordinary(grader)
-        worker = grader._idle[0].pid
-        monkeypatch.setattr("verifier.wait", interrupt)
+        threading.Timer(0.6, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
-            grader.grade([TOWER], ["x"])
-        monkeypatch.undo()
-        assert gone(worker, 5)
+            grader.grade([TOWER, *[rf"\boxed{{x+{i}}}" for i in range(900)]], ["x"] * 901)
+        assert grader.timeouts == 1  # the first was waited for, the others were not asked
         check_ordinary(grader)
 
 
