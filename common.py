@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from answers import last_boxed
 from engine import (
     Engine,
     StopRun,
@@ -31,7 +32,7 @@ from engine import (
     seed_for,
 )
 from run import RunArgs
-from verifier import Grader, last_boxed
+from verifier import Grader
 
 # ------------------------------------------------------------------------------- problems
 

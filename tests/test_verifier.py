@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import verifier
+from answers import last_boxed, plain_number, quick_verdict, read
 from benchmark.grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
-from verifier import Grader, cache_path, last_boxed, plain_number, quick_verdict, read
+from verifier import Grader, cache_path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from answers import in_box, plain_number
 from common import bootstrap_interval
-from verifier import Grader, in_box, plain_number
+from verifier import Grader
 
 Record = dict[str, Any]
 Estimate = dict[str, float]  # value, low, high
