@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import common
 import grpo
+from engine import load_policy
 from grpo import clipped_loss, grpo_advantages, kl_to_reference, overlong_penalty, token_weights
-from models import load_policy
-from runs import Run
+from run import Run
 
 # ------------------------------------------------------------------------------- advantages
 
