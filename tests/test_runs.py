@@ -42,11 +42,6 @@ class Killed(BaseException):
 # ------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(autouse=True)
-def quiet(signals: None) -> None:
-    """Every test leaves the signal handlers as they were."""
-
-
 @pytest.fixture
 def graded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models solve nothing: here an answer is right by the parity of its tokens' sum."""
@@ -954,6 +949,7 @@ def test_second_signal_stops_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(common, "stack", stack)
         assert launch(args) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [row["step"] for row in read_metrics(Path(args.run_dir))] == [0]
     assert go_on(args.run_dir) == 0
 
