@@ -153,7 +153,7 @@ def residuals(
     everything = torch.arange(len(rollouts.problems))
     for index in common.micro_batches(rollouts, args.token_budget, everything):
         adapted = common.hidden_states(policy, rollouts, index, args)  # [tokens, D]
-        with reference as base:
+        with reference() as base:
             norm = residual_norm(adapted, common.hidden_states(base, rollouts, index, args))
         alpha[index] = alpha[index].masked_scatter(rollouts.mask[index], norm)
     return alpha

@@ -90,8 +90,6 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
     if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
         what = f"{len(unread)} of {len(rows)} gold answers cannot be read"
         examples = ", ".join(repr(gold[:40]) for gold in unread[:5])
-        if args.refuse_unreadable:
-            refuse(flag, name, f"{what}: {examples}")
         print(f"{flag} {name}: {what} and are dropped: {examples}", file=sys.stderr)
 
     problems = Problems()

@@ -343,6 +343,7 @@ class Transformers:
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
         self.args, self.policy = args, policy
+        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
 
     def sync(self, policy: nn.Module) -> None:
         self.policy = policy

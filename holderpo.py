@@ -68,8 +68,6 @@ class Args(RunArgs):
                 refuse(flag, p, "must be finite")
         if self.schedule == "constant" and self.p_end != Args.p_end:
             refuse("--p-end", self.p_end, "p stays at --p-start with --schedule constant")
-        if self.schedule != "constant":  # then p depends on --steps
-            self.harmless = tuple(name for name in RunArgs.harmless if name != "steps")
 
     # </method>
     lora_alpha: int = 0

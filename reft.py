@@ -264,7 +264,7 @@ def collect(
             # <method>
             draw = torch.Generator().manual_seed(seed_for(*seed, "openers"))
             openers, ranks = choose_openers(engine, batch, args, draw)
-            new = common.roll_out(engine, batch, args, seed, openers)
+            new = common.roll_out(engine, batch, args, seed, openers=openers)
             for group, of_group in zip(new, ranks.tolist(), strict=True):
                 group.ranks = of_group
             # </method>

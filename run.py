@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +34,8 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from engine import (
-    StopRun,
-    device,
-    first_line,
-    load_weights,
-    memory_ran_out,
-    refuse,
-    save_model,
-    seed_for,
-)
+from engine import StopRun, first_line, load_weights, memory_ran_out, refuse, save_model, seed_for
 
 # ------------------------------------------------------------------------------- settings
 
@@ -118,47 +110,59 @@ class RunArgs(ResumeArgs):
     """the run's folder; empty: runs/<script>-<seed>-<date>"""
 
 
+def script_of(settings: type) -> str:
+    """The name of the script whose settings these are."""
+    return Path(inspect.getfile(settings)).stem
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def parse_args(settings: type, command: list[str] | None = None) -> Any:
     """A script's settings from its command line; with --resume, those the run began with, and what
     may be given anew."""
-    about = {"description": sys.modules[settings.__module__].__doc__, "args": command}
+    about = {"description": inspect.getmodule(settings).__doc__, "args": command}
     args = tyro.cli(settings, **about)
     if not args.resume:
         return args
     try:
         began = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        script, content = began.pop("script"), began.pop("content")
+        if script != script_of(settings):
+            refuse("--resume", args.resume, f"is a run of {script}.py")
+        began |= {"resume": args.resume, "run_dir": args.resume}
+        began = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}  # as JSON has
+        before = settings(**began)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         refuse("--resume", args.resume, f"is not the folder of a run: {first_line(error)}")
-    script = Path(sys.modules[settings.__module__].__file__).stem
-    if began.pop("script") != script:
-        refuse("--resume", args.resume, f"is a run of another script than {script}.py")
-    content = began.pop("content")
-    before = settings(**began | {"resume": args.resume, "run_dir": args.resume})
-    args = tyro.cli(settings, **about, default=dataclasses.replace(before))
+    args = tyro.cli(settings, **about, default=before)
     anew = {field.name for field in dataclasses.fields(ResumeArgs)}
-    if args.lr_schedule != "constant" or args.warmup_ratio:  # which depend on the last step
+    schedules = {args.lr_schedule, getattr(args, "schedule", "constant")}  # p, in holderpo.py
+    if schedules != {"constant"} or args.warmup_ratio:  # then every step depends on the last
         anew.remove("steps")
     for name, value in vars(args).items():
-        same = value == vars(before)[name] or content_of(value) == content.get(name)
-        if name not in anew and not same:
-            flag = "--" + name.replace("_", "-")
-            refuse(flag, value, f"this run began with {vars(before)[name]}: start a new one")
+        if name in content and content_of(value) != content[name]:
+            why = f"does not hold what this run began with ({vars(before)[name]})"
+            refuse(flag(name), value, why)
+        if name not in anew | content.keys() and value != vars(before)[name]:
+            refuse(flag(name), value, f"this run began with {vars(before)[name]}: start a new one")
     return args
 
 
-def content_of(name: Any) -> str:
+def content_of(name: str) -> str:
     """What tells a model or a data set from another, wherever it lies: the size, the beginning and
     the end of its files; or its name on the hub."""
-    if not isinstance(name, str) or not Path(name).exists():
-        return str(name)
-    total, path = hashlib.blake2b(digest_size=8), Path(name)
-    for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
-        with file.open("rb") as data:
-            size = file.stat().st_size
-            total.update(f"{file.relative_to(path)} {size} ".encode() + data.read(1 << 20))
-            data.seek(max(0, size - (1 << 20)))
-            total.update(data.read())
-    return total.hexdigest()
+    path, total = Path(name), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    for file in files:
+        if file.is_file() and file.suffix not in (".md", ".pyc"):
+            with file.open("rb") as data:
+                size = file.stat().st_size
+                total.update(f"{file.relative_to(path)} {size} ".encode() + data.read(1 << 20))
+                data.seek(max(0, size - (1 << 20)))
+                total.update(data.read())
+    return total.hexdigest() if files else name
 
 
 NOT_ZERO = (
@@ -167,7 +171,7 @@ NOT_ZERO = (
     *("generation_rounds", "temperature", "lr", "max_grad_norm", "gpu_memory", "sigma_target"),
 )
 BELOW_ONE = ("warmup_ratio", "clip_low", "lora_dropout", "gpu_memory")
-SIGNED = ("p_start", "p_end", "max_logp_gap")  # what may be below 0, or is checked elsewhere
+SIGNED = ("p_start", "p_end")
 
 
 def check(args: Any) -> None:
@@ -175,7 +179,7 @@ def check(args: Any) -> None:
 
     def must(name: str, fine: Any, why: str) -> None:
         if not fine:
-            refuse("--" + name.replace("_", "-"), getattr(args, name), why)
+            refuse(flag(name), getattr(args, name), why)
 
     for name, value in vars(args).items():
         if isinstance(value, int | float) and name not in SIGNED:
@@ -189,8 +193,13 @@ def check(args: Any) -> None:
     must("overlong_buffer", args.overlong_buffer <= args.max_new_tokens, longest)
     both = f"cannot be given together with --warmup-steps {args.warmup_steps}"
     must("warmup_ratio", not (args.warmup_ratio and args.warmup_steps), both)
-    for name in ("lora_alpha", "lora_dropout"):
-        must(name, args.lora_rank or not getattr(args, name), "needs --lora-rank: no adapters")
+    for name, needed in (
+        ("lora_alpha", "lora_rank"),
+        ("lora_dropout", "lora_rank"),
+        ("generation_rounds", "dynamic_sampling"),
+    ):
+        default = getattr(args, name) == getattr(type(args), name)
+        must(name, getattr(args, needed) or default, f"changes nothing without {flag(needed)}")
     has = importlib.util.find_spec
     must("engine", args.engine != "vllm" or has("vllm"), "vLLM is not installed; see README.md")
     must("wandb_project", not args.wandb_project or has("wandb"), "wandb is not installed")
@@ -199,7 +208,6 @@ def check(args: Any) -> None:
 
 # ------------------------------------------------------------------------------- files
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 UNFINISHED = ".unfinished"  # ends the name of what must not be taken for whole
 
 
@@ -210,7 +218,7 @@ def lock(folder: Path) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.rglob(f"*{UNFINISHED}"):
+        for left in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"checkpoints/*{UNFINISHED}")):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     except BlockingIOError:
         refuse("--run-dir", folder, "another run is writing here")
@@ -227,10 +235,9 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's jsonl file, but for those that a crash or a disk has damaged."""
     rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                rows += [row] if (row := json.loads(line))["step"] >= 0 else []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            rows += [row] if (row := json.loads(line))["step"] >= 0 else []
     return rows
 
 
@@ -254,11 +261,11 @@ def whole(path: Path) -> Iterator[Path]:
         raise StopRun(why) from error
 
 
-def remove(path: Path) -> None:
-    """Delete; a crash halfway leaves nothing under the name of a folder."""
-    if path.is_dir():
-        doomed = path.with_name(f"{path.name}.old{UNFINISHED}")
-        path.rename(doomed)
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there; a crash halfway leaves nothing under its name."""
+    if folder.is_dir():
+        doomed = folder.with_name(f"{folder.name}.old{UNFINISHED}")
+        folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
@@ -266,8 +273,7 @@ def remove(path: Path) -> None:
 
 
 def say(text: str) -> None:
-    """A line on the error stream, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    print(text, file=sys.stderr)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -287,20 +293,21 @@ class Run:
 
     def __init__(self, args: Any) -> None:
         check(args)
-        script = Path(sys.modules[type(args).__module__].__file__).stem
+        script = script_of(type(args))
         args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
         self.args, self.folder = args, Path(args.run_dir)
         self.lock = lock(self.folder)
         self.logs = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
-        if not args.resume and (self.logs[0].exists() or self.checkpoints()):
+        last = max(map(step_of, self.checkpoints()), default=0)
+        if not args.resume and (self.logs[0].exists() or last):
             refuse("--run-dir", self.folder, f"holds a run; --resume {self.folder} goes on with it")
-        if (self.folder / "model").exists() and step_of(self.checkpoints()[-1]) >= args.steps:
+        if args.steps < last:
+            refuse("--steps", args.steps, f"the run has come to step {last}")
+        if args.steps == last and (self.folder / "model").exists():
             print(f"{self.folder} is finished: {args.steps} steps; more --steps would go on")
             raise SystemExit(0)
         content = {name: content_of(getattr(args, name)) for name in ("model", "dataset")}
         self.settings = {"script": script, "content": content, **vars(args), "resume": ""}
-        with whole(self.folder / "args.json") as partial:
-            partial.write_text(json.dumps(self.settings, indent=1))
         self.started = time.perf_counter()
         self.step = self.failures = self.skipped = 0
         self.hopeless = dict.fromkeys(HOPELESS, 0)
@@ -313,11 +320,15 @@ class Run:
 
         Ctrl-C and SIGTERM let the step end and be saved. A second one stops at once.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
-        while self.step < self.args.steps and not self.stopped:
-            self.step_started, self.seconds, self.skipped = time.perf_counter(), {}, 0
-            yield self.step + 1
+        numbers = signal.SIGINT, signal.SIGTERM
+        before = [signal.signal(number, self.interrupt) for number in numbers]
+        try:
+            while self.step < self.args.steps and not self.stopped:
+                self.step_started, self.seconds, self.skipped = time.perf_counter(), {}, 0
+                yield self.step + 1
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     def interrupt(self, *_: Any) -> None:
         if self.interrupted:
@@ -329,11 +340,7 @@ class Run:
     def time(self, part: str) -> Iterator[None]:
         """Adds what runs inside to the step's seconds of that part."""
         start = time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            error.add_note(part)  # for `launch`, should memory have run out
-            raise
+        yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
@@ -356,13 +363,9 @@ class Run:
             self.board.add_scalar(name, value, step)
         self.board.flush()  # or a kill would lose the last two minutes
         self.step = step
-        shown = {k: v for k, v in metrics.items() if k in ("reward", "length", "entropy")}
-        self.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items()}, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if "eval/accuracy" in metrics:
-            say(f"step {step}  held-out accuracy {metrics['eval/accuracy']:.3f}")
-        elif self.bar.disable and step % max(1, self.args.steps // 20) == 0:
-            say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+        names = "reward", "length", "entropy", "eval/accuracy"
+        shown = (f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+        say("  ".join([f"step {step} of {self.args.steps}", *shown]))
 
     def warn(self, metrics: dict[str, float]) -> None:
         """Say it once when nothing can be learned for 5 steps in a row."""
@@ -409,8 +412,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """All that are there, the oldest first."""
-        folders = (self.folder / "checkpoints").glob("step-*")
-        return sorted((f for f in folders if f.name[5:].isdigit()), key=step_of)
+        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
 
     def restore(self, policy: nn.Module, **state: Any) -> dict[str, Any]:
         """Load the last checkpoint into the policy and into what has a state_dict; the plain
@@ -428,40 +430,37 @@ class Run:
                 self.step = step_of(folder)
                 break
             except Exception as error:
+                if memory_ran_out(error):
+                    raise
                 say(f"{folder} is damaged ({first_line(error)}); looking for an older checkpoint")
-                values = {}
-        if self.checkpoints() and not values:
+        if self.checkpoints() and not self.step:
             refuse("--resume", self.folder, "none of its checkpoints can be loaded")
-        self.open_logs(policy)
+        self.open_logs()
         return values
 
-    def open_logs(self, policy: nn.Module) -> None:
-        """Drop what was logged after the checkpoint; start the boards."""
+    def open_logs(self) -> None:
+        """Write the settings; drop what was logged after the checkpoint; start the boards."""
         from torch.utils.tensorboard import SummaryWriter
 
-        sizes = [w.numel() * w.element_size() for w in policy.parameters() if w.requires_grad]
-        free = shutil.disk_usage(self.folder).free
-        if free < 4 * sum(sizes):  # weights, two moments, and model/ in the end
-            why = f"a checkpoint and the final model need {4 * sum(sizes) / 1e9:.1f} GB"
-            refuse("--run-dir", self.folder, f"{why}, and {free / 1e9:.1f} GB are free")
+        with whole(self.folder / "args.json") as partial:
+            partial.write_text(json.dumps(self.settings, indent=1))
+        first = self.step + 1 if self.step else 0  # step 0 is logged too
         for path in self.logs:
-            if path.exists():
-                rows = [row for row in read_lines(path) if row["step"] <= self.step]
-                with whole(path) as partial:
-                    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [row for row in read_lines(path) if row["step"] < first]
+            with whole(path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        remove(self.folder / "model")  # of fewer steps
         if self.args.wandb_project:
             import wandb
 
             mark = self.folder / "wandb_id"  # of this run, not of the folder's name
             if not mark.exists():
-                mark.write_text(secrets.token_hex(4))
+                with whole(mark) as partial:
+                    partial.write_text(secrets.token_hex(4))
             options = {"project": self.args.wandb_project, "name": self.folder.name}
             options |= {"id": mark.read_text(), "resume": "allow", "config": self.settings}
             wandb.init(**options, sync_tensorboard=True)
-        first = self.step + 1 if self.step else 0  # step 0 is logged too
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=self.args.steps, initial=self.step, disable=quiet, unit="step")
 
     def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
         """Write a checkpoint every --save-every steps, after the last, and when interrupted.
@@ -479,15 +478,16 @@ class Run:
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             torch.save(values | {"rng": torch.get_rng_state()}, folder / "trainer.pt")
-        accuracy = {row["step"]: row.get("eval/accuracy", -1) for row in read_lines(self.logs[0])}
-        best = max(self.checkpoints(), key=lambda f: accuracy.get(step_of(f), -1))
-        for old in self.checkpoints()[: -self.args.keep_checkpoints]:
+        rows = read_lines(self.logs[0])
+        accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+        there = [f for f in self.checkpoints() if step_of(f) <= step]  # later ones are damaged
+        best = max(reversed(there), key=lambda f: accuracy.get(step_of(f), -1))
+        for old in there[: -self.args.keep_checkpoints]:
             if old != best:
                 remove(old)
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Write model/, the policy as an ordinary model folder, and say how the run went."""
-        self.bar.close()
         self.board.close()
         if self.stopped and self.step < self.args.steps:
             raise KeyboardInterrupt
@@ -523,35 +523,40 @@ def learning_rate(step: int, args: Any) -> float:
     return args.lr * falls[args.lr_schedule]
 
 
-def out_of_memory(args: Any, part: str) -> tuple[str, str]:
-    """What to do where memory ran out: in words, and as flags to go on with."""
-    if part in ("score", "update"):
-        half = f"--token-budget {max(1, args.token_budget // 2)}"
-        return f"lower --token-budget {args.token_budget}, or add --gradient-checkpointing", half
-    if part and device(args).type == "cuda" and args.engine != "transformers":
-        return f"change --gpu-memory {args.gpu_memory}, vLLM's share", ""
-    if part:
-        return f"start anew with fewer --prompts-per-step than {args.prompts_per_step}", ""
-    return f"--model {args.model} is too large here; --lora-rank 32 needs less", ""
+MEMORY = {  # where memory ran out: what to change
+    "load_policy": "--model {0.model} is too large here; --lora-rank 32 needs less",
+    "Run.restore": "--model {0.model} is too large here; --lora-rank 32 needs less",
+    "Reference": "--kl {0.kl} takes a second model; --lora-rank 32, or --kl 0, takes none",
+    "VLLM": "--gpu-memory {0.gpu_memory} is vLLM's share; --engine transformers takes none",
+    "evaluate": "lower --eval-problems {0.eval_problems}",
+    "collect": "start anew with fewer --prompts-per-step than {0.prompts_per_step}",
+    "main": "lower --token-budget {0.token_budget}, or add --gradient-checkpointing",
+}
+
+
+def memory_advice(error: Exception, args: Any) -> str:
+    """What to change, by the innermost of these functions in which memory ran out."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for name in (frame.f_code.co_qualname for frame in reversed(frames)):
+        for place in {name, name.partition(".")[0]} & MEMORY.keys():
+            return MEMORY[place].format(args)
+    return MEMORY["main"].format(args)
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:
     """Parse the command line, run, and turn what can go wrong into one clear message."""
-    args, flags = parse_args(settings), ""
+    args = parse_args(settings)
     try:
         return main(args)
     except KeyboardInterrupt:
         what, code = "interrupted", 130
     except Exception as error:
-        disk = isinstance(error, OSError) and error.errno in DISK_TROUBLE
         what, code = f"stopped: {error}", 1
         if memory_ran_out(error):
-            part = getattr(error, "__notes__", [""])[-1]
-            advice, flags = out_of_memory(args, part)
-            what = f"stopped: out of memory ({part or 'loading'}): {advice}"
-        elif not (disk or isinstance(error, StopRun)):
+            what = f"stopped: out of memory: {memory_advice(error, args)}"
+        elif not isinstance(error, StopRun | OSError):
             raise
-    if args.run_dir:
-        what += f"\ngo on with: python {sys.argv[0]} --resume {args.run_dir} {flags}".rstrip()
-    print(what, file=sys.stderr)
+    say(what)
+    if Path(args.run_dir, "args.json").exists():
+        say("go on with: " + shlex.join(["python", sys.argv[0], "--resume", args.run_dir]))
     raise SystemExit(code)

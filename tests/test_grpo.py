@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import common
 import grpo
+from engine import load_policy
 from grpo import clipped_loss, grpo_advantages, kl_to_reference, overlong_penalty, token_weights
-from models import load_policy
-from runs import Run
+from run import Run
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -152,7 +152,7 @@ def test_token_weights_of_a_share_of_the_problems(average: str):
 
 def test_overlong_penalty_by_hand():
     lengths = torch.tensor([[1, 12, 16, 18, 20, 25]])
-    expected = torch.tensor([[0.0, 0.0, 0.0, -0.5, -1.0, -1.0]])
+    expected = torch.tensor([[0.0, 0.0, 0.0, -0.25, -0.5, -0.5]])
     torch.testing.assert_close(overlong_penalty(lengths, max_length=20, buffer=4), expected)
     assert torch.equal(overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
 
