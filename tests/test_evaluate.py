@@ -14,10 +14,11 @@ from typing import Any
 import golds
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, SHARED_DATA
 
 from common import bootstrap_interval, evaluate, load_problems
-from models import load_policy, load_tokenizer, make_engine
+from engine import load_policy, load_tokenizer, make_engine
 from tools import evaluate as tool
 from tools.metrics import difference, majority, metric_values, pass_at_k, summary
 from verifier import Grader
@@ -41,6 +42,12 @@ from verifier import Grader
 )
 def test_pass_at_k_by_hand(n: int, correct: int, k: int, expected: float):
     assert pass_at_k(n, correct, k) == pytest.approx(expected, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize(("correct", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
+def test_pass_at_16_of_the_ep_grpo_paper_is_one_of_480_answers(correct: int, percent: float):
+    """30 problems, 16 answers each, all in one: docs/ep_grpo.md."""
+    assert round(100 * pass_at_k(480, correct, 16), 2) == percent
 
 
 def test_pass_at_k_is_the_average_over_all_subsets():
@@ -342,7 +349,7 @@ def test_flags_that_cannot_work(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(ROOT)
-    args = tool.parse_args(tool.Args, [*flags.split(), "--folder", str(tmp_path)])
+    args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
     assert refused(capsys, tool.main, args).startswith(f"error: {line}")
 
 
