@@ -238,7 +238,8 @@ class MethodTrainer(GRPOTrainer):
         args, processes, mask = self.settings, self.accelerator.num_processes, rollouts.mask
         policy, frozen = self.accelerator.unwrap_model(self.model), self.ref_model or self.model
         adapter_off = policy.disable_adapter if args.lora_rank else nullcontext
-        batches = list(common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))))
+        budget, everything = 4 * args.token_budget, torch.arange(len(mask))  # as common.score
+        batches = list(common.micro_batches(rollouts, budget, everything))
         names = ("logp", "entropy", "ref_logp", "residual")
         scores = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
         for first in range(0, len(batches), processes):

@@ -355,7 +355,7 @@ def test_the_gap_between_engine_and_trainer_by_hand(
     assert gap == pytest.approx({"logp_gap/mean": 4e-5, "logp_gap/max": 9e-5}, rel=2e-2)
 
     rollouts, logp = scored([[0.06, 0.06], [0.06, 0.06]])
-    with pytest.raises(StopRun, match="0.06 nats a token.*more than --max-logp-gap 0.0001"):
+    with pytest.raises(StopRun, match=r"0\.06 nats a token.*more than --max-logp-gap 0.0001"):
         common.check_engine(rollouts, logp, make_args())
     assert not capsys.readouterr().err
     common.check_engine(rollouts, logp, make_args(precision="bfloat16"))  # 0.2 then

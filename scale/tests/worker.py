@@ -31,7 +31,7 @@ from verifier import Grader
 ROOT = Path(__file__).resolve().parents[2]
 P, G = 3, 4  # twelve rollouts: two processes share the second group
 FLAGS = f"--model {ROOT}/tiny --dataset {ROOT}/tiny/train.jsonl --prompts-per-step {P}"
-FLAGS += " --token-budget 300"  # several micro-batches, which two processes share
+FLAGS += " --token-budget 75"  # several micro-batches, which two processes share
 FLAGS += f" --eval-dataset {ROOT}/tiny/test.jsonl --eval-problems 2 --eval-samples 2 --eval-every 0"
 FLAGS += f" --group-size {G} --max-new-tokens 40 --temperature 1.2 --lr 2e-3 --device cpu"
 OWN = {
