@@ -27,6 +27,7 @@ import grpo
 import gtpo
 from engine import Reference
 from run import Run, RunArgs
+from tools.metrics import pass_at_k
 
 # ------------------------------------------------------------------------------- gradients
 
@@ -346,6 +347,15 @@ def test_grpo_s_clips_whole_rollouts(run: Callable):
     token, _ = run(grpo, "token", loss_average="sequence", **settings)
     assert sequence[1]["clip_fraction"] > 0
     assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-2)
+
+
+# ------------------------------------------------------------------------------- their results
+
+
+@pytest.mark.parametrize(("right", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
+def test_pass_at_16_of_one_pool(right: int, percent: float):
+    """EP-GRPO's pass@16 on AIME25, in per cent: of 30 problems with 16 samples each, as one."""
+    assert round(100 * pass_at_k(30 * 16, right, 16), 2) == percent
 
 
 # ------------------------------------------------------------------------------- command line

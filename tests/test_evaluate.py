@@ -44,12 +44,6 @@ def test_pass_at_k_by_hand(n: int, correct: int, k: int, expected: float):
     assert pass_at_k(n, correct, k) == pytest.approx(expected, rel=1e-15, abs=0)
 
 
-@pytest.mark.parametrize(("correct", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
-def test_pass_at_16_of_the_ep_grpo_paper_is_one_of_480_answers(correct: int, percent: float):
-    """30 problems, 16 answers each, all in one: docs/ep_grpo.md."""
-    assert round(100 * pass_at_k(480, correct, 16), 2) == percent
-
-
 def test_pass_at_k_is_the_average_over_all_subsets():
     rng = random.Random(1)
     for _ in range(60):
