@@ -19,11 +19,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,26 +38,26 @@ import grpo
 import gtpo
 import holderpo
 import reft
-from models import Transformers, base_model, load_tokenizer
-from settings import check, device, parse_args, precision, refuse, seed_for
+from engine import Transformers, base_model, device, load_tokenizer, precision, refuse, seed_for
+from run import check, learning_rate
 from verifier import Grader
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
-NOT_HERE = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "probe_every", "wandb_project")
-NOT_HERE += ("dynamic_sampling", "generation_rounds", "credit", "adamw_8bit", "keep_checkpoints")
+NOT_HERE = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
+NOT_HERE += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
 
 
 @dataclass
 class ScaleArgs:
-    """scale"""
-
     method: Literal[tuple(SCRIPTS)] = "grpo"
     """whose functions and flags are used; grpo_s is gtpo with --level sequence"""
     micro_batch: int = 4
     """most rollouts of a process in one pass of the update; scoring goes by --token-budget"""
     vllm_server: str = ""
     """address of a vLLM server, such as http://localhost:8000; empty: the policy generates"""
+    resume: bool = False
+    """go on from the last checkpoint in --run-dir, with the same settings"""
 
 
 def parse(command: list[str]) -> Any:
@@ -63,12 +65,8 @@ def parse(command: list[str]) -> Any:
     words = " ".join(command).replace("=", " ").split()
     named = words[words.index("--method") + 1 :][:1] if "--method" in words else ["grpo"]
     script = SCRIPTS.get("".join(named), grpo)
-
-    @dataclass
-    class Args(ScaleArgs, script.Args):
-        """one method on many GPUs"""
-
-    args = parse_args(Args, command)
+    settings = dataclasses.make_dataclass("Args", [], bases=(ScaleArgs, script.Args))
+    args = tyro.cli(settings, description=__doc__, args=command)
     args.run_dir = args.run_dir or f"runs/{args.method}-{args.seed}-scale"
     return dataclasses.replace(args, level="sequence") if args.method == "grpo_s" else args
 
@@ -93,10 +91,11 @@ def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
     signals = step.rewards, step.entropy, step.logp, step.ref_logp, mask
     match args.method:
         case "ep_grpo":
-            names = ("gamma", "buckets", "reward_threshold", "gate_progress")
+            names = ("gamma", "eta", "buckets", "reward_threshold")
             return ep_grpo.ep_grpo_advantages(*signals, **{n: getattr(args, n) for n in names})
         case "erpo":
-            return erpo.erpo_advantages(*signals, gamma=args.gamma, buckets=args.buckets)
+            names = ("gamma", "eta", "buckets", "sigma_target")
+            return erpo.erpo_advantages(*signals, **{n: getattr(args, n) for n in names})
         case "gtpo" | "grpo_s":
             doubt = step.entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else step.entropy
             punished = gtpo.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
@@ -170,9 +169,7 @@ class MethodTrainer(GRPOTrainer):
         options |= {"per_device_eval_batch_size": at_once * samples, "shuffle_dataset": False}
         options |= {"save_steps": (args.save_every or args.steps) * updates}
         options |= {"eval_steps": (args.eval_every or args.steps) * updates}
-        cosine = "cosine" if args.lr_schedule == "cosine" else "constant_with_warmup"
-        options |= {"learning_rate": args.lr, "lr_scheduler_type": cosine}
-        options |= {"warmup_steps": args.warmup_steps * updates, "beta": 1.0 * self.compares}
+        options |= {"learning_rate": args.lr, "beta": 1.0 * self.compares}
         options |= {"use_vllm": bool(args.vllm_server), "vllm_server_base_url": args.vllm_server}
         options |= {"vllm_importance_sampling_correction": False}  # --importance-cap does it
         options |= {"bf16": precision(args) == torch.bfloat16, "eval_strategy": "steps"}
@@ -189,6 +186,13 @@ class MethodTrainer(GRPOTrainer):
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
         for scored in filter(None, (self.model, self.ref_model)):
             run_inside(base_model(self.accelerator.unwrap_model(scored)))
+
+    def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
+        """The scripts' learning rate, by the number of updates done."""
+        args, updates = self.settings, self.settings.updates_per_rollout
+        rates = [learning_rate(step + 1, args) / args.lr for step in range(args.steps)] + [0.0]
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda done: rates[done // updates])
+        return self.lr_scheduler
 
     def _generate_single_turn(
         self, prompts: list[list[int]], images: None, fields: dict, copies: int
@@ -234,7 +238,8 @@ class MethodTrainer(GRPOTrainer):
         args, processes, mask = self.settings, self.accelerator.num_processes, rollouts.mask
         policy, frozen = self.accelerator.unwrap_model(self.model), self.ref_model or self.model
         adapter_off = policy.disable_adapter if args.lora_rank else nullcontext
-        batches = list(common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))))
+        budget, everything = 4 * args.token_budget, torch.arange(len(mask))  # as common.score
+        batches = list(common.micro_batches(rollouts, budget, everything))
         names = ("logp", "entropy", "ref_logp", "residual")
         scores = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
         for first in range(0, len(batches), processes):
@@ -286,7 +291,7 @@ class MethodTrainer(GRPOTrainer):
 
 def make_trainer(args: Any) -> MethodTrainer:
     check_layout(args, PartialState(cpu=device(args).type == "cpu").num_processes)
-    grader, tokenizer = Grader(args.grader_workers, args.grader_deadline), load_tokenizer(args)
+    grader, tokenizer = Grader(), load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     train = train.take(args.steps * args.prompts_per_step, args.seed)  # in the script's order
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)

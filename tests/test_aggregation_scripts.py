@@ -22,10 +22,17 @@ import arca
 import common
 import grpo
 import holderpo
-import models
 import reft
-from runs import Run
-from settings import RunArgs, parse_args, seed_for
+from engine import (
+    Engine,
+    Reference,
+    Transformers,
+    base_model,
+    load_policy,
+    load_tokenizer,
+    seed_for,
+)
+from run import Run, RunArgs, parse_args
 from verifier import Grader
 
 
@@ -64,7 +71,7 @@ def run(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[.
             loaded.append(load(args))
             return loaded[0]
 
-        def keep_engine(*call: Any) -> models.Engine:
+        def keep_engine(*call: Any) -> Engine:
             seen.engine = make_engine(*call)
             return seen.engine
 
@@ -133,7 +140,7 @@ def test_a_resumed_lora_run_repeats_the_whole_one(script: ModuleType, run: Calla
     folder = Path(whole.args.run_dir)
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "checkpoints" / "step-000004")
-    resumed = run(script, dataclasses.replace(whole.args, resume=True))
+    resumed = run(script, dataclasses.replace(whole.args, resume=str(folder)))
     assert len(resumed.groups) == 2
 
     def untimed(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -206,12 +213,12 @@ def test_holder_steps_may_not_change_where_p_depends_on_them(
 ):
     for schedule in ("linear", "constant"):
         seen = run(holderpo, schedule=schedule)
-        longer = dataclasses.replace(seen.args, steps=2, resume=True)
+        longer = ["--resume", seen.args.run_dir, "--steps", "2"]
         if schedule == "constant":
-            assert len(run(holderpo, longer).groups) == 1
+            assert len(run(holderpo, parse_args(holderpo.Args, longer)).groups) == 1
             continue
         with pytest.raises(SystemExit) as stop:
-            run(holderpo, longer)
+            parse_args(holderpo.Args, longer)
         assert stop.value.code == 2
         assert "--steps 2: this run began with 1" in capsys.readouterr().err
 
@@ -333,7 +340,7 @@ def plain_score(credit: str, policy: Any, base: Any, rollouts: Any, p: int, g: i
 
 def moved_policy(args: Any) -> nn.Module:
     """A policy whose adapter is no longer zero."""
-    policy = models.load_policy(args)
+    policy = load_policy(args)
     torch.manual_seed(0)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
@@ -356,13 +363,13 @@ def rollouts() -> common.Rollouts:
 def test_arca_base_states_are_the_models_own(make: Callable, rollouts: common.Rollouts):
     args = make(arca, lora_rank=4, lora_dropout=0.5)
     policy = moved_policy(args)
-    bare = models.load_policy(make(grpo))  # never had an adapter
-    reference = models.Reference(policy, args)
+    bare = load_policy(make(grpo))  # never had an adapter
+    reference = Reference(policy, args)
     everything = torch.arange(2)
     for index in common.micro_batches(rollouts, 40, everything):
         with torch.no_grad():
             adapted = common.hidden_states(policy, rollouts, index, args)
-            with reference as frozen:
+            with reference() as frozen:
                 base = common.hidden_states(frozen, rollouts, index, args)
             assert torch.equal(base, common.hidden_states(bare, rollouts, index, args))
             assert (adapted - base).norm(dim=-1).min() > 1e-3
@@ -386,11 +393,11 @@ def tensor_bytes() -> int:
 def test_arca_holds_one_copy_of_the_weights(make: Callable, rollouts: common.Rollouts):
     args = make(arca, lora_rank=2)
     policy = moved_policy(args)
-    weights = sum(w.nbytes for w in models.base_model(policy).state_dict().values())
+    weights = sum(w.nbytes for w in base_model(policy).state_dict().values())
     before = tensor_bytes()
     assert before > weights / 2  # what is counted includes them
-    reference = models.Reference(policy, args)
-    with reference as frozen:
+    reference = Reference(policy, args)
+    with reference() as frozen:
         assert frozen is policy
         during = tensor_bytes()
     alpha = arca.residuals(policy, reference, rollouts, args)
@@ -429,8 +436,8 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
     seen = run(reft, candidates=6, openers=2, log_rollouts=4)
     groups, rollouts = seen.groups[0], seen.rollouts[0]
     texts = next(texts for of_call, texts in graded if of_call[0] is groups[0])
-    policy = models.load_policy(seen.args)  # the first step's policy
-    tokenizer = models.load_tokenizer(seen.args)
+    policy = load_policy(seen.args)  # the first step's policy
+    tokenizer = load_tokenizer(seen.args)
     special = set(tokenizer.all_special_ids)
     for p, group in enumerate(groups):
         first = [tokens[0] for tokens in group.tokens]
@@ -464,7 +471,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
 def test_reft_with_one_candidate_takes_the_likeliest(run: Callable):
     for seed in (1, 2):
         seen = run(reft, candidates=1, openers=1, seed=seed)
-        policy, tokenizer = models.load_policy(seen.args), models.load_tokenizer(seen.args)
+        policy, tokenizer = load_policy(seen.args), load_tokenizer(seen.args)
         for group in seen.groups[0]:
             with torch.no_grad():
                 logits = policy(torch.tensor([group.problem.prompt])).logits[0, -1]
@@ -526,13 +533,13 @@ def test_reft_openers_follow_a_reasoning_marker(
     (folder / "chat_template.jinja").write_text(
         template.replace("assistant\n", "assistant\n<think>\n")
     )
-    prompts, generate = [], models.Transformers.generate
+    prompts, generate = [], Transformers.generate
 
-    def keep_prompts(self: models.Transformers, batch: list[list[int]], *call: Any) -> Any:
+    def keep_prompts(self: Transformers, batch: list[list[int]], *call: Any) -> Any:
         prompts.append(batch)
         return generate(self, batch, *call)
 
-    monkeypatch.setattr(models.Transformers, "generate", keep_prompts)
+    monkeypatch.setattr(Transformers, "generate", keep_prompts)
     seen = run(reft, model=str(folder))
     decode = seen.engine.tokenizer.decode
     openers = [tokens[0] for group in seen.groups[0] for tokens in group.tokens]
@@ -562,7 +569,7 @@ def test_reft_refuses_more_candidates_than_tokens(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(SystemExit) as stop:
-        models.load_tokenizer(make(reft, candidates=260))
+        load_tokenizer(make(reft, candidates=260))
     assert stop.value.code == 2
     assert "--candidates 260: the model knows 259 tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -572,8 +579,8 @@ def test_reft_refuses_more_candidates_than_tokens(
 
 def test_top_tokens_are_the_policys(make: Callable):
     args = make(reft, temperature=0.7)
-    policy, tokenizer = models.load_policy(args), models.load_tokenizer(args)
-    engine = models.Transformers(args, policy, tokenizer, 64)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    engine = Transformers(args, policy, tokenizer, 64)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     tokens, logp = engine.top_tokens(prompts, 30, 0.7)
     for row, values, prompt in zip(tokens, logp, prompts, strict=True):
@@ -593,8 +600,8 @@ def test_reft_on_vllm(run: Callable):
         assert [row[0] for row in a.tokens] == [row[0] for row in b.tokens]
         assert a.ranks == b.ranks
     prompts = [group.problem.prompt for group in ours.groups[0]]
-    theirs.engine.sync(models.load_policy(theirs.args))
-    ours.engine.sync(models.load_policy(ours.args))
+    theirs.engine.sync(load_policy(theirs.args))
+    ours.engine.sync(load_policy(ours.args))
     mine, others = (engine.top_tokens(prompts, 300, 1.0) for engine in (ours.engine, theirs.engine))
     assert mine[0].shape == others[0].shape == (4, 259)
     torch.testing.assert_close(mine[1], others[1], atol=1e-4, rtol=0)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import common
 import grpo
 from common import Group, Problem, Rollouts
-from models import Transformers, eos_ids, load_policy, load_tokenizer
+from engine import StopRun, Transformers, eos_ids, load_policy, load_tokenizer
+from run import learning_rate
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]
@@ -127,7 +128,7 @@ def test_openers_begin_the_responses(make_args: Callable[..., grpo.Args]):
     args, engine = make_args(group_size=2, max_new_tokens=9), FakeEngine()
     problems = [Problem("", "", [1, 2]), Problem("", "", [3])]
     openers = torch.tensor([[7, 8], [9, 10]])
-    groups = common.roll_out(engine, problems, args, (1,), openers)
+    groups = common.roll_out(engine, problems, args, (1,), openers=openers)
     assert engine.asked[0] == [[1, 2, 7], [1, 2, 8], [3, 9], [3, 10]]
     assert engine.asked[2] == 8  # the opener counts
     assert [rows[0] for group in groups for rows in group.tokens] == [7, 8, 9, 10]
@@ -334,6 +335,76 @@ def test_importance_weights_by_hand():
     expected[0, 0, 0], expected[0, 1, 0] = 2.0, 1.0
     torch.testing.assert_close(weights, expected)
     assert torch.equal(common.importance_weights(rollouts, old_logp, 0.0), torch.ones(3, 3, 12))
+
+
+def scored(gap: list[list[float]]) -> tuple[Rollouts, Tensor]:
+    """Rollouts of one problem, and scores that differ from the engine's by so much."""
+    engine_logp = [[-1.0] * len(row) for row in gap]
+    tokens = [[5] * len(row) for row in gap]
+    group = Group(Problem("", "", [1]), tokens, engine_logp, [r"\boxed{1}", "1"])
+    rollouts = common.stack([group], [5], CPU)
+    return rollouts, torch.tensor([[[-1.0 + x for x in row] for row in gap]])
+
+
+def test_the_gap_between_engine_and_trainer_by_hand(
+    make_args: Callable[..., grpo.Args], capsys: pytest.CaptureFixture
+):
+    rollouts, logp = scored([[0.0, 3e-5], [-9e-5, 0.0]])
+    rollouts.engine_logp[0, 0, 0] = math.nan  # the engine did not sample it
+    gap = common.check_engine(rollouts, logp, make_args())
+    assert gap == pytest.approx({"logp_gap/mean": 4e-5, "logp_gap/max": 9e-5}, rel=2e-2)
+
+    rollouts, logp = scored([[0.06, 0.06], [0.06, 0.06]])
+    with pytest.raises(StopRun, match=r"0\.06 nats a token.*more than --max-logp-gap 0.0001"):
+        common.check_engine(rollouts, logp, make_args())
+    assert not capsys.readouterr().err
+    common.check_engine(rollouts, logp, make_args(precision="bfloat16"))  # 0.2 then
+    common.check_engine(rollouts, logp, make_args(max_logp_gap=0.1))
+    assert capsys.readouterr().err.count("warning: engine and trainer differ by 0.06") == 2
+    with pytest.raises(StopRun, match="not finite"):
+        common.check_engine(rollouts, logp * math.nan, make_args(max_logp_gap=9.0))
+
+
+def test_the_share_of_boxed_answers():
+    assert common.boxed(scored([[0.0], [0.0]])[0]) == 0.5
+
+
+# ------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"lr_schedule": "linear"}, [3 / 4, 1 / 2, 1 / 4, 0]),
+        ({"lr_schedule": "cosine"}, [(2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4, 0]),
+        ({"warmup_steps": 2}, [1 / 2, 1, 1, 1]),
+        ({"warmup_steps": 2, "lr_schedule": "linear"}, [1 / 2, 1, 1 / 2, 0]),
+        ({"warmup_steps": 2, "lr_schedule": "cosine"}, [1 / 2, 1, 1 / 2, 0]),
+        ({"warmup_ratio": 0.75}, [1 / 3, 2 / 3, 1, 1]),
+        ({"warmup_ratio": 0.3}, [1 / 2, 1, 1, 1]),  # of four steps 1.2: two
+        ({"warmup_steps": 4, "lr_schedule": "linear"}, [1 / 4, 1 / 2, 3 / 4, 1]),
+    ],
+    ids=str,
+)
+def test_learning_rate_by_hand(settings: dict[str, Any], factors: list[float]):
+    args = grpo.Args(steps=4, lr=2e-3, **settings)
+    rates = [learning_rate(step, args) for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([2e-3 * factor for factor in factors], abs=1e-15)
+
+
+def test_overlong_penalty_on_rewards_of_0_and_1():
+    """Right, right at the longest length, and two wrong: that length costs, but less than an error.
+
+    DAPO's penalty of -1 belongs to rewards of 1 and -1. Unhalved, the second would be as wrong as
+    the last two.
+    """
+    lengths = torch.tensor([[3, 20, 5, 7]])
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + grpo.overlong_penalty(lengths, 20, 4)
+    assert rewards.tolist() == [[1.0, 0.5, 0.0, 0.0]]
+    # mean 3/8, deviation √(0.6875 / 3) = 0.4787
+    expected = torch.tensor([[1.3056, 0.2611, -0.7833, -0.7833]])
+    torch.testing.assert_close(grpo.grpo_advantages(rewards), expected, atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------- evaluation

@@ -1,5 +1,6 @@
 """ep_grpo.py, erpo.py and gtpo.py as whole scripts: what reaches the parameters, what is logged."""
 
+import copy
 import json
 import os
 import re
@@ -12,16 +13,21 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import slow
 import torch
 import worked_example as example
 from conftest import ROOT, read_metrics
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-import diagnostics
+import common
 import ep_grpo
 import erpo
 import grpo
 import gtpo
+from engine import Reference
+from run import Run, RunArgs
+from tools.metrics import pass_at_k
 
 # ------------------------------------------------------------------------------- gradients
 
@@ -87,42 +93,6 @@ def test_only_ep_grpo_learns_from_groups_of_equal_rewards():
         assert not gradient(shape, EQUAL, detach=True).any()
 
 
-# ------------------------------------------------------------------------------- diagnostics
-
-
-def test_credit_by_hand():
-    """Nine tokens, so that a fifth of them is one: entropies 0.5 and 4, with gates 0.1 and 0.9."""
-    gate = torch.where(example.entropy == 0.5, 0.1, torch.where(example.entropy == 4, 0.9, 0.5))
-    progress = torch.full_like(example.entropy, -2.0)
-    outcome = torch.tensor([[1.0, 3.0, -1.0, 0.0]], dtype=torch.float64)
-    advantages = outcome[..., None] + progress  # signs - - - | + + | - - - | not pushed
-    bucket = torch.tensor([[[0, 1, 1], [1, 2, 9], [2, 2, 2], [2, 9, 9]]])
-    credit = diagnostics.credit(
-        *(advantages, progress, gate, bucket, outcome, example.entropy, example.mask), buckets=4
-    )
-    expected = {
-        "gate/low_entropy": 0.1,
-        "gate/high_entropy": 0.9,
-        "credit/outcome": (3 * 1 + 2 * 3 + 3 * 1 + 0) / 9,
-        "credit/progress": 2.0,
-        "sign_differs": 3 / 8,
-        "bucket/smallest": 0.0,  # the fourth
-        "bucket/largest": 5 / 9,
-    }
-    assert {name: float(value) for name, value in credit.items()} == pytest.approx(expected)
-
-
-def test_reward_spread_by_hand():
-    rewards = sum(gtpo.shaped_rewards(example.correct, example.entropy, example.mask, 1, 0.1))
-    spread = diagnostics.reward_spread(rewards, example.correct, example.mask)
-    assert float(spread["spread/correct"]) == pytest.approx(0.05)  # of 1.15 1.05 1.1 1.05 1.15
-    assert float(spread["spread/wrong"]) == pytest.approx(
-        0.0635, abs=1e-4
-    )  # of 1.1778 1.1 1.1 1.0222
-    nobody = torch.zeros_like(example.correct)
-    assert diagnostics.reward_spread(rewards, nobody, example.mask)["spread/correct"] == 0
-
-
 # ------------------------------------------------------------------------------- whole runs
 
 
@@ -142,9 +112,8 @@ def run(
     monkeypatch.setattr(grpo.Grader, "grade", parity)
 
     def run(script: ModuleType, name: str = "run", **settings: Any) -> tuple[list[dict], Path]:
-        shared = vars(make_args(steps=3, run_dir=str(tmp_path / name)))
-        known = {field.name for field in fields(script.Args)}
-        defaults = {key: value for key, value in shared.items() if key in known}
+        short = vars(make_args(steps=3, run_dir=str(tmp_path / name)))
+        defaults = {field.name: short[field.name] for field in fields(RunArgs)}
         script.main(script.Args(**defaults | {"lr": 1e-2} | settings))
         return read_metrics(tmp_path / name), tmp_path / name
 
@@ -167,49 +136,179 @@ def test_progress_is_exactly_zero_until_the_policy_has_moved(
     assert metrics[3]["credit/progress"] > 0.1
 
 
-def test_the_probe_measures_and_changes_nothing(run: Callable):
-    settings = {"lora_rank": 4, "lora_dropout": 0.5}
-    plain, plain_folder = run(ep_grpo, "plain", probe_every=0, **settings)
-    probed, probed_folder = run(ep_grpo, "probed", probe_every=1, **settings)
-    for folder in (plain_folder, probed_folder):
-        (folder / "metrics.jsonl").unlink()  # holds times
-    weights = [folder / "model" / "model.safetensors" for folder in (plain_folder, probed_folder)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    for before, after in zip(plain[1:], probed[1:], strict=True):
-        assert "zero_variance_grad_norm" not in before
-        assert after["grad_norm"] == before["grad_norm"]
-    # At first there is no progress, and groups of equal rewards have nothing else.
-    assert probed[1]["zero_variance_grad_norm"] == 0 < probed[1]["grad_norm"]
+def all_wrong(_: Any, texts: list[str], golds: list[str]) -> list[bool]:
+    return [False] * len(texts)
 
 
-def test_the_probe_finds_the_gradient_of_groups_of_equal_rewards(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(grpo.Grader, "grade", lambda _, texts, golds: [False] * len(texts))
-    monkeypatch.setattr(ep_grpo, "Reference", moved_reference(ep_grpo.Reference))
-    metrics, _ = run(ep_grpo, "ep_grpo", probe_every=1)
-    assert metrics[1]["zero_variance"] == 1
-    assert metrics[1]["grad_norm"] > 0.01
-    # All groups are such, so theirs is the whole gradient.
-    for row in metrics[1:]:
-        assert row["zero_variance_grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+@pytest.fixture
+def moved_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is another model than the policy from the first step on."""
 
-    monkeypatch.setattr(erpo, "Reference", moved_reference(erpo.Reference))
-    metrics, _ = run(erpo, "erpo", probe_every=1)
-    assert metrics[3]["kl_to_reference"] > 0
-    assert metrics[3]["zero_variance_grad_norm"] == metrics[3]["grad_norm"] == 0
-
-
-def moved_reference(reference: type) -> Callable[..., Any]:
-    """A reference that is not the policy from the first step on."""
-
-    def moved(*arguments: Any) -> Any:
-        made = reference(*arguments)
+    def moved(policy: nn.Module, args: Any) -> Reference:
+        made = Reference(policy, args)
         for weight in made.copy.parameters():
             weight.mul_(1.1)
         return made
 
-    return moved
+    for script in (ep_grpo, erpo):
+        monkeypatch.setattr(script, "Reference", moved)
+
+
+def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
+    run: Callable, moved_reference: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grpo.Grader, "grade", all_wrong)
+    metrics, _ = run(ep_grpo, "ep_grpo", kl=0.0)
+    assert metrics[1]["zero_variance"] == 1
+    assert metrics[1]["credit/outcome"] == 0 < metrics[1]["credit/progress"]
+    assert metrics[1]["grad_norm"] > 0.01
+    metrics, _ = run(erpo, "erpo", kl=0.0)
+    assert metrics[3]["kl_to_reference"] > 0
+    assert metrics[3]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
+def test_the_loss_has_a_kl_term_of_weight_0_001(
+    run: Callable,
+    script: ModuleType,
+    tied_model: Path,
+    moved_reference: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With advantages of zero it is the whole loss: k3 at each token, from full logits."""
+    seen, stack, update = [], common.stack, Run.update
+
+    def keep_rollouts(*call: Any) -> common.Rollouts:
+        seen.append(stack(*call))
+        return seen[0]
+
+    def keep_gradient(self: Run, optimizer: torch.optim.Optimizer, *call: Any) -> float:
+        seen.extend(weight.grad.clone() for weight in optimizer.param_groups[0]["params"])
+        return update(self, optimizer, *call)
+
+    monkeypatch.setattr(grpo.Grader, "grade", all_wrong)
+    monkeypatch.setattr(common, "stack", keep_rollouts)
+    monkeypatch.setattr(Run, "update", keep_gradient)
+    metrics, _ = run(script, steps=1, eta=0.0)
+    rollouts, *gradients = seen
+
+    policy = AutoModelForCausalLM.from_pretrained(tied_model)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    for weight in reference.parameters():
+        weight.mul_(1.1)
+    terms = []
+    for p, problem in enumerate(rollouts.problems):
+        for tokens, live in zip(rollouts.tokens[p], rollouts.mask[p], strict=True):
+            whole = torch.tensor([problem.prompt + tokens[live].tolist()])
+            places = torch.arange(len(problem.prompt), whole.shape[1])
+            new, old = (model(whole).logits[0].log_softmax(-1) for model in (policy, reference))
+            gap = (old - new)[places - 1, whole[0, places]]  # log(π_ref / π)
+            terms.append(gap.exp() - gap - 1)
+    loss = 0.001 * torch.cat(terms).mean()
+    loss.backward()
+    assert loss > 1e-5
+    assert metrics[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for ours, weight in zip(gradients, policy.parameters(), strict=True):
+        assert (ours - weight.grad).norm() <= 1e-3 * weight.grad.norm()
+
+    metrics, _ = run(script, "without", steps=1, eta=0.0, kl=0.0)
+    assert metrics[1]["loss"] == metrics[1]["grad_norm"] == 0
+
+
+# ------------------------------------------------------------------------------- metrics by hand
+
+
+@pytest.fixture
+def on_example(run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
+    """Metrics of one step of a script, and lines of its rollouts.jsonl, on the worked example of
+    the pages: its verdicts, log-probabilities and entropies in the place of the model's."""
+    scores = {True: example.logp.float(), False: example.ref_logp.float()}
+    widths = [len(row) for row in example.ENTROPY]
+
+    def stack(groups: list[common.Group], *_: Any) -> common.Rollouts:
+        tokens = torch.full_like(example.entropy, 65).long()
+        none = torch.zeros_like(example.rewards).bool()
+        problems = [group.problem for group in groups]
+        logp = example.logp.float()
+        texts = [[""] * len(widths)]
+        return common.Rollouts(problems, tokens, example.mask, logp, none, texts)
+
+    def score(*_: Any, reuse: bool = False) -> tuple[Tensor, Tensor]:
+        return scores[reuse], example.entropy.float()
+
+    def on_example(
+        script: ModuleType, correct: tuple[int, ...] = (1, 1, 0, 0), **settings: Any
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        def verify(_: Any, groups: list[common.Group]) -> None:
+            for group in groups:
+                group.correct = [float(verdict) for verdict in correct][: len(group.texts)]
+
+        for name, function in (("stack", stack), ("score", score), ("verify", verify)):
+            monkeypatch.setattr(common, name, function)
+        metrics, folder = run(script, steps=1, prompts_per_step=1, group_size=4, **settings)
+        lines = (folder / "rollouts.jsonl").read_text().splitlines()
+        return metrics[1], [json.loads(line) for line in lines]
+
+    return on_example
+
+
+CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and docs/erpo.md have them
+    "ep_grpo": {
+        "credit/outcome": (2 * (0.8584 + 0.0124 + 0.4866) + 0.0013 + 0.0124 + 0.8659) / 9,
+        "credit/progress": (2 * (0.0230 + 0.2982 + 0.2000) + 3 * 0.1836) / 9,
+        "credit/log_ratio": (5 * 0.1 + 3 * 0.2) / 9,
+        "credit/sign_differs": 4 / 9,  # tokens 2 and 4, 6 and 8
+    },
+    "erpo": {
+        "credit/outcome": (5 * 0.8944 + 4 * 1.1180) / 9,
+        "credit/progress": 0.1783,
+        "credit/log_ratio": (5 * 0.1 + 3 * 0.2) / 9,
+        "credit/sign_differs": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
+def test_credit_by_hand(on_example: Callable, script: ModuleType):
+    metrics, lines = on_example(script, buckets=2)
+    found = {name: value for name, value in metrics.items() if name.startswith("credit/")}
+    assert found == pytest.approx(CREDIT[script.__name__], abs=1e-4)
+    for line in lines:  # the two terms add up
+        total = torch.tensor(line["outcome"]) + torch.tensor(line["progress"])
+        torch.testing.assert_close(total, torch.tensor(line["advantage"]))
+
+
+@pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
+def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: ModuleType):
+    settings = {"buckets": 2, "eta": 3.0}
+    metrics, _ = on_example(script, **settings)
+    method = getattr(slow, script.__name__)
+    entropy, logp = example.ENTROPY, example.LOGP
+    whole = method(slow.Group([1.0, 1.0, 0.0, 0.0], entropy, logp, example.REF_LOGP), **settings)
+    outcome = method(slow.Group([1.0, 1.0, 0.0, 0.0], entropy, logp, logp), **settings)
+    pairs = [pair for rows in zip(whole, outcome, strict=True) for pair in zip(*rows, strict=True)]
+    against = sum(a * b < 0 for a, b in pairs) / 9
+    assert 0 < against < 1
+    assert metrics["credit/sign_differs"] == pytest.approx(against)
+    progress = sum(abs(a - b) for a, b in pairs) / 9
+    assert metrics["credit/progress"] == pytest.approx(progress, abs=1e-4)
+
+
+def test_reward_spread_by_hand(on_example: Callable):
+    metrics, _ = on_example(gtpo)
+    assert metrics["spread/correct"] == pytest.approx(0.05)  # of 1.15 1.05 1.1 1.05 1.15
+    wrong = metrics["spread/wrong"]
+    assert wrong == pytest.approx(0.0635, abs=1e-4)  # of -1.1778 -1.1 -1.1 -1.0222
+
+
+@pytest.mark.parametrize(("correct", "none"), [((0, 0, 0, 0), "correct"), ((1, 1, 1, 1), "wrong")])
+def test_no_rewards_have_no_spread(on_example: Callable, correct: tuple[int, ...], none: str):
+    metrics, _ = on_example(gtpo, correct)
+    assert metrics[f"spread/{none}"] == 0
+    assert metrics["spread/correct"] + metrics["spread/wrong"] > 0.01
+
+
+# ------------------------------------------------------------------------------- GTPO
 
 
 @pytest.mark.parametrize(
@@ -250,14 +349,23 @@ def test_grpo_s_clips_whole_rollouts(run: Callable):
     assert sequence[1]["grad_norm"] != pytest.approx(token[1]["grad_norm"], rel=1e-2)
 
 
+# ------------------------------------------------------------------------------- their results
+
+
+@pytest.mark.parametrize(("right", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
+def test_pass_at_16_of_one_pool(right: int, percent: float):
+    """EP-GRPO's pass@16 on AIME25, in per cent: of 30 problems with 16 samples each, as one."""
+    assert round(100 * pass_at_k(30 * 16, right, 16), 2) == percent
+
+
 # ------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize(
     ("script", "symbols"),
     [
-        ("ep_grpo", ["γ", "K: ", "[open]", "--gate-progress", "--probe-every"]),
-        ("erpo", ["RECONSTRUCTION", "γ", "K: ", "[open]"]),
+        ("ep_grpo", ["γ", "η", "K: ", "θ", "(paper: 0.001)"]),
+        ("erpo", ["γ", "η", "K: ", "(paper: 0.001)"]),
         ("gtpo", ["α₂", "γ₁", "ε_high", "{token,sequence}", "with-zeros", "LOW HIGH"]),
     ],
 )
@@ -290,9 +398,9 @@ def test_refusals(settings: dict, message: str, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
-@pytest.mark.parametrize("settings", [{"buckets": 0}, {"probe_every": -1}], ids=str)
-def test_counts_too_small(script: ModuleType, settings: dict, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("settings", [{"buckets": 0}, {"gamma": -1.0}, {"eta": -0.1}], ids=str)
+def test_numbers_too_small(script: ModuleType, settings: dict, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         script.main(script.Args(**settings))
     name, value = next(iter(settings.items()))
-    assert f"--{name.replace('_', '-')} {value}: must be at least" in capsys.readouterr().err
+    assert f"error: --{name} {value}: must be " in capsys.readouterr().err

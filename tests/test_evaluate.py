@@ -14,10 +14,11 @@ from typing import Any
 import golds
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, SHARED_DATA
 
 from common import bootstrap_interval, evaluate, load_problems
-from models import load_policy, load_tokenizer, make_engine
+from engine import load_policy, load_tokenizer, make_engine
 from tools import evaluate as tool
 from tools.metrics import difference, majority, metric_values, pass_at_k, summary
 from verifier import Grader
@@ -342,7 +343,7 @@ def test_flags_that_cannot_work(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(ROOT)
-    args = tool.parse_args(tool.Args, [*flags.split(), "--folder", str(tmp_path)])
+    args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
     assert refused(capsys, tool.main, args).startswith(f"error: {line}")
 
 

@@ -55,7 +55,7 @@ def make_run(
     settings = (
         {"script": "grpo"}
         | report.defaults("grpo")
-        | {"steps": steps, "run_dir": str(folder)}
+        | {"steps": steps, "run_dir": str(folder), "resume": "", "content": {"model": "9f"}}
         | changed
     )
     (folder / "args.json").write_text(json.dumps(settings))
@@ -64,7 +64,8 @@ def make_run(
     rollouts = []
     rng = random.Random(0)
     for step in range(1, steps + 1):
-        row = {"step": step, "reward": step / 10, "entropy": 1.5, "gate/mean": 0.5, "loss": 0.0}
+        row = {"step": step, "reward": step / 10, "entropy": 1.5, "loss": 0.0}
+        row |= {"boxed": 0.75, "credit/progress": 0.5}
         row |= {"seconds/rollout": 1.5, "seconds/update": 0.5, "seconds/step": 2.0}
         if step == steps:
             row |= {name: value + 0.5 for name, value in evaluation.items()} | {"eval/greedy": 0.75}
@@ -78,7 +79,8 @@ def make_run(
                 line["logp"] = [-rng.random() for _ in ids]
                 line["entropy"] = [rng.random() for _ in ids]
                 line["advantage"] = [1.25 if g == 0 else -0.5] * len(ids)
-                line["gate"] = [rng.gauss(0, 1) for _ in ids]
+                line["outcome"] = [rng.uniform(0, 1) for _ in ids]
+                line["progress"] = [rng.gauss(0, 1) for _ in ids]
                 rollouts.append(line)
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "rollouts.jsonl", rollouts)
@@ -260,6 +262,8 @@ def test_writes_the_page_into_the_run_and_names_it(run):
     (overview,) = blocks_of((run / "report.html").read_text())["runs"]
     assert overview["name"] == "grpo-1"
     assert overview["command"] == "python grpo.py --steps 6 --lr 0.001"
+    assert overview["changed"] == ["steps", "lr"]
+    assert not {"content", "run_dir", "resume"} & overview["settings"].keys()
     assert overview["metrics"]["eval/accuracy"] == [[0, 6], [0.25, 0.75]]
     assert overview["metrics"]["reward"][0] == [1, 2, 3, 4, 5, 6]
     assert len(overview["groups"]) == 12
@@ -300,7 +304,18 @@ def test_command_line_that_repeats_a_run():
     assert report.repeat(
         "grpo", {"dataset": "my file.jsonl", "scale_rewards": False, "kl": 0.1}
     ) == ("python grpo.py --dataset 'my file.jsonl' --no-scale-rewards --kl 0.1")
-    assert report.defaults("grpo")["clip_high"] == 0.2 and report.defaults("nowhere") == {}
+    assert report.repeat("gtpo", {"entropy_clamp": [0.2, 0.28]}) == (
+        "python gtpo.py --entropy-clamp 0.2 0.28"
+    )
+
+
+def test_the_defaults_are_those_of_the_script():
+    import gtpo
+
+    read = report.defaults("gtpo")
+    assert read == {name: getattr(gtpo.Args(), name) for name in read}
+    assert read.keys() == vars(gtpo.Args()).keys()
+    assert report.defaults("nowhere") == {}
 
 
 # ------------------------------------------------------------------------------- what goes in
@@ -437,7 +452,7 @@ def test_the_page_opens_and_says_what_came_out(opened):
     assert "25.0%" in text and "75.0%" in text and "20.0% to 30.0%" in text
     assert "python grpo.py --steps 6 --lr 0.001" in text
     metrics = opened.run("[...document.querySelectorAll('.chart')].map((c) => c.dataset.metric)")
-    assert {"reward", "eval/accuracy", "entropy", "gate/mean", "seconds"} <= set(metrics)
+    assert {"reward", "eval/accuracy", "entropy", "credit/progress", "seconds"} <= set(metrics)
     chart = 'document.querySelector(\'[data-metric="eval/accuracy"] '
     assert opened.run(chart + ".band').getAttribute('d').length") > 20
     assert opened.run(chart + ".line').getAttribute('d').length") > 10
@@ -458,14 +473,14 @@ def test_text_of_a_model_is_never_markup(opened):
 
 def test_the_signal_switch_shades_the_tokens(opened):
     seen = {}
-    for name in ("advantage", "entropy", "logp", "gate"):
+    for name in ("advantage", "entropy", "logp", "outcome", "progress"):
         press(opened, name)
         assert (
             opened.run("document.querySelector('#signals [aria-pressed=true]').textContent") == name
         )
         seen[name] = shades(opened)
         assert len(set(seen[name])) > 1
-    assert len({tuple(colours) for colours in seen.values()}) == 4
+    assert len({tuple(colours) for colours in seen.values()}) == 5
     press(opened, "advantage")
     classes = opened.run(
         "[...document.querySelectorAll('.tokens')].map((tokens) => tokens.children[0].className)"

@@ -31,14 +31,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import files
 from common import Problem, Problems, load_problems
-from models import Engine, Transformers, eos_ids, make_engine
-from settings import RunArgs, device, first_line, parse_args, precision, refuse, seed_for
+from engine import (
+    Engine,
+    StopRun,
+    Transformers,
+    device,
+    eos_ids,
+    first_line,
+    make_engine,
+    precision,
+    refuse,
+    seed_for,
+)
+from run import RunArgs, whole
 from tools.metrics import Record, difference, majority, summary
 from verifier import MAX_ANSWER, Grader, last_boxed
 
@@ -60,8 +71,6 @@ BOUNDS = ("value", "low", "high")
 
 @dataclass
 class Args:
-    """evaluation"""
-
     models: tuple[str, ...] = ("tiny",)
     """folders, LoRA checkpoints or hub names; differences are to the first"""
     datasets: tuple[str, ...] = ("tiny/test.jsonl",)
@@ -98,12 +107,6 @@ class Args:
     """auto: bfloat16 on CUDA, float32 on CPU"""
     gpu_memory: float = 0.9
     """share of the GPU's memory that vLLM may hold"""
-    grader_workers: int = 1
-    """math-verify processes"""
-    grader_deadline: float = 5.0
-    """an answer that takes longer is wrong (seconds)"""
-    refuse_unreadable: bool = False
-    """stop on a gold answer that the verifier cannot read, rather than drop it"""
     trust_remote_code: bool = False
     """run Python code that comes with a model"""
 
@@ -180,7 +183,9 @@ def evaluate_model(
 def base_of(model: str) -> str:
     """The model under a LoRA adapter, or the model itself."""
     adapter = Path(model) / "adapter_config.json"
-    return files.read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else model
+    if not adapter.is_file():
+        return model
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 @contextmanager
@@ -310,7 +315,7 @@ def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Re
     how = {
         name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "seed")
     }
-    with Grader(args.grader_workers, args.grader_deadline) as grader, ExitStack() as opened:
+    with Grader() as grader, ExitStack() as opened:
         kept = []
         for model, name in itertools.product(models, dict.fromkeys(args.datasets)):
             problems = load_set(name, load_tokenizer(model, trust), args, grader)
@@ -341,13 +346,12 @@ def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Re
 def check(args: Args) -> None:
     """Refuse what cannot work, before anything heavy is loaded; fill in --k."""
     least = {"samples": 1, "problems": 0, "max_new_tokens": 1, "max_prompt_tokens": 1, "batch": 1}
-    for name, minimum in (least | {"grader_workers": 1}).items():
+    for name, minimum in least.items():
         if getattr(args, name) < minimum:
             flag = "--" + name.replace("_", "-")
             refuse(flag, getattr(args, name), f"must be at least {minimum}")
-    for name in ("temperature", "grader_deadline"):
-        if not getattr(args, name) > 0:
-            refuse("--" + name.replace("_", "-"), getattr(args, name), "must be above 0")
+    if not args.temperature > 0:
+        refuse("--temperature", args.temperature, "must be above 0")
     args.k = args.k or tuple(k for k in (1, 8, 64) if k <= args.samples)
     for k in args.k:
         if not 1 <= k <= args.samples:
@@ -421,15 +425,15 @@ def main(args: Args) -> dict[str, Any]:
         "differences": differences,
     }
     output = Path(args.output or Path(args.folder) / "summary.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(output, report)
+    with whole(output) as partial:
+        partial.write_text(json.dumps(report, indent=1))
     print(table(report), f"\n{output}")
     return report
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args(Args))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+        main(tyro.cli(Args, description=__doc__))
+    except (KeyboardInterrupt, StopRun) as error:
+        print(f"{str(error) or 'interrupted'}; the same command goes on", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, StopRun) else 130) from None

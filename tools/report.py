@@ -83,12 +83,12 @@ def read_run(folder: Path, name: str, rollout_bytes: float) -> Run:
     except (OSError, ValueError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    usual = defaults(str(settings.get("script")))
-    of_folder = ("script", "run_dir", "resume")
-    changed = [k for k, v in settings.items() if k not in of_folder and usual.get(k, ...) != v]
-    command = None
-    if "script" in settings:
-        command = repeat(settings["script"], {k: settings[k] for k in changed})
+    of_folder = ("content", "run_dir", "resume")  # not what one would set
+    settings = {name: value for name, value in settings.items() if name not in of_folder}
+    script = settings.get("script")
+    usual = {"script": script} | defaults(str(script))
+    changed = [name for name, value in settings.items() if usual.get(name, ...) != value]
+    command = repeat(script, {name: settings[name] for name in changed}) if script else None
     run = Run(name, command, settings, changed, metrics)
     read_rollouts(run, folder, rollout_bytes)
     return run
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
 def defaults(script: str) -> Row:
     """Fields of a script's settings with their defaults, read without importing torch."""
     values: Row = {}
-    files = (ROOT / "settings.py", ROOT / f"{script}.py")
+    files = (ROOT / "run.py", ROOT / f"{script}.py")
     for file in files if all(map(Path.is_file, files)) else ():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not (isinstance(node, ast.ClassDef) and node.name.endswith("Args")):
@@ -155,7 +155,7 @@ def repeat(script: str, changed: Row) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

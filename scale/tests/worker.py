@@ -24,18 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trl_trainer  # puts the repository on the path
 from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo
 
-from models import load_tokenizer, load_weights
-from settings import parse_args
+from engine import load_tokenizer, load_weights
+from run import learning_rate, parse_args
 from verifier import Grader
 
 ROOT = Path(__file__).resolve().parents[2]
 P, G = 3, 4  # twelve rollouts: two processes share the second group
 FLAGS = f"--model {ROOT}/tiny --dataset {ROOT}/tiny/train.jsonl --prompts-per-step {P}"
-FLAGS += " --token-budget 300"  # several micro-batches, which two processes share
+FLAGS += " --token-budget 75"  # several micro-batches, which two processes share
 FLAGS += f" --eval-dataset {ROOT}/tiny/test.jsonl --eval-problems 2 --eval-samples 2 --eval-every 0"
 FLAGS += f" --group-size {G} --max-new-tokens 40 --temperature 1.2 --lr 2e-3 --device cpu"
 OWN = {
     "grpo": "--kl 0.04 --overlong-buffer 8",
+    "ep_grpo": "--eta 0.3 --kl 0.04",
+    "erpo": "--eta 0.3 --sigma-target 0.5",
     "gtpo": "--overlong-gamma 0.75",
     "grpo_s": "--overlong-gamma 0.75",
     "holderpo": "--updates-per-rollout 1",
@@ -146,6 +148,7 @@ def holder_gap(trainer: MethodTrainer, batch: dict[str, Tensor]) -> float:
 def train(folder: Path, method: str) -> dict[str, Any]:
     """Five steps; whether the processes then hold the same weights, other than at first."""
     command = ["--method", method, "--steps", "5", *flags(method, folder / f"{method}-5")]
+    command += ["--lr-schedule", "linear", "--warmup-ratio", "0.4"]
     trainer = trl_trainer.make_trainer(trl_trainer.parse(command))
     openers = []
     roll_out = trainer._generate
@@ -160,12 +163,15 @@ def train(folder: Path, method: str) -> dict[str, Any]:
     first = digest(trainer.model)
     trainer.train()
     last = gather_object([digest(trainer.model)])
-    losses = [row["loss"] for row in trainer.state.log_history if "grad_norm" in row]
+    rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+    steps = range(1, trainer.settings.steps + 1)
     kinds = [len({*step[start : start + G]}) for step in openers for start in range(0, P * G, G)]
     return {
         "same": len({*last}) == 1,
         "moved": last[0] != first,
-        "losses": losses,
+        "losses": [row["loss"] for row in rows],
+        "rates": [row["learning_rate"] for row in rows],
+        "script_rates": [learning_rate(step, trainer.settings) for step in steps],
         "openers": kinds,
     }
 
