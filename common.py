@@ -7,16 +7,25 @@ Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden 
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import copy
+import csv
 import dataclasses
+import io
+import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -54,105 +63,236 @@ class Problems(list[Problem]):
         return taken
 
 
-QUESTION_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+COLUMNS = {
+    "question": ["problem", "question", "prompt", "messages"],
+    "answer": [
+        *("answer", "final_answer", "expected_answer", "ground_truth"),
+        *("reward_model.ground_truth", "solution"),
+    ],
+}
+NO_ANSWER = {"", "none", "null", "nan", "n/a", "notfound", "not found", "unknown"}
+FILES = {"jsonl", "json", "ndjson", "parquet", "csv", "tsv"}
+LOCAL = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
 
 
 def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> Problems:
-    """Read the data set that --dataset or --eval-dataset names; refuse what cannot be used."""
+    """Read the data set that --dataset or --eval-dataset names, as docs/data.md describes: what is
+    dropped is counted, what cannot be used refused."""
     name = getattr(args, flag.strip("-").replace("-", "_"))
-    rows = read_rows(flag, name, split="test" if "eval" in flag else "train")
-    if not rows:
+
+    def note(count: int, of: list[Any], what: str, *, stop: bool = False) -> None:
+        if count and (stop or count == len(of)):
+            refuse(flag, name, f"{count} of {len(of)} {what}")
+        if count:
+            print(f"{flag} {name}: {count} of {len(of)} {what}", file=sys.stderr)
+
+    arguments = template_arguments(args)
+    rows = read_rows(flag, name, split="train" if flag == "--dataset" else "test")
+    if not (rows := [flatten(row) for row in rows if row]):
         refuse(flag, name, "holds no problems")
-    question = next((c for c in QUESTION_COLUMNS if c in rows[0]), None)
-    answer = next((c for c in ANSWER_COLUMNS if c in rows[0]), None)
-    if not (question and answer):
-        wanted = f"one of {QUESTION_COLUMNS} and one of {ANSWER_COLUMNS}"
-        refuse(flag, name, f"columns found: {sorted(rows[0])}; wanted: {wanted}")
+    question, answer = (find_column(rows, args, flag, what) for what in COLUMNS)
+    asked = [(chat, row.get(answer)) for row in rows if (chat := as_chat(row.get(question)))]
+    note(len(rows) - len(asked), rows, f"problems have no text in {question!r} and are dropped")
 
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(question), str):
-            refuse(flag, name, f"problem {number} has no text in its column {question!r}")
-
-    answers = [row.get(answer) for row in rows]
-    answers = [", ".join(map(str, a)) if isinstance(a, list) else a for a in answers]
-    texts = ["" if a is None else str(a) for a in answers]
-    golds = [gold_answer(text) for text in texts]
+    golds = [gold_answer(value) for _, value in asked]
     readable = grader.readable(golds)
-    if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
-        what = f"{len(unread)} of {len(rows)} gold answers cannot be read"
-        examples = ", ".join(repr(gold[:40]) for gold in unread[:5])
-        if args.refuse_unreadable:
-            refuse(flag, name, f"{what}: {examples}")
-        print(f"{flag} {name}: {what} and are dropped: {examples}", file=sys.stderr)
+    unread = [repr(asked[i][1])[:40] for i, fine in enumerate(readable) if not fine]
+    what = "gold answers cannot be read and are dropped: " + ", ".join([*dict.fromkeys(unread)][:5])
+    note(len(unread), asked, what, stop=args.refuse_unreadable)
 
-    problems = Problems()
-    for row, gold, fine in zip(rows, golds, readable, strict=True):
-        if fine:
-            text = f"{row[question]}\n{args.instruction}" if args.instruction else row[question]
-            problems.append(Problem(row[question], gold, prompt_tokens(tokenizer, text)))
-    short = [p for p in problems if len(p.prompt) <= args.max_prompt_tokens]
-    if dropped := len(problems) - len(short):
-        what = f"{dropped} of {len(problems)} prompts exceed --max-prompt-tokens"
-        if not short:
-            refuse(flag, name, f"{what} {args.max_prompt_tokens}: none is left")
-        print(f"{flag} {name}: {what} {args.max_prompt_tokens} and are dropped", file=sys.stderr)
-    if not short:
-        refuse(flag, name, "no gold answer can be read")
+    problems = []
+    for (chat, _), gold in itertools.compress(zip(asked, golds, strict=True), readable):
+        text = chat[-1]["content"]
+        if args.instruction:
+            chat[-1]["content"] += f"\n{args.instruction}"
+        if args.system_prompt and chat[0]["role"] != "system":
+            chat.insert(0, {"role": "system", "content": args.system_prompt})
+        try:
+            problems.append(Problem(text, gold, prompt_tokens(tokenizer, chat, **arguments)))
+        except ValueError as error:
+            model = "--models" if flag == "--datasets" else "--model"
+            given = {"--system-prompt": args.system_prompt, "--template-args": args.template_args}
+            used = "".join(f", given {option} {value}" for option, value in given.items() if value)
+            refuse(model, tokenizer.name_or_path, f"its chat template{used}: {error}")
+    short = [problem for problem in problems if len(problem.prompt) <= args.max_prompt_tokens]
+    what = f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens} and are dropped"
+    note(len(problems) - len(short), problems, what)
+    different = {tuple(problem.prompt) for problem in short}
+    note(len(short) - len(different), short, "problems repeat another and are kept")
     return Problems(short)
 
 
 def read_rows(flag: str, name: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a local jsonl / parquet / csv file, or of a folder or hub name through `datasets`."""
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
-        refuse(flag, name, "no such file")
-    if suffix == ".jsonl":
-        rows = []
-        with path.open("rb") as lines:  # json finds the encoding, and what breaks it has a line
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    refuse(flag, name, f"line {number} is not JSON in UTF-8: {error}")
-                if row is not None and not isinstance(row, dict):
-                    refuse(flag, name, f"line {number} is not a JSON object")
-                rows += [row] if row else []
-        return rows
-
-    import datasets  # slow to import, and a jsonl needs none of it
-
-    datasets.disable_progress_bars()
+    """Rows of a local file or folder, or of a data set on the hub: name[:config][@split]."""
+    repository, _, wanted = name.partition("@")
+    repository, _, config = repository.partition(":")
+    if Path(name).exists():
+        repository, config, wanted = name, "", ""
+    path, split = Path(repository), wanted or split
     try:
         if path.is_file():
-            loader = suffix.strip(".")
-            return datasets.load_dataset(loader, data_files=str(path), split="train").to_list()
-        name_and_config, _, wanted_split = name.partition("@")
-        repository, _, config = name_and_config.partition(":")
-        return datasets.load_dataset(
-            repository, config or None, split=wanted_split or split
-        ).to_list()
+            return read_file(path, split)
+        local = LOCAL.intersection(path.name.lower().split(".")[1:])
+        hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository) and not local
+        if not name or not (hub or path.is_dir()):
+            refuse(flag, name, "no such file or folder")
+        import datasets  # slow to import, and a file needs none of it
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
+        if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(repository, config or None, split=split).to_list()
+        saved = datasets.load_from_disk(repository)
+        if isinstance(saved, dict) and split not in saved:
+            refuse(flag, name, f"its splits are {', '.join(saved)}, and none is {split}")
+        return (saved[split] if isinstance(saved, dict) else saved).to_list()
     except Exception as error:  # datasets raises a dozen kinds for what is one mistake here
-        refuse(flag, name, f"cannot be loaded: {first_line(error)[:200]}")
+        error = error.__cause__ or error
+        refuse(flag, name, f"{type(error).__name__}: {first_line(error)[:200]}")
 
 
-def gold_answer(text: str) -> str:
-    """The final answer of a gold text: after GSM8K's ####, inside MATH's last \\boxed, or all."""
+def read_file(path: Path, split: str) -> list[dict[str, Any]]:
+    """Rows of one file, packed or not. (`datasets` takes some texts for dates or numbers.)"""
+    if not (kind := FILES.intersection(path.name.lower().split("."))):
+        raise ValueError(f"its name ends in none of {', '.join(sorted(FILES))}")
+    with fsspec.filesystem("file").open(str(path), compression="infer") as file:
+        data = file.read()
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("a Git LFS pointer: what it stands for was not downloaded")
+    if kind == {"parquet"}:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    try:
+        text = data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        if not kind & {"csv", "tsv"}:
+            raise
+        text = data.decode("cp1252")  # as spreadsheets write it
+    if kind & {"csv", "tsv"}:
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        if longer := [number for number, row in enumerate(rows, 1) if None in row]:
+            raise ValueError(f"row {longer[0]} has more fields than there are columns")
+        return rows
+    rows, place, space = [], 0, re.compile(r"\s*")
+    while (place := space.match(text, place).end()) < len(text):  # one JSON value after another
+        row, place = json.JSONDecoder().raw_decode(text, place)
+        rows.append(row)
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
+    elif len(rows) == 1 and isinstance(rows[0], dict):  # it may hold the rows, or each split's
+        lists = {key: rows for key, rows in rows[0].items() if isinstance(rows, list) and rows}
+        lists = {k: v for k, v in lists.items() if isinstance(v[0], dict) and "role" not in v[0]}
+        rows = lists.get(split) or (next(iter(lists.values())) if len(lists) == 1 else rows)
+    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise ValueError(f"row {wrong[0]} is not a JSON object")
+    return rows
+
+
+def flatten(row: dict[str, Any], outer: str = "") -> dict[str, Any]:
+    """Columns by their names in lower case, and nested ones with dots. Bytes become text, and a
+    text that is a whole list or object of texts, in JSON or Python, becomes that."""
+    columns = {}
+    for name, value in row.items():
+        name = outer + str(name).strip().lower()
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        if isinstance(value, str) and re.match(r"\s*(\[\s*[\"'{]|\{\s*[\"'][\w ]+[\"']:)", value):
+            for read in (json.loads, ast.literal_eval):
+                with contextlib.suppress(ValueError, SyntaxError):
+                    value = read(value.strip()) if isinstance(value, str) else value
+        columns |= {name: value} | (flatten(value, f"{name}.") if isinstance(value, dict) else {})
+    return columns
+
+
+def find_column(rows: list[dict[str, Any]], args: RunArgs, flag: str, what: str) -> str:
+    """The first of the columns wanted in which some row holds something."""
+    chosen = getattr(args, f"{what}_column")
+    wanted = [chosen.lower()] if chosen else []
+    if not chosen or flag != "--dataset":  # held-out problems may lie in columns of their own
+        wanted += COLUMNS[what]
+    for column in wanted:
+        if any(row.get(column) not in (None, "") for row in rows):
+            return column
+    name = getattr(args, flag.strip("-").replace("-", "_"))
+    why = f"columns found: {sorted(rows[0])[:30]}; wanted: one of {wanted}"
+    refuse(flag, name, f"{why}; --{what}-column names another")
+
+
+def as_chat(value: Any) -> list[dict[str, str]]:
+    """Messages up to the user's last, each content as one text; [] where that one says nothing."""
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    chat = []
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, dict):
+            return []
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        content = content if isinstance(content, str) else ""
+        chat.append({"role": message.get("role"), "content": content})
+    while chat and chat[-1]["role"] != "user":
+        chat.pop()
+    return chat if chat and chat[-1]["content"].strip() else []
+
+
+def gold_answer(value: Any) -> str:
+    r"""The final answer of a gold: after GSM8K's ####, in all of its \boxed{}, or all of it; of a
+    list, all are. "" for what is none: a proof, prose, an object, nothing."""
+    if isinstance(value, list):
+        parts = [gold_answer(part) for part in value]
+        return ", ".join(parts) if all(parts) else ""
+    if isinstance(value, float):  # without an exponent, and without .0
+        value = f"{Decimal(repr(value)).normalize():f}"
+    text = "" if isinstance(value, dict) else str(value).strip()
+    boxes = dict.fromkeys(last_boxed("\\boxed" + rest) for rest in text.split("\\boxed")[1:])
+    boxes.pop(None, None)  # of those never closed
+    # Prose has four words that stand before another, and begins with one or has sentences.
+    words = re.findall(r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})", text)
+    prose = len(words) > 3 and re.match(r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]", text)
     if "####" in text:
-        return text.rpartition("####")[2].strip()
-    boxed = last_boxed(text)
-    return text.strip() if boxed is None else boxed
+        text = text.rpartition("####")[2].strip()
+    elif boxes:
+        text = ", ".join(boxes)
+    elif prose or re.match(r"(?i)\W*proof\b", text):
+        return ""
+    return "" if text.strip(" .").casefold() in NO_ANSWER else text
 
 
-def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Through the chat template where there is one."""
+def template_arguments(args: RunArgs) -> dict[str, Any]:
+    """--template-args, and a clock that stands still on --today."""
+    flag, value = "--template-args", args.template_args
+    try:
+        arguments = dict(json.loads(value or "{}"))
+        flag, value = "--today", args.today
+        day = date.fromisoformat(value) if value else date.today()
+    except (ValueError, TypeError) as error:
+        refuse(flag, value, f"is no {'date' if flag == '--today' else 'JSON object'}: {error}")
+    return {"strftime_now": day.strftime} | arguments
+
+
+def prompt_tokens(tokenizer: Any, question: str | list[Any], **arguments: Any) -> list[int]:
+    """Messages through the chat template, or one after another where there is none.
+
+    Raises ValueError where the template fails or leaves the question out.
+    """
+    chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
     if not tokenizer.chat_template:
-        return tokenizer.encode(text)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer.encode(prompt, add_special_tokens=False)
+        return tokenizer.encode("\n\n".join(message["content"] for message in chat))
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    wanted, failures = "".join(chat[-1]["content"].split()), []
+    for form in (chat, parts):  # some templates want a content in parts
+        try:
+            prompt = tokenizer.apply_chat_template(
+                form, add_generation_prompt=True, tokenize=False, **arguments
+            )
+        except Exception as error:  # a template raises what it likes
+            failures.append(first_line(error))
+            continue
+        if wanted in "".join(prompt.split()):  # templates trim
+            return tokenizer.encode(prompt, add_special_tokens=False)
+        failures.append("it leaves the question out")
+    raise ValueError(failures[0])
 
 
 # ------------------------------------------------------------------------------- rollouts

@@ -28,8 +28,18 @@ class DataArgs:
     """training problems: a jsonl, parquet or csv file, a folder, or a hub name[:config][@split]"""
     eval_dataset: str = "tiny/test.jsonl"
     """held-out problems, named in the same way (split: test)"""
+    question_column: str = ""
+    """where the problem is text or messages; dots lead into nested columns. empty: a known name"""
+    answer_column: str = ""
+    """where the gold answer is, named in the same way"""
+    system_prompt: str = ""
+    """system message of each problem that brings none of its own"""
     instruction: str = ""
     """text put after each problem, such as: Put your final answer in \\boxed{}."""
+    template_args: str = ""
+    """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
+    today: str = ""
+    """the date that a chat template may write (YYYY-MM-DD); empty: the run's first day"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, with their count (tokens)"""
     refuse_unreadable: bool = False

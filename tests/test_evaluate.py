@@ -355,13 +355,7 @@ def test_known_names(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.Monke
     for name in ("math500", "gsm8k", "a/b", "a/b:main@train", "sums.jsonl"):
         tool.load_set(name, None, args, None)
     hub = "openai/gsm8k:main@test"
-    assert seen == [
-        str(tmp_path / "math500.jsonl"),
-        hub,
-        "a/b@test",
-        "a/b:main@train",
-        "sums.jsonl",
-    ]
+    assert seen == [str(tmp_path / "math500.jsonl"), hub, "a/b", "a/b:main@train", "sums.jsonl"]
 
 
 def test_models_of_two_architectures(run: Callable, tied_model: Path, untied_model: Path):
