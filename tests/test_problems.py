@@ -245,6 +245,33 @@ def test_real_data_goes_through_unchanged(load: Callable, name: str, capsys: Any
         assert f"{len(rows) - len(problems)} of {len(rows)} gold answers" in capsys.readouterr().err
 
 
+CASES = SHARED_DATA.parent / "cases" / "data"
+ONLY_IN_PART = {"empty_problem.jsonl": 7, "null_problem.jsonl": 7, "numina15.jsonl": 4}
+ONLY_IN_PART |= {"ints_blank.csv": 7, "fractions.csv": 7, "all_wrong.jsonl": 64}
+NAMED = {
+    "aqua.jsonl": {"answer_column": "correct"},
+    "dict_answer.jsonl": {"answer_column": "answer.value"},
+}
+REFUSED = {
+    "broken.json": "JSONDecodeError: Expecting value: line 1 column 42",
+    "dict.json": "columns found: ",
+    "no_header.csv": "columns found: ['2', 'what is 1+1?']",
+    "metamath.jsonl": "columns found: ['query', 'response', 'type']",
+    "orca.jsonl": "8 of 8 gold answers cannot be read",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CASES.glob("*")))
+def test_cases(load: Callable, capsys: Any, name: str):
+    if name in REFUSED:
+        assert REFUSED[name] in refusal(capsys, load, CASES / name)
+    else:
+        problems = load(CASES / name, **NAMED.get(name, {}))
+        assert len(problems) == ONLY_IN_PART.get(name, 8)
+        dropped = "dropped" in capsys.readouterr().err
+        assert dropped == (name in ONLY_IN_PART and name != "all_wrong.jsonl")
+
+
 # ------------------------------------------------------------------------------- columns
 
 
