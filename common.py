@@ -261,13 +261,14 @@ def gold_answer(value: Any) -> str:
 
 def template_arguments(args: RunArgs) -> dict[str, Any]:
     """--template-args, and a clock that stands still on --today."""
-    flag, value = "--template-args", args.template_args
     try:
-        arguments = dict(json.loads(value or "{}"))
-        flag, value = "--today", args.today
-        day = date.fromisoformat(value) if value else date.today()
+        arguments = dict(json.loads(args.template_args or "{}"))
     except (ValueError, TypeError) as error:
-        refuse(flag, value, f"is no {'date' if flag == '--today' else 'JSON object'}: {error}")
+        refuse("--template-args", args.template_args, f"is no JSON object: {error}")
+    try:
+        day = date.fromisoformat(args.today) if args.today else date.today()
+    except ValueError as error:
+        refuse("--today", args.today, f"is no date: {error}")
     return {"strftime_now": day.strftime} | arguments
 
 

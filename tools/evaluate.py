@@ -260,7 +260,8 @@ def digest(*contents: Any) -> str:
 
 def first_day(folder: str) -> str:
     """The day on which the evaluations in a folder began; this one where there are none."""
-    began = [row for kept in Path(folder).glob("*/*.jsonl") for row in files.read_lines(kept)[:1]]
+    kept = [path.read_text().partition("\n") for path in Path(folder).glob("*/*.jsonl")]
+    began = [json.loads(settings) for settings, newline, _ in kept if newline]
     return min((row["today"] for row in began if "today" in row), default=str(date.today()))
 
 
