@@ -7,12 +7,11 @@ Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden 
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from answers import last_boxed
+from data import (
+    COLUMNS,
+    as_chat,
+    find_column,
+    flatten,
+    gold_answer,
+    prompt_tokens,
+    read_rows,
+    template_arguments,
+)
 from engine import (
     Engine,
     StopRun,
     autocast,
     base_model,
-    first_line,
     precision,
     refuse,
     seed_for,
@@ -62,103 +70,51 @@ class Problems(list[Problem]):
         return taken
 
 
-QUESTION_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution")
-
-
 def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> Problems:
-    """Read the data set that --dataset or --eval-dataset names; refuse what cannot be used."""
+    """Read the data set that --dataset or --eval-dataset names, as docs/data.md describes: what is
+    dropped is counted, what cannot be used refused."""
     name = getattr(args, flag.strip("-").replace("-", "_"))
-    rows = read_rows(flag, name, split="test" if "eval" in flag else "train")
-    if not rows:
+
+    def note(count: int, of: list[Any], what: str, *, stop: bool = False) -> None:
+        if count and (stop or count == len(of)):
+            refuse(flag, name, f"{count} of {len(of)} {what}")
+        if count:
+            print(f"{flag} {name}: {count} of {len(of)} {what}", file=sys.stderr)
+
+    arguments = template_arguments(args)
+    rows = read_rows(flag, name, split="train" if flag == "--dataset" else "test")
+    if not (rows := [flatten(row) for row in rows if row]):
         refuse(flag, name, "holds no problems")
-    question = next((c for c in QUESTION_COLUMNS if c in rows[0]), None)
-    answer = next((c for c in ANSWER_COLUMNS if c in rows[0]), None)
-    if not (question and answer):
-        wanted = f"one of {QUESTION_COLUMNS} and one of {ANSWER_COLUMNS}"
-        refuse(flag, name, f"columns found: {sorted(rows[0])}; wanted: {wanted}")
+    question, answer = (find_column(rows, args, flag, what) for what in COLUMNS)
+    asked = [(chat, row.get(answer)) for row in rows if (chat := as_chat(row.get(question)))]
+    note(len(rows) - len(asked), rows, f"problems have no text in {question!r} and are dropped")
 
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(question), str):
-            refuse(flag, name, f"problem {number} has no text in its column {question!r}")
-
-    answers = [row.get(answer) for row in rows]
-    answers = [", ".join(map(str, a)) if isinstance(a, list) else a for a in answers]
-    texts = ["" if a is None else str(a) for a in answers]
-    golds = [gold_answer(text) for text in texts]
+    golds = [gold_answer(value) for _, value in asked]
     readable = grader.readable(golds)
-    if unread := [gold for gold, fine in zip(golds, readable, strict=True) if not fine]:
-        what = f"{len(unread)} of {len(rows)} gold answers cannot be read"
-        examples = ", ".join(repr(gold[:40]) for gold in unread[:5])
-        print(f"{flag} {name}: {what} and are dropped: {examples}", file=sys.stderr)
+    unread = [repr(asked[i][1])[:40] for i, fine in enumerate(readable) if not fine]
+    what = "gold answers cannot be read and are dropped: " + ", ".join([*dict.fromkeys(unread)][:5])
+    note(len(unread), asked, what, stop=args.refuse_unreadable)
 
-    problems = Problems()
-    for row, gold, fine in zip(rows, golds, readable, strict=True):
-        if fine:
-            text = f"{row[question]}\n{args.instruction}" if args.instruction else row[question]
-            problems.append(Problem(row[question], gold, prompt_tokens(tokenizer, text)))
-    short = [p for p in problems if len(p.prompt) <= args.max_prompt_tokens]
-    if dropped := len(problems) - len(short):
-        what = f"{dropped} of {len(problems)} prompts exceed --max-prompt-tokens"
-        if not short:
-            refuse(flag, name, f"{what} {args.max_prompt_tokens}: none is left")
-        print(f"{flag} {name}: {what} {args.max_prompt_tokens} and are dropped", file=sys.stderr)
-    if not short:
-        refuse(flag, name, "no gold answer can be read")
+    problems = []
+    for (chat, _), gold in itertools.compress(zip(asked, golds, strict=True), readable):
+        text = chat[-1]["content"]
+        if args.instruction:
+            chat[-1]["content"] += f"\n{args.instruction}"
+        if args.system_prompt and chat[0]["role"] != "system":
+            chat.insert(0, {"role": "system", "content": args.system_prompt})
+        try:
+            problems.append(Problem(text, gold, prompt_tokens(tokenizer, chat, **arguments)))
+        except ValueError as error:
+            model = "--models" if flag == "--datasets" else "--model"
+            given = {"--system-prompt": args.system_prompt, "--template-args": args.template_args}
+            used = "".join(f", given {option} {value}" for option, value in given.items() if value)
+            refuse(model, tokenizer.name_or_path, f"its chat template{used}: {error}")
+    short = [problem for problem in problems if len(problem.prompt) <= args.max_prompt_tokens]
+    what = f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens} and are dropped"
+    note(len(problems) - len(short), problems, what)
+    different = {tuple(problem.prompt) for problem in short}
+    note(len(short) - len(different), short, "problems repeat another and are kept")
     return Problems(short)
-
-
-def read_rows(flag: str, name: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a local jsonl / parquet / csv file, or of a folder or hub name through `datasets`."""
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
-        refuse(flag, name, "no such file")
-    if suffix == ".jsonl":
-        rows = []
-        with path.open("rb") as lines:  # json finds the encoding, and what breaks it has a line
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    refuse(flag, name, f"line {number} is not JSON in UTF-8: {error}")
-                if row is not None and not isinstance(row, dict):
-                    refuse(flag, name, f"line {number} is not a JSON object")
-                rows += [row] if row else []
-        return rows
-
-    import datasets  # slow to import, and a jsonl needs none of it
-
-    datasets.disable_progress_bars()
-    try:
-        if path.is_file():
-            loader = suffix.strip(".")
-            return datasets.load_dataset(loader, data_files=str(path), split="train").to_list()
-        name_and_config, _, wanted_split = name.partition("@")
-        repository, _, config = name_and_config.partition(":")
-        return datasets.load_dataset(
-            repository, config or None, split=wanted_split or split
-        ).to_list()
-    except Exception as error:  # datasets raises a dozen kinds for what is one mistake here
-        refuse(flag, name, f"cannot be loaded: {first_line(error)[:200]}")
-
-
-def gold_answer(text: str) -> str:
-    """The final answer of a gold text: after GSM8K's ####, inside MATH's last \\boxed, or all."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    boxed = last_boxed(text)
-    return text.strip() if boxed is None else boxed
-
-
-def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Through the chat template where there is one."""
-    if not tokenizer.chat_template:
-        return tokenizer.encode(text)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 # ------------------------------------------------------------------------------- rollouts

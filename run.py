@@ -83,9 +83,19 @@ class RunArgs(ResumeArgs):
     model: str = "tiny"
     """folder or hub name of a causal language model"""
     dataset: str = "tiny/train.jsonl"
-    """training problems: a jsonl, parquet or csv file, a folder, or a hub name[:config][@split]"""
+    """training problems: a file, a folder, or a hub name[:config][@split]; see docs/data.md"""
+    question_column: str = ""
+    """where the problem is, text or messages; dots lead into nested columns. empty: a known name"""
+    answer_column: str = ""
+    """where the gold answer is, named in the same way"""
+    system_prompt: str = ""
+    """system message of each problem that brings none of its own"""
     instruction: str = ""
     """text put after each problem, such as: Put your final answer in \\boxed{}."""
+    template_args: str = ""
+    """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
+    today: str = ""
+    """the date that a chat template may write (YYYY-MM-DD); empty: the run's first day"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, with their count (tokens)"""
     trust_remote_code: bool = False
@@ -104,6 +114,8 @@ class RunArgs(ResumeArgs):
     """where the policy lives"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass; auto: bfloat16 on CUDA, float32 on CPU; master weights are float32"""
+    adamw_8bit: bool = False
+    """AdamW's moments in 8 bits, a quarter of their memory (needs `pip install torchao==0.18.0`)"""
     seed: int = 1
     """of everything random"""
     run_dir: str = ""
@@ -203,6 +215,8 @@ def check(args: Any) -> None:
     has = importlib.util.find_spec
     must("engine", args.engine != "vllm" or has("vllm"), "vLLM is not installed; see README.md")
     must("wandb_project", not args.wandb_project or has("wandb"), "wandb is not installed")
+    fit = has("torchao") and torch.cuda.is_available()
+    must("adamw_8bit", not args.adamw_8bit or fit, "needs torchao and a CUDA device")
     must("device", args.device != "cuda" or torch.cuda.is_available(), "no CUDA device is there")
 
 
@@ -295,6 +309,7 @@ class Run:
         check(args)
         script = script_of(type(args))
         args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
+        args.today = args.today or time.strftime("%Y-%m-%d")
         self.args, self.folder = args, Path(args.run_dir)
         self.lock = lock(self.folder)
         self.logs = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
@@ -398,7 +413,10 @@ class Run:
         self.failures = 0 if fine else self.failures + 1
         if fine:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):  # torchao's optimiser reads it from a tensor
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             optimizer.step()
         else:
             self.skipped += 1
@@ -418,6 +436,14 @@ class Run:
         """Load the last checkpoint into the policy and into what has a state_dict; the plain
         values come back. One that a disk has damaged is said, and the one before it is taken.
         Where there is none, nothing is loaded. From here on the run can be logged."""
+        trained = sum(w.nbytes for w in policy.parameters() if w.requires_grad)
+        needed = 3 * trained + sum(w.nbytes for w in policy.parameters())
+        free = shutil.disk_usage(self.folder).free
+        if needed > 1e9:
+            say(f"a checkpoint takes {3e-9 * trained:.1f} GB; {1e-9 * free:.1f} GB are free")
+        if free < needed:
+            why = f"a checkpoint and model/ need {1e-9 * needed:.1f} GB"
+            refuse("--run-dir", self.folder, f"{why}, and {1e-9 * free:.1f} GB are free")
         torch.manual_seed(seed_for(self.args.seed, "training"))
         values: dict[str, Any] = {}
         for folder in reversed(self.checkpoints()):
@@ -510,7 +536,12 @@ class Run:
 def make_optimizer(policy: nn.Module, args: Any) -> torch.optim.Optimizer:
     """AdamW over the weights that are trained."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.adamw_8bit:  # torchao's: written in PyTorch, and its state saves like any other
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(weights, **settings)
+    return torch.optim.AdamW(weights, **settings, fused=True)
 
 
 def learning_rate(step: int, args: Any) -> float:

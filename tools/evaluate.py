@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,9 @@ KNOWN = {
     "olympiadbench": ("olympiadbench.jsonl", "knoveleng/OlympiadBench@train"),
     "gsm8k": ("gsm8k_test.jsonl", "openai/gsm8k:main@test"),
 }
-FILES = (".jsonl", ".json", ".parquet", ".csv")
 # What the kept problems were made with; all else may change from one call to the next.
-FIXED = ("samples", "max_new_tokens", "temperature", "seed", "instruction", "engine", "precision")
+FIXED = ("samples", "max_new_tokens", "temperature", "seed", "engine", "precision")
+FIXED += ("instruction", "system_prompt", "template_args", "today")
 BOUNDS = ("value", "low", "high")
 
 
@@ -85,8 +86,18 @@ class Args:
     """longest response (tokens)"""
     temperature: float = 1.0
     """of sampling"""
+    question_column: str = ""
+    """where the problem is text or messages; dots lead into nested columns. empty: a known name"""
+    answer_column: str = ""
+    """where the gold answer is, named in the same way"""
+    system_prompt: str = ""
+    """system message of each problem that brings none of its own"""
     instruction: str = ""
     """text put after each problem, such as: Put your final answer in \\boxed{}."""
+    template_args: str = ""
+    """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
+    today: str = ""
+    """the date that a chat template may write (YYYY-MM-DD); empty: the first day of --folder"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, with their count (tokens)"""
     seed: int = 1
@@ -233,8 +244,6 @@ def load_set(dataset: str, tokenizer: Any, args: Args, grader: Grader) -> Proble
     file, name = KNOWN.get(dataset, ("", dataset))
     if file and (Path(args.data_dir) / file).is_file():
         name = str(Path(args.data_dir) / file)
-    elif "@" not in name and Path(name).suffix.lower() not in FILES:
-        name = f"{name}@test"
     named = copy.copy(args)  # load_problems reads the name from the settings
     named.datasets = name
     return load_problems(named, "--datasets", tokenizer, grader)
@@ -254,6 +263,13 @@ def digest(*contents: Any) -> str:
     return total.hexdigest()
 
 
+def first_day(folder: str) -> str:
+    """The day on which the evaluations in a folder began; this one where there are none."""
+    kept = [path.read_text().partition("\n") for path in Path(folder).glob("*/*.jsonl")]
+    began = [json.loads(settings) for settings, newline, _ in kept if newline]
+    return min((row["today"] for row in began if "today" in row), default=str(date.today()))
+
+
 class Kept:
     """One model's finished problems of one data set: a jsonl file that begins with the settings.
 
@@ -266,9 +282,9 @@ class Kept:
         self.model, self.dataset = model, dataset
         kinds = ("*.safetensors", "*.bin", "adapter_config.json")
         weights = [f for m in {model, base_of(model)} for k in kinds for f in Path(m).glob(k)]
-        settings = {"models": f"{model} ({digest(*sorted(weights))})"}
+        settings = {name: getattr(args, name) for name in FIXED}
+        settings["models"] = f"{model} ({digest(*sorted(weights))})"
         settings["datasets"] = f"{dataset} ({digest(*[(p.prompt, p.answer) for p in problems])})"
-        settings |= {name: getattr(args, name) for name in FIXED}
         self.problems = problems[: args.problems or None]
         names = [re.sub(r"\W+", "-", name).strip("-") for name in (model, dataset)]
         path = Path(args.folder, *names).with_suffix(".jsonl")
@@ -288,7 +304,7 @@ class Kept:
             self.write([settings])
         began = json.loads(lines[0]) if lines else settings
         for name in settings:
-            if settings[name] != began[name]:
+            if settings[name] != began.get(name, settings[name]):
                 flag = "--" + name.replace("_", "-")
                 why = f"{path} was made with {began[name]}; choose another --folder"
                 refuse(flag, settings[name], why)
@@ -394,6 +410,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(args: Args) -> dict[str, Any]:
     check(args)
+    args.today = args.today or first_day(args.folder)
     groups: dict[str, list[str]] = {}
     for model in dict.fromkeys(args.models):
         groups.setdefault(architecture(model, args.trust_remote_code), []).append(model)
