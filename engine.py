@@ -83,6 +83,8 @@ def load_tokenizer(args: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
     except Exception as error:  # a dozen kinds, for what is one mistake here
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    if not tokenizer.encode("1"):  # transformers makes an empty one where there is none
+        refuse("--model", args.model, "has no tokenizer")
     if quantised := getattr(config, "quantization_config", None):
         method = dict(quantised).get("quant_method", "unknown")
         refuse("--model", args.model, f"is quantised ({method}); training needs full weights")
@@ -173,6 +175,14 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{leaf}", weight
 
 
+def stored_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`merged_weights` as a model's folder has them, each expert on its own: what vLLM reads."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name, weight in merged_weights(policy):
+        yield from revert_weight_conversion(base_model(policy), {name: weight}).items()
+
+
 def load_weights(policy: nn.Module, folder: Path) -> None:
     """Load what `policy.save_pretrained(folder)` wrote, bit for bit."""
     if is_lora(policy):
@@ -258,9 +268,7 @@ class VLLM:
             torch._dynamo.config.disable = True
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         import vllm
-        from transformers.core_model_loading import revert_weight_conversion
 
-        self.as_stored = revert_weight_conversion  # weights as in a checkpoint, which vLLM reads
         body = type(base_model(policy).base_model)
         init = body.__init__
         self.sampling = vllm.SamplingParams
@@ -320,13 +328,8 @@ class VLLM:
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        model = base_model(policy)
-        weights = (
-            pair
-            for name, weight in merged_weights(policy)
-            for pair in self.as_stored(model, {name: weight}).items()
-        )
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        weights = {"weights_iterator": stored_weights(policy)}
+        self.llm.collective_rpc("reload_weights", kwargs=weights)
         held, own = self.columns(policy)
         if stale := [name for name in self.compared if not same(held[name], own[name])]:
             raise StopRun(
