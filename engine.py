@@ -138,12 +138,12 @@ def load_policy(args: Any) -> nn.Module:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        names = policy.state_dict().keys()
+        names = list(policy.state_dict())
         try:
             policy = get_peft_model(policy, adapter)
         except ValueError as error:
             refuse("--lora-rank", args.lora_rank, f"cannot adapt {args.model}: {first_line(error)}")
-        if names != dict(merged_weights(policy)).keys():
+        if names != [name for name, _ in merged_weights(policy)]:
             refuse("--lora-rank", args.lora_rank, f"cannot be merged into {args.model}")
         if Path(args.model).is_dir():  # an adapter is loaded from anywhere
             adapter.base_model_name_or_path = str(Path(args.model).resolve())

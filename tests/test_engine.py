@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import ROOT, byte_tokenizer, read_metrics
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -603,3 +606,47 @@ def test_an_engine_that_cannot_run_here_is_refused(
     args.engine = "auto"
     made = engine.make_engine(args, policy, tokenizer, [Problem("", "", [1])])
     assert isinstance(made, engine.Transformers)
+
+
+# ------------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there")
+def test_a_run_on_cuda_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path):
+    run, script = tmp_path / "run", [sys.executable, "grpo.py"]
+    flags = f"--steps 4 --save-every 1 --max-new-tokens 32 --eval-problems 8 --run-dir {run}"
+    first = subprocess.Popen([*script, *flags.split(), "--engine", "vllm"], cwd=ROOT)
+    while not (run / "checkpoints" / "step-000002").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    assert subprocess.run([*script, "--resume", str(run)], cwd=ROOT).returncode == 0
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert max(row["logp_gap/mean"] for row in rows[1:]) < 5e-3
+
+
+ASLEEP = """
+import torch, common, engine, grpo
+args = grpo.Args(engine="vllm", max_new_tokens=32)
+policy, tokenizer = engine.load_policy(args), engine.load_tokenizer(args)
+used = lambda: (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 1e9
+problems = [common.Problem("", "", common.prompt_tokens(tokenizer, "What is 1+2?"))]
+made, asleep = engine.make_engine(args, policy, tokenizer, problems), []
+for _ in range(3):
+    made.sync(policy)
+    awake = used()
+    common.roll_out(made, problems, args, (1,))
+    made.sleep()
+    asleep.append(used())
+assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > 10, (awake, asleep)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there")
+def test_an_engine_that_sleeps_gives_its_memory_back(tiny_model: Path):
+    """In a process of its own, as every engine on CUDA; needs a card of 40 GB."""
+    subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
