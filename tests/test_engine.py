@@ -408,7 +408,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     def build(family: str) -> Path:
         folder = tmp_path_factory.mktemp("families") / family
-        name, sizes = FAMILIES[family]
+        name, sizes = (FAMILIES | {"phi": ("Phi", SIZES)})[family]
         tokenizer = byte_tokenizer("<|endoftext|>")
         ends = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
         config = getattr(transformers, f"{name}Config")
@@ -589,6 +589,26 @@ def test_a_model_that_cannot_be_trained_is_refused(
         load_policy(settings(folder))
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and said.startswith(f"error: --model {folder}: ") and why in said
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "flag"),
+    [
+        ("phi", {}, "--model"),  # a bias in its LM head
+        ("mixtral", {"lora_rank": 4, "lora_dropout": 0.1}, "--lora-rank 4"),
+    ],
+)
+def test_a_family_that_cannot_be_trained_is_refused(
+    family: str,
+    changes: dict[str, Any],
+    flag: str,
+    family_folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture,
+):
+    with pytest.raises(SystemExit) as stopped:
+        load_policy(settings(family_folder(family), **changes))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and said.startswith(f"error: {flag} ")
 
 
 def test_an_engine_that_cannot_run_here_is_refused(
