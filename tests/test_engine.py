@@ -608,7 +608,7 @@ def test_a_family_that_cannot_be_trained_is_refused(
     with pytest.raises(SystemExit) as stopped:
         load_policy(settings(family_folder(family), **changes))
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and said.startswith(f"error: {flag} ")
+    assert stopped.value.code == 2 and said.startswith(f"error: {flag}")
 
 
 def test_an_engine_that_cannot_run_here_is_refused(
