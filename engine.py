@@ -242,6 +242,11 @@ class Reference:
 
 Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
 
+# vLLM reads these when it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
 
 def first_columns(weights: Any, dtype: torch.dtype, names: dict[str, str]) -> dict[str, Tensor]:
     """The first column of each named matrix, and each vector: enough to see whether an engine holds
@@ -264,6 +269,8 @@ class VLLM:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         on_cuda = device(args).type == "cuda"
+        if precision(args) is torch.float32:  # or its attention would compute in TF32
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         if not on_cuda:  # vLLM would compile with g++, which not every machine has
             torch._dynamo.config.disable = True
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -471,11 +478,6 @@ def why_not_vllm(args: Any) -> str:
     """Why vLLM cannot roll the policy out; empty where it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; see README.md"
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if precision(args) is torch.float32:  # or its attention would compute in TF32
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm.platforms import current_platform
 
     runs_on = current_platform.device_type
