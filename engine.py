@@ -175,14 +175,6 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{leaf}", weight
 
 
-def stored_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`merged_weights` as a model's folder has them, each expert on its own: what vLLM reads."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    for name, weight in merged_weights(policy):
-        yield from revert_weight_conversion(base_model(policy), {name: weight}).items()
-
-
 def load_weights(policy: nn.Module, folder: Path) -> None:
     """Load what `policy.save_pretrained(folder)` wrote, bit for bit."""
     if is_lora(policy):
@@ -259,11 +251,6 @@ def first_columns(weights: Any, dtype: torch.dtype, names: dict[str, str]) -> di
     return columns
 
 
-def same(held: Tensor, own: Tensor) -> bool:
-    """Whether two columns are equal; vLLM pads vocabularies."""
-    return held[: len(own)].equal(own)
-
-
 class VLLM:
     """vLLM in this process, so that weights pass by reference."""
 
@@ -306,15 +293,15 @@ class VLLM:
         body.__init__, body.do_not_compile = init, True
         # Some weights vLLM stores under other names or in another order. It has just loaded those
         # of --model, as the policy has: what is equal now must be equal after every sync.
-        parts = self.llm.apply_model(lambda model: getattr(model, "packed_modules_mapping", {}))[0]
+        [parts] = self.llm.apply_model(lambda model: getattr(model, "packed_modules_mapping", {}))
         self.names = {part: whole for whole, names in parts.items() for part in names}
         self.names[base_model(policy).base_model_prefix] = "model"
         held, own = self.columns(policy)
-        varied = [name for name in held.keys() & own.keys() if len(own[name].unique()) > 1]
-        self.compared = [name for name in varied if same(held[name], own[name])]
+        varied = [name for name in held if len(own[name].unique()) > 1]
+        self.compared = [name for name in varied if held[name].equal(own[name])]
 
     def columns(self, policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`first_columns` of the engine's weights, and of the policy's."""
+        """`first_columns` of the engine's weights, those that the policy has too, and of its."""
 
         def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for path, module in model.named_modules():
@@ -324,21 +311,24 @@ class VLLM:
                         weight = module.quant_method.apply(module, unit).T
                     yield f"{path}.{leaf}", weight
 
-        held = self.llm.apply_model(
+        [held] = self.llm.apply_model(
             lambda model: first_columns(weights(model), self.dtype, self.names)
-        )[0]
-        return held, first_columns(merged_weights(policy), self.dtype, self.names)
+        )
+        own = first_columns(merged_weights(policy), self.dtype, self.names)
+        shared = held.keys() & own.keys()
+        return {name: held[name][: len(own[name])] for name in shared}, own  # vLLM pads
 
     def sync(self, policy: nn.Module) -> None:
-        """Load the policy's weights, and see that they are there. A tied LM head comes along: the
-        state dict names it. Raises StopRun where the engine holds other weights."""
+        """Load the policy's weights, and see that they are there. Raises StopRun where the engine
+        holds other ones."""
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        weights = {"weights_iterator": stored_weights(policy)}
-        self.llm.collective_rpc("reload_weights", kwargs=weights)
+        tied = base_model(policy).all_tied_weights_keys  # they follow what they are tied to
+        weights = (pair for pair in merged_weights(policy) if pair[0] not in tied)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         held, own = self.columns(policy)
-        if stale := [name for name in self.compared if not same(held[name], own[name])]:
+        if stale := [name for name in self.compared if not held[name].equal(own[name])]:
             raise StopRun(
                 f"vLLM holds stale weights: after the sync {len(stale)} of {len(self.compared)} "
                 f"differ from the policy's, {stale[0]} among them; try --engine transformers"
@@ -474,10 +464,12 @@ class Transformers:
 Engine = VLLM | Transformers
 
 
-def why_not_vllm(args: Any) -> str:
+def why_not_vllm(args: Any, policy: nn.Module) -> str:
     """Why vLLM cannot roll the policy out; empty where it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; see README.md"
+    if any(name.endswith(".experts") for name, _ in policy.named_modules()):
+        return "the model is a mixture of experts, which vLLM computes otherwise after a sync"
     from vllm.platforms import current_platform
 
     runs_on = current_platform.device_type
@@ -499,7 +491,7 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *sets: list[Any]) 
             f"{limit} tokens; --max-prompt-tokens {room} drops them"
         )
         refuse("--max-new-tokens", args.max_new_tokens, why)
-    why_not = why_not_vllm(args)
+    why_not = why_not_vllm(args, policy)
     if why_not and args.engine == "vllm":
         refuse("--engine", "vllm", why_not)
     use_vllm = args.engine != "transformers" and not why_not
