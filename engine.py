@@ -83,6 +83,8 @@ def load_tokenizer(args: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(args.model, **trust)
     except Exception as error:  # a dozen kinds, for what is one mistake here
         refuse("--model", args.model, f"cannot be loaded: {first_line(error)}")
+    if not tokenizer.encode("1"):  # transformers makes an empty one where there is none
+        refuse("--model", args.model, "has no tokenizer")
     if quantised := getattr(config, "quantization_config", None):
         method = dict(quantised).get("quant_method", "unknown")
         refuse("--model", args.model, f"is quantised ({method}); training needs full weights")
@@ -116,6 +118,8 @@ def load_policy(args: Any) -> nn.Module:
         refuse("--model", args.model, f"lacks the weights {sorted(found['missing_keys'])[:3]}")
     if getattr(policy.get_output_embeddings(), "bias", None) is not None:
         refuse("--model", args.model, "its LM head has a bias, which is not supported")
+    if broken := [name for name, w in policy.named_parameters() if not w.isfinite().all()]:
+        refuse("--model", args.model, f"holds weights that are not finite, {broken[0]} among them")
     policy.to(device(args))
     try:
         policy.generation_config.validate(strict=True)
@@ -134,7 +138,15 @@ def load_policy(args: Any) -> nn.Module:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        policy = get_peft_model(policy, adapter)
+        names = list(policy.state_dict())
+        try:
+            policy = get_peft_model(policy, adapter)
+        except ValueError as error:
+            refuse("--lora-rank", args.lora_rank, f"cannot adapt {args.model}: {first_line(error)}")
+        if names != [name for name, _ in merged_weights(policy)]:
+            refuse("--lora-rank", args.lora_rank, f"cannot be merged into {args.model}")
+        if Path(args.model).is_dir():  # an adapter is loaded from anywhere
+            adapter.base_model_name_or_path = str(Path(args.model).resolve())
     return policy
 
 
@@ -152,11 +164,15 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its transformers name, LoRA added in; the policy is left as it is."""
     model = base_model(policy)
     for name, weight in model.state_dict().items():
-        module, is_adapted, leaf = name.rpartition(".base_layer.")
-        if is_adapted and leaf == "weight":  # in float32: the cast may round a small delta away
-            weight = weight.float() + model.get_submodule(module).get_delta_weight("default")
+        path, _, leaf = name.rpartition(".")
+        while path.endswith(".base_layer"):  # peft wraps once for each adapted tensor of a module
+            path = path.removesuffix(".base_layer")
+            layer = model.get_submodule(path)
+            if leaf == getattr(layer, "parameter_name", "weight"):
+                # Added in float32: the sum of bfloat16 values may round a small delta away.
+                weight = (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
         if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), weight
+            yield f"{path}.{leaf}", weight
 
 
 def load_weights(policy: nn.Module, folder: Path) -> None:
@@ -171,11 +187,16 @@ def load_weights(policy: nn.Module, folder: Path) -> None:
 
 
 def save_model(policy: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write the policy as an ordinary model folder, LoRA added in."""
+    """Write the policy as an ordinary model folder, LoRA added in. Raises StopRun where a load of
+    that folder would not find each weight."""
     model = base_model(policy)
-    weights = {name: w.to(model.dtype).contiguous() for name, w in merged_weights(policy)}
+    weights = {name: weight.contiguous() for name, weight in merged_weights(policy)}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    load = {"device_map": "meta", "output_loading_info": True}  # names and shapes alone
+    _, found = type(model).from_pretrained(folder, **load)
+    if wrong := found["missing_keys"] | found["unexpected_keys"]:
+        raise StopRun(f"the model would not load back: {sorted(wrong)[:3]}; checkpoints are whole")
 
 
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
@@ -213,10 +234,21 @@ class Reference:
 
 Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
 
+# vLLM reads these when it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-def first_values(weights: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A few values of each named weight: enough to see whether an engine holds the policy's."""
-    return {name: weight.flatten()[:64].to(dtype).cpu() for name, weight in weights}
+
+def first_columns(weights: Any, dtype: torch.dtype, names: dict[str, str]) -> dict[str, Tensor]:
+    """The first column of each named matrix, and each vector: enough to see whether an engine holds
+    the policy's weights. names: what parts of names become, as where an engine fuses layers."""
+    columns: dict[str, Tensor] = {}
+    for name, weight in weights:
+        name = ".".join(names.get(part, part) for part in name.split("."))
+        column = (weight if weight.dim() < 2 else weight[..., 0]).flatten().to("cpu", dtype)
+        columns[name] = torch.cat([columns[name], column]) if name in columns else column
+    return columns
 
 
 class VLLM:
@@ -224,20 +256,15 @@ class VLLM:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         on_cuda = device(args).type == "cuda"
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if precision(args) is torch.float32:  # or its attention would compute in TF32
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         if not on_cuda:  # vLLM would compile with g++, which not every machine has
             torch._dynamo.config.disable = True
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         import vllm
-        from vllm.platforms import current_platform
 
-        if current_platform.device_type != device(args).type:
-            why = f"the vLLM that is installed runs on {current_platform.device_type} here; "
-            refuse("--device", device(args), why + "--engine transformers runs on either")
+        body = type(base_model(policy).base_model)
+        init = body.__init__
         self.sampling = vllm.SamplingParams
         self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
         self.vocabulary = base_model(policy).config.get_text_config().vocab_size
@@ -261,35 +288,55 @@ class VLLM:
             seed=args.seed,
             **(for_cuda if on_cuda else for_cpu),
         )
-        # vLLM gives some transformers classes a __call__ that reads this, the policy's among them.
-        type(base_model(policy).base_model).do_not_compile = True
+        # A transformers class that vLLM runs itself, it makes compile when it is made and called.
+        # The policy may be of that class, and is not to be compiled.
+        body.__init__, body.do_not_compile = init, True
         # Some weights vLLM stores under other names or in another order. It has just loaded those
         # of --model, as the policy has: what is equal now must be equal after every sync.
-        held, own = self.held(), first_values(merged_weights(policy), self.dtype)
-        self.compared = [name for name in held.keys() & own.keys() if held[name].equal(own[name])]
+        [parts] = self.llm.apply_model(lambda model: getattr(model, "packed_modules_mapping", {}))
+        self.names = {part: whole for whole, names in parts.items() for part in names}
+        self.names[base_model(policy).base_model_prefix] = "model"
+        held, own = self.columns(policy)
+        varied = [name for name in held if len(own[name].unique()) > 1]
+        self.compared = [name for name in varied if held[name].equal(own[name])]
 
-    def held(self) -> dict[str, Tensor]:
-        """The first values of the engine's weights."""
-        return self.llm.apply_model(lambda m: first_values(m.named_parameters(), self.dtype))[0]
+    def columns(self, policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`first_columns` of the engine's weights, those that the policy has too, and of its."""
+
+        def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+            for path, module in model.named_modules():
+                for leaf, weight in module.named_parameters(recurse=False):
+                    if not weight.numel():  # the CPU build has packed it: W · (1, 0, ...) is left
+                        unit = torch.eye(1, module.input_size, dtype=self.dtype)
+                        weight = module.quant_method.apply(module, unit).T
+                    yield f"{path}.{leaf}", weight
+
+        [held] = self.llm.apply_model(
+            lambda model: first_columns(weights(model), self.dtype, self.names)
+        )
+        own = first_columns(merged_weights(policy), self.dtype, self.names)
+        shared = held.keys() & own.keys()
+        return {name: held[name][: len(own[name])] for name in shared}, own  # vLLM pads
 
     def sync(self, policy: nn.Module) -> None:
-        """Load the policy's weights, and see that they are there. A tied LM head comes along: the
-        state dict names it. Raises StopRun where the engine holds other weights."""
+        """Load the policy's weights, and see that they are there. Raises StopRun where the engine
+        holds other ones."""
         if self.sleeps:
             torch.cuda.empty_cache()
-            self.llm.wake_up()
-        weights = dict(merged_weights(policy))
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(weights.items())}
-        )
-        self.llm.reset_prefix_cache()
-        held, own = self.held(), first_values(weights.items(), self.dtype)
-        stale = [name for name in self.compared if not held[name].equal(own[name])]
-        if stale:
+            self.llm.wake_up(tags=["weights"])
+        tied = base_model(policy).all_tied_weights_keys  # they follow what they are tied to
+        weights = (pair for pair in merged_weights(policy) if pair[0] not in tied)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        held, own = self.columns(policy)
+        if stale := [name for name in self.compared if not held[name].equal(own[name])]:
             raise StopRun(
                 f"vLLM holds stale weights: after the sync {len(stale)} of {len(self.compared)} "
                 f"differ from the policy's, {stale[0]} among them; try --engine transformers"
             )
+        if self.sleeps:  # after the weights, whose merging takes memory of its own
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
@@ -418,6 +465,20 @@ class Transformers:
 Engine = VLLM | Transformers
 
 
+def why_not_vllm(args: Any, policy: nn.Module) -> str:
+    """Why vLLM cannot roll the policy out; empty where it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed; see README.md"
+    if any(name.endswith(".experts") for name, _ in policy.named_modules()):
+        return "the model is a mixture of experts, which vLLM computes otherwise after a sync"
+    from vllm.platforms import current_platform
+
+    runs_on = current_platform.device_type
+    if runs_on != device(args).type:
+        return f"the vLLM that is installed runs on {runs_on} here, not on {device(args).type}"
+    return ""
+
+
 def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *sets: list[Any]) -> Engine:
     """vLLM where it is installed, transformers otherwise, for the longest prompt of the sets."""
     lengths = [len(problem.prompt) for problems in sets for problem in problems]
@@ -431,6 +492,8 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *sets: list[Any]) 
             f"{limit} tokens; --max-prompt-tokens {room} drops them"
         )
         refuse("--max-new-tokens", args.max_new_tokens, why)
-    installed = importlib.util.find_spec("vllm") is not None
-    use_vllm = args.engine == "vllm" or (args.engine == "auto" and installed)
+    why_not = why_not_vllm(args, policy)
+    if why_not and args.engine == "vllm":
+        refuse("--engine", "vllm", why_not)
+    use_vllm = args.engine != "transformers" and not why_not
     return (VLLM if use_vllm else Transformers)(args, policy, tokenizer, context)
