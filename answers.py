@@ -81,7 +81,7 @@ PHRASES = [  # of an answer in words
     (r"^(?i:dne)$", "does not exist"),
     (r"(?<=[a-z]{3})s\b|[ .']", ""),
 ]
-NO_ANSWERS = {"", "proof", "notfound", "not found", "none", "nan", "null", "n/a"}
+NO_ANSWERS = {"", "proof", "notfound", "not found", "none", "nan", "null", "n/a", "unknown"}
 
 
 def last_boxed(text: str) -> str | None:
@@ -217,7 +217,9 @@ def gold_text(gold: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text without a box begins with a letter and has six words outside of formulas."""
-    text = re.sub(r"\$[^$]*\$|" + FONT + r"[^{}]*\}|\\(?!boxed)[A-Za-z]+", " ", text).strip()
-    words = re.findall(r"[A-Za-z]{2,}", text)
-    return text[:1].isalpha() and len(words) >= 6 and "\\boxed" not in text
+    """Whether a text without a box is a proof or an explanation: four of its words stand before
+    another, and it begins with a word or has sentences."""
+    words = re.findall(r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})", text)
+    begins = re.match(r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]", text)
+    proof = re.match(r"(?i)\W*proof\b", text)
+    return "\\boxed" not in text and bool(proof or (len(words) > 3 and begins))

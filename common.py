@@ -75,8 +75,8 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
     dropped is counted, what cannot be used refused."""
     name = getattr(args, flag.strip("-").replace("-", "_"))
 
-    def note(count: int, of: list[Any], what: str, *, stop: bool = False) -> None:
-        if count and (stop or count == len(of)):
+    def note(count: int, of: list[Any], what: str) -> None:
+        if count and count == len(of):
             refuse(flag, name, f"{count} of {len(of)} {what}")
         if count:
             print(f"{flag} {name}: {count} of {len(of)} {what}", file=sys.stderr)
@@ -93,7 +93,7 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
     readable = grader.readable(golds)
     unread = [repr(asked[i][1])[:40] for i, fine in enumerate(readable) if not fine]
     what = "gold answers cannot be read and are dropped: " + ", ".join([*dict.fromkeys(unread)][:5])
-    note(len(unread), asked, what, stop=args.refuse_unreadable)
+    note(len(unread), asked, what)
 
     problems = []
     for (chat, _), gold in itertools.compress(zip(asked, golds, strict=True), readable):

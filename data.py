@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from answers import last_boxed
+from answers import NO_ANSWERS, is_prose, last_boxed
 from engine import first_line, refuse
 
 COLUMNS = {
@@ -28,7 +28,6 @@ COLUMNS = {
         *("reward_model.ground_truth", "solution"),
     ],
 }
-NO_ANSWER = {"", "none", "null", "nan", "n/a", "notfound", "not found", "unknown"}
 FILES = {"jsonl", "json", "ndjson", "parquet", "csv", "tsv"}
 LOCAL = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
 
@@ -158,16 +157,13 @@ def gold_answer(value: Any) -> str:
     text = "" if isinstance(value, dict) else str(value).strip()
     boxes = dict.fromkeys(last_boxed("\\boxed" + rest) for rest in text.split("\\boxed")[1:])
     boxes.pop(None, None)  # of those never closed
-    # Prose has four words that stand before another, and begins with one or has sentences.
-    words = re.findall(r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})", text)
-    prose = len(words) > 3 and re.match(r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]", text)
     if "####" in text:
         text = text.rpartition("####")[2].strip()
     elif boxes:
         text = ", ".join(boxes)
-    elif prose or re.match(r"(?i)\W*proof\b", text):
+    elif is_prose(text):
         return ""
-    return "" if text.strip(" .").casefold() in NO_ANSWER else text
+    return "" if text.strip(" .").casefold() in NO_ANSWERS else text
 
 
 def template_arguments(args: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def measure(model: str, head: str) -> list[dict[str, Any]]:
     args = dataclasses.replace(args, prompts_per_step=4, group_size=8, max_new_tokens=32)
     exact = dataclasses.replace(args, precision="float32")
     tokenizer, policy = engine.load_tokenizer(args), engine.load_policy(args)
-    problems = [common.Problem(q, "", common.prompt_tokens(tokenizer, q)) for q in QUESTIONS]
+    problems = [common.Problem(q, "", prompt_tokens(tokenizer, q)) for q in QUESTIONS]
     import vllm
 
     make = vllm.LLM  # the engine's own overrides ask for a float32 head

@@ -30,20 +30,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import credit_page  # noqa: E402
+import files  # noqa: E402
 import measures  # noqa: E402
+import models  # noqa: E402
 import truth  # noqa: E402
 from measures import Credit, Truth, estimate, shares  # noqa: E402
+from settings import device, refuse  # noqa: E402
 
 import arca  # noqa: E402
 import common  # noqa: E402
 import ep_grpo  # noqa: E402
 import erpo  # noqa: E402
-import files  # noqa: E402
 import grpo  # noqa: E402
 import gtpo  # noqa: E402
 import holderpo  # noqa: E402
-import models  # noqa: E402
-from settings import device, refuse  # noqa: E402
 from tiny.steps import check_steps  # noqa: E402
 from verifier import Grader  # noqa: E402
 

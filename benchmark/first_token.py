@@ -24,8 +24,9 @@ import vllm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402 (the scripts lie one folder up)
 import models  # noqa: E402
+
+import common  # noqa: E402 (the scripts lie one folder up)
 import reft  # noqa: E402
 
 ROUNDS = 11
@@ -36,7 +37,7 @@ def main() -> None:
     tokenizer, policy = models.load_tokenizer(args), models.load_policy(args)
     text = "What is {}+{} and also what is {}*4? Put the final answer in a box."
     texts = [text.format(i, 7 * i, 3 * i) for i in range(args.prompts_per_step)]
-    problems = [common.Problem(t, "", common.prompt_tokens(tokenizer, t)) for t in texts]
+    problems = [common.Problem(t, "", data.prompt_tokens(tokenizer, t)) for t in texts]
     engine = models.make_engine(args, policy, tokenizer, problems)
     # Every response is to have 256 tokens: nothing ends one early.
     vllm.SamplingParams = functools.partial(vllm.SamplingParams, ignore_eos=True)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import files
 import torch
+from models import autocast
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import files
 import grpo
-from models import autocast
 from verifier import Grader
 
 ROOT = Path(__file__).resolve().parents[1]

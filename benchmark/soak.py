@@ -35,6 +35,7 @@ def child(place: str, script: str, *command: str) -> None:
     """Run a script that keeps its present part of the step in the file `place`."""
     sys.path.insert(0, str(ROOT))
     import files
+
     import runs
 
     handle = os.open(place, os.O_WRONLY | os.O_CREAT)

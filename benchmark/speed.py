@@ -30,11 +30,10 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import files  # noqa: E402 (the scripts lie one folder up)
 import our_side  # noqa: E402
 import pieces  # noqa: E402
 from our_side import PARTS, SHAPES, Shape, lengths_of, model_folder, problem_file  # noqa: E402
-
-import files  # noqa: E402 (the scripts lie one folder up)
 from settings import refuse  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "speed.json"

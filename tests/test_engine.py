@@ -657,7 +657,7 @@ import torch, common, engine, grpo
 args = grpo.Args(engine="vllm", max_new_tokens=32)
 policy, tokenizer = engine.load_policy(args), engine.load_tokenizer(args)
 used = lambda: (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 1e9
-problems = [common.Problem("", "", common.prompt_tokens(tokenizer, "What is 1+2?"))]
+problems = [common.Problem("", "", data.prompt_tokens(tokenizer, "What is 1+2?"))]
 made, asleep = engine.make_engine(args, policy, tokenizer, problems), []
 for _ in range(3):
     made.sync(policy)
