@@ -324,8 +324,11 @@ class VLLM:
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        tied = base_model(policy).all_tied_weights_keys  # they follow what they are tied to
-        weights = (pair for pair in merged_weights(policy) if pair[0] not in tied)
+        # A tied LM head must be named: the CPU build keeps a copy of its own. Some of vLLM's models
+        # know none, and would stop at the name.
+        [known] = self.llm.apply_model(lambda m: dict(m.named_modules(remove_duplicate=False)))
+        unknown = base_model(policy).all_tied_weights_keys.keys() - {f"{n}.weight" for n in known}
+        weights = (pair for pair in merged_weights(policy) if pair[0] not in unknown)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         held, own = self.columns(policy)
         if stale := [name for name in self.compared if not held[name].equal(own[name])]:
