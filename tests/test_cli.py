@@ -169,15 +169,17 @@ def test_missing_dataset(
 ):
     monkeypatch.setattr(grpo, "load_policy", lambda _: pytest.fail("the weights were loaded first"))
     missing = tmp_path / "nothing.jsonl"
-    assert refusal(command(flag, str(missing))) == f"error: {flag} {missing}: no such file"
+    assert (
+        refusal(command(flag, str(missing))) == f"error: {flag} {missing}: no such file or folder"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", ["holds no problems"]),
-        ('{"frage": 1}\n', ["found: ['frage']", "problem", "question", "answer", "solution"]),
-        ('{"problem": "1", "answer": "1"}\n{"problem":\n', ["line 2 is not JSON"]),
+        ('{"frage": 1}\n', ["found: ['frage']", "problem", "question", "--question-column"]),
+        ('{"problem": "1", "answer": "1"}\n{"problem":\n', ["JSONDecodeError", "line 3"]),
     ],
     ids=["empty", "columns", "broken line"],
 )
@@ -271,11 +273,12 @@ def test_help_shows_every_setting_with_its_text():
 # ------------------------------------------------------------------------------- copying
 
 
-def test_a_script_and_the_four_shared_files_are_all_it_needs(
+def test_a_script_and_the_six_shared_files_are_all_it_needs(
     command: Command, tiny_model: Path, tmp_path: Path
 ):
     """As the README promises: copied into an empty folder, they train there."""
-    for name in ("ep_grpo.py", "common.py", "engine.py", "run.py", "verifier.py"):
+    shared = ("common.py", "engine.py", "run.py", "verifier.py", "data.py", "answers.py")
+    for name in ("ep_grpo.py", *shared):
         shutil.copy(ROOT / name, tmp_path)
     data = ("--dataset", tiny_model / "train.jsonl", "--eval-dataset", tiny_model / "test.jsonl")
     flags = command("--model", tiny_model, *data, "--run-dir", "run", "--max-new-tokens", "16")
