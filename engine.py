@@ -299,6 +299,8 @@ class VLLM:
         held, own = self.columns(policy)
         varied = [name for name in held if len(own[name].unique()) > 1]
         self.compared = [name for name in varied if held[name].equal(own[name])]
+        # Where vLLM's model has no LM head (Gemma 2), a tied one must not be handed to it.
+        self.unknown = base_model(policy).all_tied_weights_keys.keys() - held.keys()
 
     def columns(self, policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`first_columns` of the engine's weights, those that the policy has too, and of its."""
@@ -306,8 +308,10 @@ class VLLM:
         def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for path, module in model.named_modules():
                 for leaf, weight in module.named_parameters(recurse=False):
-                    if not weight.numel():  # the CPU build has packed it: W · (1, 0, ...) is left
-                        unit = torch.eye(1, module.input_size, dtype=self.dtype)
+                    if leaf == "weight" and hasattr(module, "cpu_linear"):
+                        # The CPU build computes with a packed copy, of which W · (1, 0, ...) tells.
+                        width = weight.shape[-1] if weight.numel() else module.input_size
+                        unit = torch.eye(1, width, dtype=self.dtype)
                         weight = module.quant_method.apply(module, unit).T
                     yield f"{path}.{leaf}", weight
 
@@ -319,16 +323,12 @@ class VLLM:
         return {name: held[name][: len(own[name])] for name in shared}, own  # vLLM pads
 
     def sync(self, policy: nn.Module) -> None:
-        """Load the policy's weights, and see that they are there. Raises StopRun where the engine
-        holds other ones."""
+        """Load the policy's weights, and see that they are there. A tied LM head comes along: the
+        state dict names it. Raises StopRun where the engine holds other weights."""
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        # A tied LM head must be named: the CPU build keeps a copy of its own. Some of vLLM's models
-        # know none, and would stop at the name.
-        [known] = self.llm.apply_model(lambda m: dict(m.named_modules(remove_duplicate=False)))
-        unknown = base_model(policy).all_tied_weights_keys.keys() - {f"{n}.weight" for n in known}
-        weights = (pair for pair in merged_weights(policy) if pair[0] not in unknown)
+        weights = (pair for pair in merged_weights(policy) if pair[0] not in self.unknown)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         held, own = self.columns(policy)
         if stale := [name for name in self.compared if not held[name].equal(own[name])]:
@@ -393,7 +393,6 @@ class Transformers:
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
         self.args, self.policy = args, policy
-        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
 
     def sync(self, policy: nn.Module) -> None:
         self.policy = policy

@@ -346,6 +346,19 @@ def test_one_weight_that_did_not_arrive_is_called_stale(
         vllm.sync(setup.policy)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU build computes with a copy")
+@pytest.mark.parametrize("name", ["tied", "tied_bfloat16"])
+def test_a_tied_head_that_was_left_out_is_called_stale(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    vllm = setup.engine("VLLM")
+    perturb(setup.policy)
+    monkeypatch.setattr(vllm, "unknown", {"lm_head.weight"})
+    with pytest.raises(StopRun, match="lm_head"):
+        vllm.sync(setup.policy)
+
+
 def one_rollout(engine_logp: list[float], device: str = "cpu") -> Rollouts:
     group = Group(Problem("", "", [1]), [[2, 3]], [engine_logp], [""])
     return common.stack([group], [256], torch.device(device))
