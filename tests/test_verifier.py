@@ -11,8 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
 
-from benchmark.grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
 from verifier import Grader, last_boxed, plain_number, plain_verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,7 +382,7 @@ def test_hostile_answers_between_ordinary_ones() -> None:
     hostile, golds = hostile_answers(120, seed=0), ["5", r"\frac{\pi}{2}"]
     responses = [text for one in hostile for text in (one, *[pair[0] for pair in ORDINARY])]
     golds = [g for i in range(120) for g in (golds[i % 2], *[pair[1] for pair in ORDINARY])]
-    before = memory_mb(os.getpid())
+    before = memory_mb()
     with Grader(2, deadline=1.0, strict=False, memory_mb=512, unboxed=True) as grader:
         with PeakMemory() as memory:
             verdicts = grader.grade(responses, golds)
