@@ -1,11 +1,11 @@
 """docs/: the index, the page of equations and the page of metrics say what is so."""
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import shared
 import sick
 
 ROOT = Path(__file__).parent.parent
@@ -67,13 +67,15 @@ def test_lines_by_hand():
 
 # ------------------------------------------------------------------------------- metrics
 
-RESULTS = json.loads(sick.RESULTS.read_text(encoding="utf-8"))
+RESULTS = shared.read_json(sick.FILE)
 RUNS = {run["name"]: run for run in RESULTS["runs"]}
 
 
 def test_the_page_of_metrics_shows_the_results():
-    fresh = (DOCS / "metrics.md").read_text(encoding="utf-8") == sick.filled_page(RESULTS)
-    assert fresh, "docs/metrics.md is stale: python benchmark/sick.py --write"
+    fresh = shared.filled(sick.PAGE, sick.blocks(RESULTS))
+    assert sick.PAGE.read_text(encoding="utf-8") == fresh, (
+        "docs/metrics.md is stale: python benchmark/sick.py --write"
+    )
 
 
 def test_every_logged_metric_is_explained():
