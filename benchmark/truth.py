@@ -273,7 +273,7 @@ def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
     with np.errstate(invalid="ignore"):  # a draw may hold nothing to divide by
         drawn, base = (np.divide(*s[draws].sum(1).T) for s in (shares, baseline))
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    difference = np.nan_to_num(drawn - base)  # from nothing there is none
+    difference = np.nan_to_num(drawn - base).round(6)  # from nothing there is none, nor by rounding
     below, above = np.quantile(difference, [0.025, 0.975])
     return {
         "value": float(np.divide(*shares.sum(0))),
