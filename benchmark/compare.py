@@ -1,4 +1,4 @@
-"""Every method on the tiny task on equal terms: a learning rate chosen for each, several seeds.
+"""Which method learns most on the tiny task, on equal terms? A learning rate for each, seeds.
 
     python benchmark/compare.py               # trains what benchmark/results/compare.json lacks
     python benchmark/compare.py --write       # puts its numbers into README.md and docs/compare.md
@@ -13,12 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import queue
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,13 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+import shared
 import tyro
+from shared import RESULTS, ROOT, markdown, read_json, refuse, write_json, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
     "GRPO": "grpo.py",
     "DAPO": "grpo.py --clip-high 0.28 --dynamic-sampling --overlong-buffer 8",
@@ -60,10 +58,10 @@ SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 PROMPTS, GROUP = 16, 8  # what the scripts take by default
+PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 TEST = ROOT / "tiny" / "test.jsonl"
 VALIDATION = 256  # the last rows of tiny/train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
-PHASES = ("selection", "rows")
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -84,7 +82,7 @@ class Args:
     """methods to run, separated by commas; empty: all"""
     jobs: int = 2
     """runs at a time, each on a core of its own; never more than the cores allowed"""
-    results: Path = ROOT / "benchmark" / "results" / "compare.json"
+    results: Path = RESULTS / "compare.json"
     """file of the results"""
     runs: Path = ROOT / "runs" / "compare"
     """folder of the runs"""
@@ -104,11 +102,6 @@ class Job(NamedTuple):
         return f"{re.sub(r'[^a-zö]+', '-', self.method.lower()).strip('-')}-{self.lr}-{self.seed}"
 
 
-# ------------------------------------------------------------------------------- training
-
-CHILDREN: list[subprocess.Popen] = []  # to be ended with this process
-
-
 def training_command(job: Job, args: Args) -> list[str]:
     script, *own = shlex.split(METHODS[job.method])
     # Dynamic sampling draws more rollouts a step: a checkpoint a step lets us cut at the budget.
@@ -118,7 +111,8 @@ def training_command(job: Job, args: Args) -> list[str]:
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     settings = f"{SETTINGS} {NO_CURVE if job.seed > SELECTION else CURVE}"
     run = ["--steps", str(args.steps), "--lr", job.lr, "--seed", str(job.seed)]
-    return [script, *own, *settings.split(), *saves, *data, *run]
+    flags = [*own, *settings.split(), *saves, *data, *run]
+    return shared.run_command(script, flags, args.runs / job.folder)
 
 
 def run_on_this_core(command: list[str]) -> str:
@@ -126,23 +120,14 @@ def run_on_this_core(command: list[str]) -> str:
     itself, if it did; raises RuntimeError on any other failure."""
     core = min(os.sched_getaffinity(0))
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | threads,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    CHILDREN.append(process)
-    _, errors = process.communicate()
-    CHILDREN.remove(process)
-    if process.returncode == 0:
+    words = [sys.executable, *command]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+    if done.returncode == 0:
         return ""
-    stopped = re.search(r"^stopped: .*", errors, re.MULTILINE)
-    if process.returncode == 1 and stopped:
+    stopped = re.search(r"^stopped: .*", done.stderr, re.MULTILINE)
+    if done.returncode == 1 and stopped:
         return stopped[0]
-    raise RuntimeError(f"python {shlex.join(command)} failed:\n{errors[-2000:]}")
+    raise RuntimeError(f"python {shlex.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
 def on_cores(work: Callable[[Any], Any], items: list[Any], jobs: int) -> Iterator[tuple[Any, Any]]:
@@ -150,40 +135,30 @@ def on_cores(work: Callable[[Any], Any], items: list[Any], jobs: int) -> Iterato
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
-    pool = ThreadPoolExecutor(
-        min(jobs, cores.qsize()), initializer=lambda: os.sched_setaffinity(0, {cores.get()})
-    )
+    pool = ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, {cores.get()}))
     try:
         futures = {pool.submit(work, item): item for item in items}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    finally:  # on a failure or Ctrl-C: what has ended is recorded, the rest runs again next time
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(CHILDREN):
-            process.terminate()
+    finally:  # on a failure or Ctrl-C: what runs is left to end, the rest begins next time
+        pool.shutdown(cancel_futures=True)
 
 
 def train(job: Job, args: Args) -> str:
     """Train a run unless it is there whole; why it stopped itself, if it did."""
     folder = args.runs / job.folder
     if (folder / "args.json").exists():
-        steps = json.loads((folder / "args.json").read_text())["steps"]
+        steps = read_json(folder / "args.json")["steps"]
         if steps != args.steps:
-            refuse("runs", args.runs, f"{folder.name} is a run of {steps} steps, not {args.steps}")
+            why = f"{folder.name} is a run of {steps} steps, not {args.steps}"
+            refuse("--runs", args.runs, why)
     if (folder / "model").exists():  # which is given its name when it is whole
         return ""
-    command = training_command(job, args)
-    return run_on_this_core([*command, "--resume", "--run-dir", str(folder)])
-
-
-# ------------------------------------------------------------------------------- evaluation
+    return run_on_this_core(training_command(job, args))
 
 
 def within_budget(drawn: dict[int, int], budget: int) -> int:
-    """The last step by which no more rollouts were drawn than the budget allows.
-
-    drawn: rollouts drawn since the start, by step.
-    """
+    """The last step by which no more rollouts were drawn than the budget allows; drawn: by step."""
     return max(step for step, rollouts in drawn.items() if rollouts <= budget)
 
 
@@ -195,20 +170,19 @@ def cut(folder: Path, args: Args) -> dict[str, Any]:
     if not found.exists():
         import torch
 
-        budget = args.steps * PROMPTS * GROUP
         checkpoints = {int(f.name[5:]): f for f in folder.glob("checkpoints/step-*")}
         drawn = {
             step: torch.load(saved / "trainer.pt", weights_only=True)["position"] * GROUP
             for step, saved in checkpoints.items()
         }
-        step = within_budget(drawn, budget)
+        step = within_budget(drawn, args.steps * PROMPTS * GROUP)
         # model/ is the last checkpoint, with LoRA added in.
         weights = folder / "model" if step == args.steps else checkpoints[step]
-        said = {"weights": str(weights), "step": step, "drawn": dict(sorted(drawn.items()))}
-        write_whole(found, json.dumps(said))
+        drawn = dict(sorted(drawn.items()))
+        write_json(found, {"weights": str(weights), "step": step, "drawn": drawn})
         for saved in set(checkpoints.values()) - {weights}:
             shutil.rmtree(saved)
-    return json.loads(found.read_text())
+    return read_json(found)
 
 
 def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[str, float]]:
@@ -227,7 +201,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
     return {
         found["model"]: {new: found["metrics"][old]["value"] for new, old in names.items()}
         for output in outputs
-        for found in json.loads(output.read_text())["results"]
+        for found in read_json(output)["results"]
     }
 
 
@@ -254,9 +228,6 @@ def row_of(job: Job, evaluated: dict[str, dict[str, float]], args: Args) -> dict
     }
 
 
-# ------------------------------------------------------------------------------- choosing
-
-
 def validation_accuracy(selection: list[dict], method: str) -> dict[str, float]:
     """By learning rate: the mean over seeds; -1 where a run stopped itself."""
     found: dict[str, list[float]] = {}
@@ -274,17 +245,15 @@ def chosen_rate(selection: list[dict], method: str, rates: list[str]) -> tuple[s
     it lies at an end of the grid, beyond which there may be a better one."""
     accuracy = validation_accuracy(selection, RATE_OF.get(method, method))
     best = max(accuracy, key=accuracy.get) if accuracy else rates[0]
-    grid = sorted(rates, key=float)
-    return best, best in (grid[0], grid[-1])
+    return best, best in (min(rates, key=float), max(rates, key=float))
 
 
 def split_rows(results: dict) -> tuple[list[dict], list[dict]]:
-    """The measured runs at the chosen learning rates, and those at others, which an earlier and
-    smaller grid chose."""
+    """The measured runs at the chosen learning rates, and those at rates of an earlier choice."""
     grid, selection = results["rates"], results["selection"]
-    chosen = {m: chosen_rate(selection, m, grid)[0] for m in METHODS}
-    at_chosen = [row for row in results["rows"] if row["lr"] == chosen[row["method"]]]
-    return at_chosen, [row for row in results["rows"] if row not in at_chosen]
+    best = {method: chosen_rate(selection, method, grid)[0] for method in METHODS}
+    at_best = [row for row in results["rows"] if row["lr"] == best[row["method"]]]
+    return at_best, [row for row in results["rows"] if row not in at_best]
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
@@ -294,24 +263,89 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
+def difference(rows: list[dict], method: str, baseline: str) -> list[float]:
+    """Accuracy of a method less that of another, seed by seed."""
+    of = {(row["method"], row["seed"]): row["accuracy"] for row in rows}
+    seeds = sorted(seed for name, seed in of if name == method and (baseline, seed) in of)
+    return [of[method, seed] - of[baseline, seed] for seed in seeds]
+
+
+# ------------------------------------------------------------------------------- the pages
+
+
+def signed(values: list[float]) -> str:
+    """The mean of differences and its interval, with signs."""
+    if len(values) < 2:
+        return ""
+    low, high = t_interval(values)
+    return f"{statistics.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+
+
+def table(results: dict) -> str:
+    """One line a method: means over seeds."""
+    head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "step, ms"]
+    figures = ("accuracy", "pass@8", "entropy")
+    start, rows = results["start"], split_rows(results)[0]
+    before = [f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"]
+    lines = [["before training", "", *before, "", ""]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        mean = {k: statistics.mean(row[k] for row in mine) for k in (*figures, "length")}
+        step = 1000 * statistics.mean(row["step_seconds"] for row in mine)
+        lr, at_end = chosen_rate(results["selection"], method, results["rates"])
+        cells = [method, lr + " †" * at_end, *(f"{mean[k]:.3f}" for k in figures)]
+        against = difference(rows, method, "GRPO") if method != "GRPO" else []
+        lines.append([*cells, f"{mean['length']:.1f}", f"{step:.0f}", signed(against)])
+    return markdown([*head, "accuracy less GRPO's"], lines)
+
+
+def choice_table(results: dict) -> str:
+    """Validation accuracy of each method at each learning rate; the chosen one in bold."""
+    rates, lines = results["rates"], []
+    for method in dict.fromkeys(row["method"] for row in results["selection"]):
+        accuracy = validation_accuracy(results["selection"], method)
+        best, _ = chosen_rate(results["selection"], method, rates)
+        shown = {lr: "stopped" if a < 0 else f"{a:.3f}" for lr, a in accuracy.items()}
+        shown[best] = f"**{shown[best]}**"
+        lines.append([method, *(shown.get(lr, "") for lr in rates)])
+    return markdown(["method", *rates], lines)
+
+
+def credit_table(results: dict) -> str:
+    """The credits of arca.py against its own uniform credit, which has the same adapters."""
+    rows, baseline = split_rows(results)[0], "uniform credit"
+    credits = [name for name, command in METHODS.items() if command.startswith("arca.py")]
+    lines = [[m, signed(difference(rows, m, baseline))] for m in credits if m != baseline]
+    return markdown(["credit", "accuracy less that of uniform credit"], lines)
+
+
+def caption(results: dict) -> str:
+    """What a reader needs to know beside the table."""
+    rows, rates = split_rows(results)[0], ", ".join(results["rates"])
+    budget = results["steps"] * PROMPTS * GROUP
+    said = (
+        f"Means over {len({row['seed'] for row in rows})} seeds; in brackets the 95% interval of "
+        "the mean paired difference (Student's t over seeds). † The learning rate lies at an end "
+        f"of the grid {rates}: a better one may lie beyond. Each run drew {budget} rollouts in "
+        f"{results['steps']} steps"
+    )
+    if dapo := [row for row in rows if row["method"] == "DAPO"]:
+        steps = sorted(row["step"] for row in dapo)
+        said += f", DAPO {min(row['rollouts'] for row in dapo)} or more in {steps[0]}–{steps[-1]}"
+    vllm = results["versions"]["vllm"]
+    return f"{said}. `{results['command']}`, {results['machine']}, vLLM {vllm} for the CPU."
+
+
+def blocks(results: dict) -> dict[str, str]:
+    """What README.md and docs/compare.md show between their marks."""
+    return {
+        "compare": f"{table(results)}\n\n{caption(results)}",
+        "compare-choice": choice_table(results),
+        "compare-credit": credit_table(results),
+    }
+
+
 # ------------------------------------------------------------------------------- all of it
-
-
-def store(results: dict, path: Path) -> None:
-    """Write the results, a line for each run."""
-    head = {name: value for name, value in results.items() if name not in PHASES}
-    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
-    for name in PHASES:
-        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in results[name])
-        text += f',\n "{name}": [\n  {lines}\n ]'
-    write_whole(path, text + "\n}\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader, or a start after a kill, never sees a part of the file."""
-    partial = path.with_name(path.name + ".unfinished")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: Args) -> None:
@@ -337,19 +371,9 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
             results[name].append(job._asdict() | {"accuracy": None, "stopped": stopped[job]})
     order = list(METHODS)
     results[name].sort(key=lambda r: (order.index(r["method"]), float(r["lr"]), r["seed"]))
-    store(results, args.results)
+    write_json(args.results, results)
     if stopped and name == "rows":  # its rate was fine with the selection seeds
         sys.exit("\n".join(f"{job.folder} {why}" for job, why in stopped.items()))
-
-
-def other_than_default(args: Args) -> list[str]:
-    """The flags that shape the results, where they are not at their defaults."""
-    flags = []
-    for name in ("seeds", "selection_seeds", "rates", "steps", "samples"):
-        if (value := getattr(args, name)) != getattr(Args, name):
-            values = value if isinstance(value, tuple) else (value,)
-            flags += ["--" + name.replace("_", "-"), *map(str, values)]
-    return flags
 
 
 def read_results(args: Args) -> dict:
@@ -358,80 +382,58 @@ def read_results(args: Args) -> dict:
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{SETTINGS} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
-    results = json.loads(args.results.read_text())
+    results = read_json(args.results)
     if set(results["rates"]) < set(args.rates) and not args.write:
         results["rates"] = fixed["rates"]  # a wider grid needs more runs, and no other
     for name, value in fixed.items():
         if results[name] != value and not args.write:
-            refuse(name, value, f"{args.results} was made with {results[name]}")
+            flag = "--" + name.replace("_", "-")
+            refuse(flag, value, f"{args.results} was made with {results[name]}")
     return results
-
-
-def refuse(name: str, value: Any, why: str) -> NoReturn:
-    """One line that names the flag and the value, then exit code 2."""
-    print(f"error: --{name.replace('_', '-')} {value}: {why}", file=sys.stderr)
-    sys.exit(2)
 
 
 def check(args: Args) -> list[str]:
     """The methods asked for; refuses what cannot work."""
-    chosen = args.only.split(",") if args.only else list(METHODS)
-    for unknown in set(chosen) - set(METHODS):
-        refuse("only", unknown, f"known are {', '.join(METHODS)}")
-    least = {"seeds": 1, "selection_seeds": 1, "steps": 1, "samples": 8, "jobs": 1}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            refuse(name, getattr(args, name), f"must be at least {minimum}")
+    shared.at_least(args, seeds=1, selection_seeds=1, steps=1, samples=8, jobs=1)
     if args.seeds > len(T_QUANTILE) + 1:
-        refuse("seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
+        refuse("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
     for rate in args.rates:
         if not re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", rate) or not float(rate) > 0:
-            refuse("rates", rate, "must be numbers above 0")
-    return chosen
+            refuse("--rates", rate, "must be numbers above 0")
+    return shared.chosen("--only", args.only, METHODS)
 
 
-def run_everything(args: Args, results: dict, chosen: list[str]) -> None:
+def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Choose a learning rate for each method, then measure it at that."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
-    args.runs.mkdir(parents=True, exist_ok=True)
     lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
     write_whole(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
     validation = args.runs / "validation.jsonl"
     write_whole(validation, "".join(lines[-VALIDATION:]))
-    results |= {
-        "command": shlex.join(["python", "benchmark/compare.py", *other_than_default(args)]),
-        "machine": f"{args.jobs} cores, {platform.machine()}, one run on each",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "vllm": version(packages_distributions()["vllm"][0]),
-            "transformers": version("transformers"),
-        },
-    }
+    about = shared.surroundings("torch", "vllm", "transformers")
+    about["machine"] = f"{args.jobs} cores, {about['machine'].split()[-1]}, one run on each"
+    results |= {"command": "python benchmark/compare.py"} | about
     if len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
-        choosing = [method for method in chosen if method not in RATE_OF]
-        grid = [Job(method, lr, seed) for method in choosing for lr in args.rates for seed in seeds]
+        whole = dict.fromkeys(RATE_OF.get(method, method) for method in methods)
+        grid = [Job(method, lr, seed) for method in whole for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
-    best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in chosen}
+    best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in methods}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
-        run_phase("rows", [Job(m, best[m], seed) for m in chosen], TEST, results, args)
+        run_phase("rows", [Job(m, best[m], seed) for m in methods], TEST, results, args)
 
 
 def main(args: Args) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
-    import compare_pages  # which needs this module
-
-    chosen, results = check(args), read_results(args)
-    if args.write and "start" not in results:
-        refuse("results", args.results, "holds no finished seed yet")
-    if args.write:
-        for page, text in compare_pages.filled_pages(results).items():
-            write_whole(ROOT / page, text)
-        subprocess.run([sys.executable, "docs/figures_runs.py", "compare"], cwd=ROOT, check=True)
+    methods, results = check(args), read_results(args)
+    if not args.write:
+        run_everything(args, results, methods)
+    elif "start" not in results:
+        refuse("--results", args.results, "holds no finished seed yet")
     else:
-        run_everything(args, results, chosen)
-    print(compare_pages.table(results))
+        for page in PAGES:
+            shared.write_page(page, blocks(results))
+        subprocess.run([sys.executable, "docs/figures_runs.py", "compare"], cwd=ROOT, check=True)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -6,50 +6,45 @@
 Two policies: the one that training starts from, and one that GRPO has half trained, with LoRA
 adapters, since ARCA needs them. Each rolls out groups on held-out problems. truth.py measures the
 true advantage of every token; then each method shares out its credit on the same rollouts, with its
-own function. The page: docs/credit.md.
+own function.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shared
 import torch
+import truth
 import tyro
+from shared import RESULTS, ROOT, markdown, read_json, refuse, write_json
 from torch import Tensor, nn
+from truth import Credit, Truth, estimate, shares
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import arca
+import common
+import ep_grpo
+import erpo
+import grpo
+import gtpo
+import holderpo
+from common import Problem, Rollouts
+from docs.figures import BLUE, GREY, ORANGE, Drawing
+from models import Reference, load_policy, load_tokenizer, load_weights, make_engine
+from settings import device
+from tiny.steps import check_steps
+from verifier import Grader
 
-import credit_page  # noqa: E402
-import files  # noqa: E402
-import measures  # noqa: E402
-import models  # noqa: E402
-import truth  # noqa: E402
-from measures import Credit, Truth, estimate, shares  # noqa: E402
-from settings import device, refuse  # noqa: E402
-
-import arca  # noqa: E402
-import common  # noqa: E402
-import ep_grpo  # noqa: E402
-import erpo  # noqa: E402
-import grpo  # noqa: E402
-import gtpo  # noqa: E402
-import holderpo  # noqa: E402
-from tiny.steps import check_steps  # noqa: E402
-from verifier import Grader  # noqa: E402
-
-RESULTS = ROOT / "benchmark" / "results" / "credit.json"
+PAGE, FIGURE = ROOT / "docs" / "credit.md", ROOT / "docs" / "credit.svg"
 POLICIES = ("starting", "half-trained")
 MAX_NEW_TOKENS, LORA_RANK, LR = 64, 64, 2e-4
+Row = dict[str, Any]  # what truth.measure returned for a problem
 Methods = dict[str, list[Credit]]  # of every problem
 
 
@@ -67,33 +62,28 @@ class Args:
     """whose rollouts are measured"""
     seed: int = 1
     """of everything random"""
-    engine: str = "auto"
-    """what generates: vllm or transformers; auto: vLLM where it is installed"""
-    run_dir: str = "runs/credit"
+    run_dir: Path = ROOT / "runs" / "credit"
     """what has been measured so far: a file for each policy and problem"""
-    results: str = str(RESULTS.relative_to(ROOT))
+    results: Path = RESULTS / "credit.json"
     """the summary that the tables and the figure are made of"""
     write: bool = False
-    """only write the tables and the figure from benchmark/results/credit.json"""
-
-
-# ------------------------------------------------------------------------------- the methods
+    """only write the tables and the figure from the results"""
 
 
 def method_credits(
-    policy: nn.Module, rollouts: common.Rollouts, correct: Tensor, args: grpo.Args
+    policy: nn.Module, rollouts: Rollouts, correct: Tensor, args: grpo.Args
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Each method's advantage of every token, and the signals that methods share it out by.
 
     correct: [P, G]. Returns two dictionaries of [P, G, T], 0 outside the mask.
     """
-    mask, reference = rollouts.mask, models.Reference(policy, args)
+    mask, reference = rollouts.mask, Reference(policy, args)
     logp, entropy = common.score(policy, rollouts, args)
     with reference as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
     outcome = grpo.grpo_advantages(correct)
-    gated = ep_grpo.entropy_gate(entropy, mask) * outcome[..., None] * mask
     scored = (correct, entropy, logp, ref_logp, mask)
+    ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
     signals = {
         "surprisal": arca.surprisal(logp),
         "entropy": entropy,
@@ -103,8 +93,8 @@ def method_credits(
     }
     credits = {
         "GRPO": outcome[..., None] * mask,
-        "EP-GRPO": ep_grpo.ep_grpo_advantages(*scored),
-        "EP-GRPO's progress": ep_grpo.ep_grpo_advantages(*scored) - gated,
+        "EP-GRPO": ep_grpo_credit,
+        "EP-GRPO's progress": ep_grpo_credit - ep_grpo.ep_grpo_advantages(*scored, eta=0.0),
         "ERPO": erpo.erpo_advantages(*scored),
         "GTPO": gtpo.gtpo_advantages(correct, entropy, mask),
         "GRPO-S": gtpo.grpo_s_advantages(correct, entropy, mask)[..., None] * mask,
@@ -122,12 +112,7 @@ def method_credits(
 
 
 def holder_credit(
-    policy: nn.Module,
-    rollouts: common.Rollouts,
-    outcome: Tensor,
-    old_logp: Tensor,
-    args: grpo.Args,
-    p: float,
+    policy: nn.Module, rollouts: Rollouts, outcome: Tensor, old_logp: Tensor, args: Any, p: float
 ) -> Tensor:
     """What HölderPO's loss gives each token's log-probability, times T, as every other advantage
     is what GRPO's gives: [P, G, T].
@@ -153,14 +138,9 @@ def holder_credit(
     return credit
 
 
-# ------------------------------------------------------------------------------- one policy
-
-
-def read_truth(
-    row: dict[str, Any], estimates: list[int], count: int
-) -> tuple[Truth, list[truth.Curves]]:
-    """The truth by some estimates, of `count` continuations each, of what `truth.measure` returned
-    for a problem; and the curves of each rollout."""
+def read_truth(row: Row, estimates: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
+    """The truth of a problem by some estimates, of `count` continuations each; and the curves of
+    each rollout."""
     curves, steps = [], []
     for others, wins, pieces, reward in zip(
         *(row[name] for name in ("others", "wins", "pieces", "correct")), strict=True
@@ -174,11 +154,11 @@ def read_truth(
             first, last = np.searchsorted(ends, (start, end - 1), side="right")
             steps[-1].append((slice(first, last + 1), right))
     advantages = [curve.advantages for curve in curves]
-    clear = [np.abs(c.advantages) > np.maximum(measures.CLEAR, 2 * c.errors) for c in curves]
+    clear = [np.abs(c.advantages) > np.maximum(truth.CLEAR, 2 * c.errors) for c in curves]
     return Truth(advantages, clear, row["correct"], steps), curves
 
 
-def soundness(rows: list[dict[str, Any]], count: int) -> dict[str, float]:
+def soundness(rows: list[Row], count: int) -> dict[str, float]:
     """The truth against itself, and against responses that share nothing with it."""
     closing, against_new, repeated = [], [], []
     for row in rows:
@@ -192,18 +172,20 @@ def soundness(rows: list[dict[str, Any]], count: int) -> dict[str, float]:
             against_new.append((total - (reward - new)) / error)
             z = (one.advantages - two.advantages) / np.hypot(one.errors, two.errors).clip(1e-12)
             repeated.append(z[np.array(row["others"][g]) > 0])
+
+    def rms(z: list[Any]) -> float:
+        return float(np.sqrt(np.square(z).mean()))
+
     return {
         "advantages of a rollout − (reward − V(prompt)), largest": float(np.abs(closing).max()),
         "the same with V(prompt) from new responses, mean z": float(np.mean(against_new)),
-        "rms z": float(np.sqrt(np.square(against_new).mean())),
+        "rms z": rms(against_new),
         "share within 2 standard errors": float((np.abs(against_new) < 2).mean()),
-        "an advantage measured twice, rms z": float(
-            np.sqrt(np.square(np.concatenate(repeated)).mean())
-        ),
+        "an advantage measured twice, rms z": rms(np.concatenate(repeated)),
     }
 
 
-def example(rows: list[dict[str, Any]], truths: list[Truth], credits: Methods) -> dict[str, Any]:
+def example(rows: list[Row], truths: list[Truth], credits: Methods) -> dict[str, Any]:
     """The failed rollout, of a group with successes, whose true advantages lie furthest apart."""
     *_, p, g = max(
         (any(true.correct) and not true.correct[g], np.ptp(advantages), p, g)
@@ -220,11 +202,7 @@ def example(rows: list[dict[str, Any]], truths: list[Truth], credits: Methods) -
 
 
 def summarise(
-    rows: list[dict[str, Any]],
-    problems: list[common.Problem],
-    policy: nn.Module,
-    args: grpo.Args,
-    count: int,
+    rows: list[Row], problems: list[Problem], policy: nn.Module, args: grpo.Args, count: int
 ) -> dict[str, Any]:
     """All that is said about one policy, from what was measured and from the methods."""
     groups = [
@@ -247,24 +225,23 @@ def summarise(
         [read_truth(row, estimates, count)[0] for row in rows] for estimates in ([0, 1], [0], [1])
     )
     again = [true.advantages for true in first]
-    reverse = [[-advantages for advantages in credit] for credit in again]
     judged = {name: (credit, truths) for name, credit in credits.items()}
-    judged |= {"truth, measured again": (again, second), "the same, reversed": (reverse, second)}
+    judged["truth, measured again"] = again, second
     sizes = [replace(true, advantages=[np.abs(a) for a in true.advantages]) for true in truths]
     return {
-        "facts": measures.facts(truths),
+        "facts": truth.facts(truths),
         "soundness": soundness(rows, count),
         "methods": {
             name: {
                 label: estimate(shares(measure, *pair), shares(measure, credits["GRPO"], pair[1]))
-                for label, measure in measures.MEASURES.items()
+                for label, measure in truth.MEASURES.items()
             }
             for name, pair in judged.items()
         },
         "signals": {
             name: {
                 label: estimate(shares(measure, signal, sizes), shares(measure, signal, sizes))
-                for label, measure in measures.SIGNAL_MEASURES.items()
+                for label, measure in truth.SIGNAL_MEASURES.items()
             }
             for name, signal in signals.items()
         },
@@ -272,45 +249,104 @@ def summarise(
     }
 
 
-# ------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------- the page
 
 
-def check(args: Args) -> None:
-    """Refuse what cannot work, before anything is loaded."""
-    least = {"prompts": 2, "group_size": 2, "continuations": 2, "train_steps": 1}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            flag = "--" + name.replace("_", "-")
-            refuse(flag, getattr(args, name), f"must be at least {minimum}")
-    for unknown in set(args.policies.split(",")) - set(POLICIES):
-        refuse("--policies", unknown or "''", f"known are {', '.join(POLICIES)}")
-    folder = Path(args.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("group_size", "continuations", "seed", "train_steps")
-    kept, file = {name: getattr(args, name) for name in names}, folder / "settings.json"
-    if file.exists() and files.read_json(file) != kept:
-        refuse("--run-dir", args.run_dir, f"was measured with {files.read_json(file)}")
-    files.write_json(file, kept)
+def cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    low, high = figure["interval"]
+    value = f"{figure['value']:.2f}"
+    return f"{f'**{value}**' if figure['differs'] else value} [{low:.2f}, {high:.2f}]"
+
+
+def plain(number: float | None) -> str:
+    if number is None:
+        return "–"
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables of the page."""
+    policies = results["policies"]
+    first, *_ = policies.values()
+    parts = []
+    for name, policy in policies.items():
+        rows = [[m, *map(cell, row.values())] for m, row in policy["methods"].items()]
+        parts += [f"The {name} policy:", markdown(["credit", *truth.MEASURES], rows)]
+    for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
+        rows = [[key, *(plain(p[part][key]) for p in policies.values())] for key in first[part]]
+        parts.append(markdown([title, *policies], rows))
+    head = ["signal, against the size of the true advantage"]
+    head += [f"{measure}, {name}" for name in policies for measure in truth.SIGNAL_MEASURES]
+    rows = [
+        [s, *(cell(c) for p in policies.values() for c in p["signals"][s].values())]
+        for s in first["signals"]
+    ]
+    parts.append(markdown(head, rows))
+    settings = results["settings"]
+    parts.append(
+        f"`{results['command']}`, seed {settings['seed']}: {settings['prompts']} problems, "
+        f"{settings['group_size']} rollouts of each, {settings['continuations']} continuations for "
+        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for the "
+        f"CPU. All numbers: `benchmark/results/credit.json`."
+    )
+    return "\n\n".join(parts)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """One rollout: a row of shaded tokens for the truth and for each method."""
+    *_, policy = results["policies"].values()
+    shown = policy["example"]
+    left, step, tall, top = 190, 12.4, 20, 62
+    across = left + step * len(shown["pieces"])
+    drawing = Drawing(int(across) + 12, top + tall * len(shown["credit"]) + 34)
+    drawing.text(left, 20, shown["problem"], anchor="start")
+    for t, piece in enumerate(shown["pieces"]):
+        drawing.text(left + step * (t + 0.5), top - 8, piece.strip() or ("¶", "␣")[bool(piece)])
+    for row, (name, credit) in enumerate(shown["credit"].items()):
+        y = top + tall * row
+        drawing.text(left - 10, y + 14, name, anchor="end")
+        drawing.line([(left, y + tall - 2), (across, y + tall - 2)], GREY, 0.3)
+        largest = max(map(abs, credit)) or 1.0
+        for t, value in enumerate(credit):
+            colour, solid = (BLUE, ORANGE)[value < 0], abs(value) / largest
+            if solid >= 0.01:
+                drawing.box(left + step * t + 0.5, y, step - 1, tall - 3, colour, round(solid, 2))
+    legend = top + tall * len(shown["credit"]) + 12
+    for x, colour, words in ((left, BLUE, "for the token"), (left + 150, ORANGE, "against it")):
+        drawing.box(x, legend, step, 12, colour)
+        drawing.text(x + step + 6, legend + 10, words, anchor="start")
+    drawing.save(str(path))
+
+
+def check(args: Args) -> list[str]:
+    """The policies asked for; refuses what cannot work, before anything is loaded."""
+    shared.at_least(args, prompts=2, group_size=2, continuations=2, train_steps=1)
+    policies = shared.chosen("--policies", args.policies, POLICIES)
+    kept = {k: getattr(args, k) for k in ("group_size", "continuations", "seed", "train_steps")}
+    file = args.run_dir / "settings.json"
+    if file.exists() and read_json(file) != kept:
+        refuse("--run-dir", args.run_dir, f"was measured with {read_json(file)}")
+    write_json(file, kept)
+    return policies
 
 
 def train(args: Args) -> Path:
     """The half-trained policy's adapters, trained now if they are not there."""
-    folder = Path(args.run_dir, "policy").resolve()
-    command = f"grpo.py --lora-rank {LORA_RANK} --lr {LR} --max-new-tokens {MAX_NEW_TOKENS}"
-    command += f" --steps {args.train_steps} --seed {args.seed} --eval-every 0 --save-every 0"
-    words = [sys.executable, *command.split(), "--resume", "--run-dir", str(folder)]
-    subprocess.run(words, cwd=ROOT, check=True)
+    folder = args.run_dir.resolve() / "policy"
+    flags = f"--lora-rank {LORA_RANK} --lr {LR} --max-new-tokens {MAX_NEW_TOKENS}"
+    flags += f" --steps {args.train_steps} --seed {args.seed} --eval-every 0 --save-every 0"
+    command = shared.run_command("grpo.py", flags.split(), folder)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     return folder / "checkpoints" / f"step-{args.train_steps:06d}"
 
 
-def main(args: Args) -> None:
-    if args.write:
-        return credit_page.write(files.read_json(RESULTS))
-    check(args)
+def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
+    """The summary of each policy; what was measured before is not measured again."""
     settings = grpo.Args(
         model=str(ROOT / "tiny"),
         eval_dataset=str(ROOT / "tiny" / "test.jsonl"),
-        engine=args.engine,
         lora_rank=LORA_RANK,
         group_size=args.group_size,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -318,46 +354,45 @@ def main(args: Args) -> None:
         lr=LR,
         seed=args.seed,
     )
+    summaries = {}
     with Grader() as grader:
-        tokenizer = models.load_tokenizer(settings)
-        policy = models.load_policy(settings)
+        tokenizer = load_tokenizer(settings)
+        policy = load_policy(settings)
         problems = common.load_problems(settings, "--eval-dataset", tokenizer, grader)
         problems = problems[: args.prompts]
-        engine = models.make_engine(settings, policy, tokenizer, problems)
-        summaries = {}
+        engine = make_engine(settings, policy, tokenizer, problems)
         # The starting policy comes first: the other one's weights are loaded over its own.
-        for name in (name for name in POLICIES if name in args.policies.split(",")):
+        for name in sorted(names, key=POLICIES.index):
             if name == "half-trained":
-                models.load_weights(policy, train(args))
+                load_weights(policy, train(args))
             engine.sync(policy)
             rows = []
             for i, problem in enumerate(problems):
-                path = Path(args.run_dir, name, f"problem-{i:03d}.json")
-                path.parent.mkdir(exist_ok=True)
+                path = args.run_dir / name / f"problem-{i:03d}.json"
                 if not path.exists():
                     row = truth.measure(
                         *(engine, grader, policy, problem, settings),
                         continuations=args.continuations,
                         seed=(args.seed, name, i),
                     )
-                    files.write_json(path, row)
+                    write_json(path, row)
                     print(f"{name}: {i + 1} of {len(problems)}", flush=True)
-                rows.append(files.read_json(path))
+                rows.append(read_json(path))
             summaries[name] = summarise(rows, problems, policy, settings, args.continuations)
-    results = {
-        "command": "python benchmark/credit.py",
-        "settings": {k: v for k, v in asdict(args).items() if k not in ("run_dir", "results")},
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "vllm": version(packages_distributions()["vllm"][0]),
-            "transformers": version("transformers"),
-        },
-        "policies": summaries,
-    }
-    files.write_json(Path(args.results), results)
-    print(credit_page.tables(results))
+    return summaries
+
+
+def main(args: Args) -> None:
+    if args.write:
+        results = read_json(args.results)
+        shared.write_page(PAGE, {"credit": tables(results)})
+        return draw(results, FIGURE)
+    summaries = measure_policies(args, check(args))
+    settings = {k: v for k, v in asdict(args).items() if not isinstance(v, Path | bool)}
+    results = {"command": "python benchmark/credit.py", "settings": settings}
+    results |= shared.surroundings("torch", "vllm", "transformers") | {"policies": summaries}
+    write_json(args.results, results)
+    print(tables(results))
 
 
 if __name__ == "__main__":

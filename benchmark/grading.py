@@ -1,36 +1,49 @@
-r"""How fast the verifier grades, and what hostile answers cost it.
+"""How fast does the verifier grade, and what do hostile answers cost it?
 
-    python benchmark/grading.py
+    python benchmark/grading.py             # a minute; writes benchmark/results/grading.json
+    python benchmark/grading.py --write     # puts the numbers into docs/verifier.md
 
-Prints its figures and writes them to benchmark/results/grading.json. Three sittings:
-
-- ordinary answers, a second: written differently from their gold or plainly wrong, half and half,
-  read by math-verify; plain numbers, which are compared without it; and a mixture;
-- golds read by `Grader.readable`, a second: for the first time, and again;
-- hostile answers, made by hand and by mutation, with ordinary ones between them: seconds, workers
+- Golds read by `Grader.readable`, a second: for the first time, and again.
+- Ordinary answers, a second: written differently from their gold or plainly wrong, half and half,
+  read by math-verify; and plain numbers, which are compared without it.
+- Hostile answers, made by hand and by mutation, with ordinary ones between them: seconds, workers
   killed, the peak memory of all processes together, and whether the ordinary ones were graded
   exactly as without the hostile ones.
 """
 
-import argparse
-import importlib.metadata
-import json
+from __future__ import annotations
+
 import operator
 import os
-import platform
 import random
-import resource
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import psutil
+import shared
+import tyro
+from shared import RESULTS, ROOT, markdown, read_json, write_json
 
-from verifier import Grader  # noqa: E402
+from verifier import Grader
+
+WORKERS, DEADLINE, MEMORY_MB = 2, 1.0, 1024  # processes; seconds for one answer; of each process
+FILE, PAGE = RESULTS / "grading.json", ROOT / "docs" / "verifier.md"
+PACKAGES = ("math_verify", "sympy", "latex2sympy2_extended", "antlr4")
+
+
+@dataclass
+class Args:
+    hostile: int = 1200
+    """number of hostile answers"""
+    ordinary: int = 2000
+    """number of ordinary answers"""
+    write: bool = False
+    """only write docs/verifier.md from the results"""
+
 
 TOWERS = ["9^{9^{9^{9}}}", "9**9**9**9", "10^{10^{10}}!", "(10^{9})!", "((10!)!)!", "2^{10^{10}}"]
 HEAVY = [
@@ -85,7 +98,7 @@ def hostile_answers(count: int, seed: int) -> list[str]:
         ),
     ]
     answers = [rng.choice(kinds)() for _ in range(count)]
-    boxes = [r"\boxed{%s}", r"\boxed{%s}", r"\boxed{%s}", "%s", r"\boxed{\boxed{%s}", "$%s$", "{%s"]
+    boxes = [r"\boxed{%s}"] * 3 + ["%s", r"\boxed{\boxed{%s}", "$%s$", "{%s"]
     return [rng.choice(boxes).replace("%s", answer) for answer in answers]
 
 
@@ -125,33 +138,21 @@ def ordinary_pairs(count: int, seed: int) -> list[tuple[str, str, bool]]:
     return [(rf"So \boxed{{{answers[i]}}}.", golds[i], right[i]) for i in range(count)]
 
 
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process and all below it, from /proc."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+def memory_mb() -> float:
+    """Resident memory of this process and all below it."""
+    me, pages = psutil.Process(), 0
+    for process in [me, *me.children(recursive=True)]:
         try:
-            parents[int(folder.name)] = int(
-                (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            )
-        except (OSError, IndexError):
+            pages += process.memory_info().rss
+        except psutil.NoSuchProcess:
             continue
-    tree, more = {pid}, True
-    while more:
-        more = {child for child, parent in parents.items() if parent in tree} - tree
-        tree |= more
-    pages = 0
-    for member in tree:
-        try:
-            pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return pages / 2**20
 
 
 class PeakMemory:
     """The largest memory_mb of this process and its workers while the block runs."""
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> PeakMemory:
         self.peak, self.ended = 0.0, threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
@@ -159,52 +160,32 @@ class PeakMemory:
 
     def watch(self) -> None:
         while not self.ended.wait(0.05):
-            self.peak = max(self.peak, memory_mb(os.getpid()))
+            self.peak = max(self.peak, memory_mb())
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
 
 
-def ordinary_sitting(workers: int, deadline: float, count: int) -> dict[str, float]:
-    """Answers a second once the workers run: read by math-verify, plain numbers, and a mixture.
-
-    Of the mixture three quarters are plain numbers, as in MATH. The seconds of processor time that
-    the workers used tell a slow grader from a machine that was busy with something else.
-    """
-    responses, golds, labels = zip(*ordinary_pairs(count, seed=1), strict=True)
+def ordinary_sitting(count: int) -> dict[str, Any]:
+    """Answers a second once the workers run."""
+    responses, golds, labels = map(list, zip(*ordinary_pairs(count, seed=1), strict=True))
     rng = random.Random(2)
     numbers = [str(rng.randint(0, 10**5)) for _ in range(20 * count)]
     plain = [rf"So the answer is \boxed{{{number}.0}}." for number in numbers]
-
-    with Grader(workers, deadline) as grader:
-
-        def timed(responses: Sequence[str], golds: Sequence[str]) -> tuple[float, list[bool]]:
-            start = time.perf_counter()
-            verdicts = grader.grade(responses, golds)
-            return time.perf_counter() - start, verdicts
-
-        timed([rf"\boxed{{x+{i}}}" for i in range(8 * workers)], ["y"] * 8 * workers)
-        mixed, _ = timed(
-            [*responses[: count // 4], *plain[: 3 * count // 4]],
-            [*golds[: count // 4], *numbers[: 3 * count // 4]],
-        )
-        plain_seconds, _ = timed(plain, numbers)
-        # the rest of the answers, so that no parse is remembered
-        read, verdicts = timed(responses[count // 4 :], golds[count // 4 :])
-        agreeing = sum(map(operator.eq, verdicts, labels[count // 4 :]))
-        timeouts = grader.timeouts
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with Grader(WORKERS, DEADLINE) as grader:
+        grader.grade([rf"\boxed{{x+{i}}}" for i in range(8 * WORKERS)], ["y"] * 8 * WORKERS)
+        begun = time.perf_counter()
+        grader.grade(plain, numbers)
+        between = time.perf_counter()
+        verdicts = grader.grade(responses, golds)
+        ended = time.perf_counter()
     return {
         "answers": count,
-        "mixture_per_second": round(count // 4 * 4 / mixed, 1),
-        "read_by_math_verify_per_second": round((count - count // 4) / read, 1),
-        "read_by_math_verify_per_processor_second": round(
-            count / (used.ru_utime + used.ru_stime), 1
-        ),
-        "plain_numbers_per_second": round(len(plain) / plain_seconds),
-        "verdicts_as_labelled": f"{agreeing} of {count - count // 4}",
-        "timeouts": timeouts,
+        "read_by_math_verify_per_second": round(count / (ended - between), 1),
+        "plain_numbers_per_second": round(len(plain) / (between - begun)),
+        "verdicts_as_labelled": f"{sum(map(operator.eq, verdicts, labels))} of {count}",
+        "timeouts": grader.timeouts,
     }
 
 
@@ -212,87 +193,73 @@ def reading_sitting(count: int) -> dict[str, float]:
     """Golds that are no plain numbers, read a second, and again from the cache (a new one)."""
     golds = [gold for _, gold, _ in ordinary_pairs(count, seed=5)]
     seconds = []
-    with tempfile.TemporaryDirectory() as folder, Grader() as grader:
-        kept = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder, Grader(WORKERS) as grader:
+        before = dict(os.environ)
         os.environ["XDG_CACHE_HOME"] = folder
         for _ in range(2):
             start = time.perf_counter()
             grader.readable(golds)
             seconds.append(time.perf_counter() - start)
-        del os.environ["XDG_CACHE_HOME"]
-        os.environ |= {"XDG_CACHE_HOME": kept} if kept else {}
+        os.environ.clear()
+        os.environ.update(before)
     first, again = (round(count / s) for s in seconds)
     return {"golds": count, "first_per_second": first, "again_per_second": again}
 
 
-def hostile_sitting(workers: int, deadline: float, count: int, memory: int) -> dict[str, object]:
+def hostile_sitting(count: int) -> dict[str, Any]:
     """Grades hostile answers with an ordinary one after every fifth, and the ordinary ones alone.
 
     Half of the hostile golds are numbers; `strict` is off, so that sympy evaluates what it can.
     """
     hostile = hostile_answers(count, seed=3)
     ordinary = ordinary_pairs(count // 5, seed=4)
-    with Grader(workers, deadline, strict=False, memory_mb=memory) as grader:
+    settings = {"strict": False, "memory_mb": MEMORY_MB}
+    with Grader(WORKERS, DEADLINE, **settings) as grader:
         alone = grader.grade([pair[0] for pair in ordinary], [pair[1] for pair in ordinary])
-    responses, golds, places = [], [], []
+    asked = []
     for number, response in enumerate(hostile):
-        responses.append(response)
-        golds.append(["5", r"\frac{\pi}{2}"][number % 2])
+        asked.append((response, ["5", r"\frac{\pi}{2}"][number % 2]))
         if number % 5 == 4:
-            places.append(len(responses))
-            responses.append(ordinary[number // 5][0])
-            golds.append(ordinary[number // 5][1])
-    start = time.perf_counter()
-    with (
-        PeakMemory() as memory_used,
-        Grader(workers, deadline, strict=False, memory_mb=memory, unboxed=True) as grader,
-    ):
-        verdicts = grader.grade(responses, golds)
-        timeouts, crashes = grader.timeouts, grader.crashes
-    seconds = time.perf_counter() - start
+            asked.append(ordinary[number // 5][:2])
+    begun = time.perf_counter()
+    with PeakMemory() as memory, Grader(WORKERS, DEADLINE, **settings, unboxed=True) as grader:
+        verdicts = grader.grade(*map(list, zip(*asked, strict=True)))
     return {
         "hostile_answers": count,
         "hostile_distinct": len(set(hostile)),
         "ordinary_answers": len(ordinary),
-        "ordinary_graded_as_alone": [verdicts[place] for place in places] == alone,
+        "ordinary_graded_as_alone": verdicts[5::6] == alone,
         "ordinary_right": sum(alone),
-        "seconds": round(seconds, 1),
-        "timeouts": timeouts,
-        "crashes": crashes,
-        "peak_memory_mb": round(memory_used.peak),
-        "bound_mb": f"{workers} x {memory} and the caller's own",
+        "seconds": round(time.perf_counter() - begun, 1),
+        "timeouts": grader.timeouts,
+        "crashes": grader.crashes,
+        "peak_memory_mb": round(memory.peak),
+        "bound_mb": f"{WORKERS} x {MEMORY_MB} and the caller's own",
         "hostile_scored_right": sum(verdicts) - sum(alone),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--deadline", type=float, default=1.0, help="seconds for one answer")
-    parser.add_argument("--memory-mb", type=int, default=1024, help="cap on each worker")
-    parser.add_argument("--hostile", type=int, default=1200, help="number of hostile answers")
-    parser.add_argument("--ordinary", type=int, default=2000, help="number of ordinary answers")
-    args = parser.parse_args()
-    information = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in information if "model name" in line), "?")
-    results = {
-        "command": " ".join(["python", "benchmark/grading.py", *sys.argv[1:]]),
-        "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0))},
-        "versions": {"python": platform.python_version()}
-        | {
-            name: importlib.metadata.version(name)
-            for name in ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
-        },
-        "settings": vars(args),
-        "ordinary": ordinary_sitting(args.workers, args.deadline, args.ordinary),
-        "golds": reading_sitting(args.ordinary),
-        "hostile": hostile_sitting(args.workers, args.deadline, args.hostile, args.memory_mb),
-    }
-    text = json.dumps(results, indent=2)
-    print(text)
-    (ROOT / "benchmark" / "results").mkdir(exist_ok=True)
-    (ROOT / "benchmark" / "results" / "grading.json").write_text(text + "\n")
+def tables(results: dict[str, Any]) -> str:
+    """What docs/verifier.md shows: every figure under its name."""
+    parts = []
+    for kind in ("ordinary", "golds", "hostile"):
+        rows = [[name.replace("_", " "), value] for name, value in results[kind].items()]
+        parts.append(markdown([f"{kind} answers", ""], rows))
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return "\n\n".join([*parts, f"`{results['command']}`, {versions}."])
+
+
+def main(args: Args) -> None:
+    if args.write:
+        return shared.write_page(PAGE, {"grading": tables(read_json(FILE))})
+    shared.at_least(args, hostile=5, ordinary=1)
+    results = {"command": "python benchmark/grading.py"} | shared.surroundings(*PACKAGES)
+    results["ordinary"] = ordinary_sitting(args.ordinary)
+    results["golds"] = reading_sitting(args.ordinary)
+    results["hostile"] = hostile_sitting(args.hostile)
+    write_json(FILE, results)
+    print(tables(results))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, description=__doc__))

@@ -1,7 +1,7 @@
-"""A healthy run and three sick ones on the tiny task, to show what each does to the metrics.
+"""What does a sick run look like? A healthy run and three that are not, on the tiny task.
 
-    python benchmark/sick.py               # runs what benchmark/results/sick.json lacks
-    python benchmark/sick.py --write       # puts its numbers into docs/metrics.md
+    python benchmark/sick.py             # runs what benchmark/results/sick.json lacks
+    python benchmark/sick.py --write     # puts the numbers into docs/metrics.md, draws its figure
 
 The stale runs are grpo.py whose engine never gets the policy's weights after the start: once with
 the guard against that set aside, once as it is.
@@ -10,23 +10,20 @@ the guard against that set aside, once as it is.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+import shared
 import tyro
+from shared import RESULTS, ROOT, markdown, read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmark" / "results" / "sick.json"
-PAGE = ROOT / "docs" / "metrics.md"
+FILE, PAGE = RESULTS / "sick.json", ROOT / "docs" / "metrics.md"
 SETTINGS = "--max-new-tokens 64 --steps 40 --eval-every 0 --save-every 0 --log-rollouts 0"
 RUNS = {
     "healthy": "grpo.py --lr 2e-4",
@@ -83,78 +80,43 @@ def run_once(name: str) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """A line a run: each metric over the first five and over the last five steps."""
+def blocks(results: dict[str, Any]) -> dict[str, str]:
+    """A line a metric: each run's mean over the first five and over the last five steps; and how
+    the guarded run ended."""
     runs = [run for run in results["runs"] if not run["stopped"]]
-    lines = ["| metric |" + "".join(f" {run['name']} |" for run in runs)]
-    lines.append("|---|" + "---:|" * len(runs))
+    rows = []
     for key in SHOWN:
-        cells = []
-        for run in runs:
-            ends = run["curves"][key][:5], run["curves"][key][-5:]
-            cells.append(" → ".join(f"{statistics.mean(end):.3g}" for end in ends))
-        lines.append(f"| `{key}` | {' | '.join(cells)} |")
-    ends = [f"{run['before']:.3f} → {run['after']:.3f}" for run in runs]
-    lines.append(f"| `eval/accuracy` | {' | '.join(ends)} |")
-    return "\n".join(lines)
-
-
-def filled_page(results: dict[str, Any]) -> str:
-    """docs/metrics.md with the numbers between their marks."""
-    guarded = next(run for run in results["runs"] if run["name"] == "stale, guarded")
-    commands = ", ".join(
-        f"{run['name']} `{run['command']}`" for run in results["runs"] if not run["stopped"]
-    )
+        ends = [(run["curves"][key][:5], run["curves"][key][-5:]) for run in runs]
+        cells = [" → ".join(f"{statistics.mean(end):.3g}" for end in both) for both in ends]
+        rows.append([f"`{key}`", *cells])
+    rows.append(["`eval/accuracy`", *(f"{r['before']:.3f} → {r['after']:.3f}" for r in runs)])
+    commands = ", ".join(f"{run['name']} `{run['command']}`" for run in runs)
     said = (
-        f"Means over the first five steps → over the last five of {results['runs'][0]['steps']}. "
+        f"Means over the first five steps → over the last five of {runs[0]['steps']}. "
         f"{commands}; all with `{results['settings']}`. `{results['command']}`, "
         f"{results['machine']}, vLLM {results['versions']['vllm']} for the CPU."
     )
-    blocks = {
-        "sick": f"{table(results)}\n\n{said}",
-        "sick-guard": f"```\nstep {guarded['steps'] + 1}: stopped: {guarded['stopped']}\n```",
-    }
-    text = PAGE.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        marks = rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)"
-        text = re.sub(marks, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    guarded = next(run for run in results["runs"] if run["name"] == "stale, guarded")
+    end = f"step {guarded['steps'] + 1}: stopped: {guarded['stopped']}"
+    table = markdown(["metric", *(run["name"] for run in runs)], rows)
+    return {"sick": f"{table}\n\n{said}", "sick-guard": f"```\n{end}\n```"}
 
 
 def main(args: Args) -> None:
-    chosen = args.only.split(",") if args.only else list(RUNS)
-    for unknown in set(chosen) - set(RUNS):
-        print(f"error: --only {unknown}: known are {', '.join(RUNS)}", file=sys.stderr)
-        sys.exit(2)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    names = shared.chosen("--only", args.only, RUNS)
+    results = read_json(FILE) if FILE.exists() else {"runs": []}
     if args.write:
-        PAGE.write_text(filled_page(results), encoding="utf-8")
+        shared.write_page(PAGE, blocks(results))
         subprocess.run([sys.executable, "docs/figures_runs.py", "metrics"], cwd=ROOT, check=True)
         return
-    results |= {
-        "command": "python benchmark/sick.py",
-        "settings": SETTINGS,
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "vllm": version(packages_distributions()["vllm"][0]),
-            "transformers": version("transformers"),
-        },
-    }
-    for name in chosen:
-        if any(run["name"] == name for run in results["runs"]):
-            continue
-        run = run_once(name)
-        reward = run["curves"]["reward"]
-        print(f"{name:16} reward {reward[0]:.2f} -> {reward[-1]:.2f}  {run['stopped'] or ''}")
+    results |= {"command": "python benchmark/sick.py", "settings": SETTINGS}
+    results |= shared.surroundings("torch", "vllm", "transformers")
+    there = {run["name"] for run in results["runs"]}
+    for run in (run_once(name) for name in names if name not in there):
+        print(f"{run['name']:16} {run['before']:.3f} -> {run['after']}  {run['stopped'] or ''}")
         results["runs"].append(run)
         results["runs"].sort(key=lambda run: list(RUNS).index(run["name"]))
-        text = json.dumps(results, ensure_ascii=False, indent=1)
-        text = re.sub(r"\[\s+([-\d][^\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-        partial = RESULTS.with_name(RESULTS.name + ".unfinished")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(RESULTS)
+        write_json(FILE, results)
 
 
 if __name__ == "__main__":

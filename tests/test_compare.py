@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import compare
-import compare_pages
 import pytest
+import shared
 from compare import Args, Job
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,13 @@ def test_choice_of_the_learning_rate(rows: list[dict[str, Any]], best: str, at_e
     assert compare.chosen_rate(rows + other, "M", RATES) == (best, at_end)
 
 
+def test_an_ablation_takes_the_rate_of_the_whole_method(monkeypatch: pytest.MonkeyPatch):
+    assert set(compare.RATE_OF) | set(compare.RATE_OF.values()) <= set(compare.METHODS)
+    monkeypatch.setitem(compare.RATE_OF, "half of M", "M")
+    rows = selection(**{"1e_4": [0.5], "2e_4": [0.7], "4e_4": [0.6]})
+    assert compare.chosen_rate(rows, "half of M", RATES) == ("2e-4", False)
+
+
 def test_paired_interval_by_hand():
     # Differences 1, 2, 3, 4, 5: mean 3, variance 2.5, standard error sqrt(2.5 / 5) = sqrt(0.5).
     low, high = compare.t_interval([1, 2, 3, 4, 5])
@@ -79,7 +86,7 @@ def test_differences_are_paired_by_seed():
         {"method": "M", "seed": 2, "accuracy": 0.75},
         {"method": "M", "seed": 3, "accuracy": 0.1},  # GRPO has no such seed
     ]
-    assert compare_pages.difference(rows, "M", "GRPO") == pytest.approx([0.1, 0.25])
+    assert compare.difference(rows, "M", "GRPO") == pytest.approx([0.1, 0.25])
 
 
 def test_the_cut_keeps_to_the_budget():
@@ -111,11 +118,10 @@ def test_a_figure_changes_the_table():
             row = {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy + gain * seed}
             row |= {"pass@8": 0.95, "entropy": 0.05, "length": 40.0, "step_seconds": 0.5}
             results["rows"].append(row)
-    last = compare_pages.table(results).splitlines()[-1]
+    last = compare.table(results).splitlines()[-1]
     # Differences 0.1 and 0.2: mean 0.15, standard error 0.05, 12.706 of it to either side.
     assert last == "| ERPO | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 500 | +0.150 [−0.485, +0.785] |"
-    other = compare_pages.other_rates_table(results).splitlines()[2:]
-    assert other == ["| ERPO | 1e-4 | 0.500 | −0.150 [−0.785, +0.485] |"]
+    assert "0.500" not in compare.table(results)  # a rate that is not the chosen one
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_a_mistake_is_one_line(flags: list[str], message: str):
 
 def test_other_settings_are_not_added_to_the_results(tmp_path: Path, capsys: pytest.CaptureFixture):
     args = Args(results=tmp_path / "compare.json", runs=tmp_path)
-    compare.store(compare.read_results(args), args.results)
+    shared.write_json(args.results, compare.read_results(args))
     compare.read_results(args)
     args.steps = 41
     with pytest.raises(SystemExit):
@@ -147,7 +153,7 @@ def test_other_settings_are_not_added_to_the_results(tmp_path: Path, capsys: pyt
 def test_a_wider_grid_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture):
     args = Args(results=tmp_path / "compare.json", runs=tmp_path, rates=("2e-4", "4e-4"))
     row = {"method": "GRPO", "lr": "2e-4", "seed": 101}
-    compare.store(compare.read_results(args) | {"selection": [row]}, args.results)
+    shared.write_json(args.results, compare.read_results(args) | {"selection": [row]})
     args.rates = ("1e-4", "2e-4", "4e-4")
     results = compare.read_results(args)
     assert results["rates"] == list(args.rates) and results["selection"] == [row]
@@ -197,9 +203,9 @@ def test_the_pages_show_the_results():
     results = json.loads(Args.results.read_text()) if Args.results.exists() else {}
     if "start" not in results:
         pytest.skip("no results yet: python benchmark/compare.py")
-    for page, text in compare_pages.filled_pages(results).items():
-        fresh = (ROOT / page).read_text(encoding="utf-8") == text
-        assert fresh, f"{page} is stale: python benchmark/compare.py --write"
+    for page in compare.PAGES:
+        fresh = page.read_text(encoding="utf-8") == shared.filled(page, compare.blocks(results))
+        assert fresh, f"{page.name} is stale: python benchmark/compare.py --write"
 
 
 def test_the_page_says_what_is_run():

@@ -1,11 +1,11 @@
 """docs/: the index and the page of metrics say what is so."""
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import shared
 import sick
 
 ROOT = Path(__file__).parent.parent
@@ -22,13 +22,15 @@ def test_the_index_names_every_page():
 
 # ------------------------------------------------------------------------------- metrics
 
-RESULTS = json.loads(sick.RESULTS.read_text(encoding="utf-8"))
+RESULTS = shared.read_json(sick.FILE)
 RUNS = {run["name"]: run for run in RESULTS["runs"]}
 
 
 def test_the_page_of_metrics_shows_the_results():
-    fresh = (DOCS / "metrics.md").read_text(encoding="utf-8") == sick.filled_page(RESULTS)
-    assert fresh, "docs/metrics.md is stale: python benchmark/sick.py --write"
+    fresh = shared.filled(sick.PAGE, sick.blocks(RESULTS))
+    assert sick.PAGE.read_text(encoding="utf-8") == fresh, (
+        "docs/metrics.md is stale: python benchmark/sick.py --write"
+    )
 
 
 def test_the_figures_are_what_the_results_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,30 +1,50 @@
-"""The tables of README.md and docs/ are those of the results file."""
+"""What the benchmarks share: results, pages and refusals."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
-import demo
-
-ROOT = Path(__file__).parent.parent
-
-
-def test_every_page_shows_the_results_file():
-    results = json.loads(demo.RESULTS.read_text(encoding="utf-8"))
-    for page, text in demo.filled_pages(results).items():
-        assert (ROOT / page).read_text(encoding="utf-8") == text, (
-            f"{page} is stale: python benchmark/demo.py --write"
-        )
+import pytest
+import shared
 
 
-def test_every_method_has_a_row_and_learned():
-    rows = json.loads(demo.RESULTS.read_text(encoding="utf-8"))["rows"]
-    assert {row["method"] for row in rows} == set(demo.METHODS)
-    gain = {row["method"]: row["after"] - row["before"] for row in rows if row["seed"] == 1}
-    assert gain["GRPO"] >= 0.25
+def test_json_has_a_line_for_what_fits_on_one_and_reads_back(tmp_path: Path):
+    row = {"name": "Hölder", "curve": [[step, 0.5] for step in range(20)]}
+    value = {"short": [], "rows": [row, row], "nested": {"all": ["x" * 300, {"y": ["z" * 300]}]}}
+    shared.write_json(tmp_path / "new" / "results.json", value)
+    text = (tmp_path / "new" / "results.json").read_text(encoding="utf-8")
+    assert shared.read_json(tmp_path / "new" / "results.json") == value
+    assert text.splitlines().count(f"  {json.dumps(row, ensure_ascii=False)},") == 1
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
 
 
-def test_a_changed_figure_changes_the_pages():
-    results = json.loads(demo.RESULTS.read_text(encoding="utf-8"))
-    before = demo.filled_pages(results)
-    results["rows"][0]["after"] += 0.1
-    assert demo.filled_pages(results)["README.md"] != before["README.md"]
+def test_a_block_replaces_what_is_between_its_marks(tmp_path: Path):
+    page = tmp_path / "page.md"
+    marks = "a\n<!-- results:one -->\n{}<!-- /results -->\n"
+    marks += "b\n<!-- results:two -->\n{}<!-- /results -->\n"
+    page.write_text(marks.format("old\n\nold\n", "kept\n"))
+    shared.write_page(page, {"one": r"\1 new", "three": "nowhere"})
+    assert page.read_text() == marks.format("\\1 new\n", "kept\n")
+
+
+def test_a_table_by_hand():
+    table = "| a | b | c |\n|---|---|---:|\n| x |  | 1 |"
+    assert shared.markdown(["a", "b", "c"], [["x", "", 1]], words=2) == table
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: shared.chosen("--only", "a, c", "ab"), "error: --only c: known are a, b\n"),
+        (lambda: shared.chosen("--only", "a,", "ab"), "error: --only '': known are a, b\n"),
+        (
+            lambda: shared.at_least(SimpleNamespace(eval_seeds=1), eval_seeds=2),
+            "error: --eval-seeds 1: must be at least 2\n",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(refused, message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        refused()
+    assert stopped.value.code == 2 and capsys.readouterr().err == message
+    assert shared.chosen("--only", "", "ab") == ["a", "b"]

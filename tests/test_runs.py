@@ -1033,7 +1033,7 @@ def test_resume_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
 def test_short_soak(tiny_model: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments; benchmark/soak.py has the long one."""
     results = tmp_path / "results.json"
-    command = ["benchmark/soak.py", "--engine", "transformers", "--kills", "4", "--steps", "9"]
+    command = ["benchmark/soak.py", "--engine", "transformers", "--kills", "4", "--steps", "20"]
     folders = ["--folder", str(tmp_path / "soak"), "--results", str(results)]
     script(*command, *folders, *SHORT.split(), "--eval-every", "4")
     result = json.loads(results.read_text())

@@ -13,10 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
 
 import verifier
 from answers import last_boxed, plain_number, quick_verdict, read
-from benchmark.grading import PeakMemory, hostile_answers, memory_mb, ordinary_pairs
 from verifier import Grader, cache_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -599,7 +599,7 @@ def test_hostile_answers_between_ordinary_ones() -> None:
     hostile, golds = hostile_answers(120, seed=0), ["5", r"\frac{\pi}{2}"]
     responses = [text for one in hostile for text in (one, *[pair[0] for pair in ORDINARY])]
     golds = [g for i in range(120) for g in (golds[i % 2], *[pair[1] for pair in ORDINARY])]
-    before = memory_mb(os.getpid())
+    before = memory_mb()
     with Grader(2, deadline=1.0, strict=False, memory_mb=512, unboxed=True) as grader:
         with PeakMemory() as memory:
             verdicts = grader.grade(responses, golds)
