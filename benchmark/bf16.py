@@ -29,6 +29,7 @@ import common  # noqa: E402 (the scripts lie one folder up)
 import engine  # noqa: E402
 import ep_grpo  # noqa: E402
 import erpo  # noqa: E402
+from data import prompt_tokens  # noqa: E402
 
 NOISE = (1e-4, 1e-3, 3e-3, 1e-2)  # as a share of each matrix's deviation
 QUESTIONS = ("What is 3+4?", "What is 25-7?", "What is 6*8?", "What is 12+9-5?")

@@ -36,8 +36,7 @@ import gtpo
 import holderpo
 from common import Problem, Rollouts
 from docs.figures import BLUE, GREY, ORANGE, Drawing
-from models import Reference, load_policy, load_tokenizer, load_weights, make_engine
-from settings import device
+from engine import Reference, device, load_policy, load_tokenizer, load_weights, make_engine
 from tiny.steps import check_steps
 from verifier import Grader
 
@@ -79,7 +78,7 @@ def method_credits(
     """
     mask, reference = rollouts.mask, Reference(policy, args)
     logp, entropy = common.score(policy, rollouts, args)
-    with reference as frozen:
+    with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
     outcome = grpo.grpo_advantages(correct)
     scored = (correct, entropy, logp, ref_logp, mask)

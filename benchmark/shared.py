@@ -54,7 +54,9 @@ def surroundings(*packages: str) -> dict[str, Any]:
 
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
     """What starts a run in a folder, or goes on with the one that is there."""
-    return [script, *flags, "--resume", "--run-dir", str(folder)]
+    if (folder / "args.json").exists():
+        return [script, "--resume", str(folder)]
+    return [script, *flags, "--run-dir", str(folder)]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -23,6 +23,8 @@ import shared
 import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 
+from docs import figures
+
 FILE, PAGE = RESULTS / "sick.json", ROOT / "docs" / "metrics.md"
 SETTINGS = "--max-new-tokens 64 --steps 40 --eval-every 0 --save-every 0 --log-rollouts 0"
 RUNS = {
@@ -32,16 +34,19 @@ RUNS = {
     "stale weights": "grpo.py --lr 2e-4 --max-logp-gap 100",
     "stale, guarded": "grpo.py --lr 2e-4",
 }
+# The engine hears of no weights after the first sync; the first argument says whether it looks.
 WITHOUT_SYNC = """
-import runpy, sys, models
-sync, calls = models.VLLM.sync, []
+import runpy, sys, engine
+sync, calls, look = engine.VLLM.sync, [], sys.argv.pop(1) == "look"
 
-def first_only(engine, policy):
-    if not calls:
-        sync(engine, policy)
+def first_only(self, policy):
+    if calls:
+        self.llm.collective_rpc = lambda *_, **__: None
+    if look or not calls:
+        sync(self, policy)
     calls.append(True)
 
-models.VLLM.sync = first_only
+engine.VLLM.sync = first_only
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -59,7 +64,8 @@ class Args:
 def run_once(name: str) -> dict[str, Any]:
     """One run in a folder of its own: the curves of its metrics, and why it stopped itself."""
     script, *flags = RUNS[name].split()
-    start = ["-c", WITHOUT_SYNC, script] if name.startswith("stale") else [script]
+    looks = "look" if name == "stale, guarded" else "blind"
+    start = ["-c", WITHOUT_SYNC, looks, script] if name.startswith("stale") else [script]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *start, *flags, *SETTINGS.split(), "--run-dir", f"{folder}/run"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -107,7 +113,7 @@ def main(args: Args) -> None:
     results = read_json(FILE) if FILE.exists() else {"runs": []}
     if args.write:
         shared.write_page(PAGE, blocks(results))
-        subprocess.run([sys.executable, "docs/figures_runs.py", "metrics"], cwd=ROOT, check=True)
+        figures.draw_metrics({run["name"]: run["curves"] for run in results["runs"]})
         return
     results |= {"command": "python benchmark/sick.py", "settings": SETTINGS}
     results |= shared.surroundings("torch", "vllm", "transformers")

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from models import Engine, base_model
-from settings import RunArgs, seed_for
 from torch import Tensor, nn
 
 import common
+from engine import Engine, base_model, seed_for
+from run import RunArgs
 from verifier import Grader
 
 CERTAIN = 1e-4  # no continuations where other tokens are rarer: the advantage is smaller than this
