@@ -120,6 +120,8 @@ def load_policy(args: Any) -> nn.Module:
         refuse("--model", args.model, "its LM head has a bias, which is not supported")
     if broken := [name for name, w in policy.named_parameters() if not w.isfinite().all()]:
         refuse("--model", args.model, f"holds weights that are not finite, {broken[0]} among them")
+    if getattr(policy.config.get_text_config(), "attn_logit_softcapping", None):
+        policy.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     policy.to(device(args))
     try:
         policy.generation_config.validate(strict=True)
