@@ -4,8 +4,10 @@
 
 The policy is the reference with Gaussian noise on its weights, a share of each matrix's own
 deviation. vLLM rolls it out in bfloat16; policy and reference score the same tokens in bfloat16
-and in float32; every other response counts as right. Prints a table (in nats; correlations of the
-advantages with those of float32; credit: what η adds to them) and writes results/bf16.json.
+and in float32; every other response counts as right. Prints a table and writes
+benchmark/results/bf16.json. Means over tokens, in nats: gap, of engine and trainer; log_ratio, of
+policy to reference, and the rounding of it. Then the correlation of each method's advantages with
+those of float32, and of their credit: what η adds to them.
 """
 
 from __future__ import annotations
@@ -36,18 +38,6 @@ QUESTIONS = ("What is 3+4?", "What is 25-7?", "What is 6*8?", "What is 12+9-5?")
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bfloat16": lambda a, b: (a @ b).float(),
     "float32": common.product,
-}
-COLUMNS = {
-    "model": "model",
-    "head": "LM head",
-    "noise": "noise",
-    "gap": "engine and trainer differ by",
-    "signal": "log π − log π_ref",
-    "rounding": "its rounding",
-    "ep_grpo": "EP-GRPO",
-    "ep_grpo/credit": "its credit alone",
-    "erpo": "ERPO",
-    "erpo/credit": "its credit alone",
 }
 METHODS = {"ep_grpo": ep_grpo.ep_grpo_advantages, "erpo": erpo.erpo_advantages}
 
@@ -94,13 +84,13 @@ def measure(model: str, head: str) -> list[dict[str, Any]]:
         ratio, true_ratio = (s[0] - r for s, r in zip(scores, references, strict=True))
         row = {"model": Path(model).name, "head": head, "noise": noise}
         row["gap"] = (rollouts.engine_logp - logp)[live].abs().mean().item()
-        row["signal"] = true_ratio[live].abs().mean().item()
+        row["log_ratio"] = true_ratio[live].abs().mean().item()
         row["rounding"] = (ratio - true_ratio)[live].abs().mean().item()
         rounded = rewards, entropy, logp, references[0], live
         true = rewards, true_entropy, true_logp, references[1], live
         for name, advantages in METHODS.items():
             pairs = {name: [advantages(*of) for of in (rounded, true)]}
-            pairs[f"{name}/credit"] = [
+            pairs[f"{name}_credit"] = [
                 advantages(*of) - advantages(*of, eta=0.0) for of in (rounded, true)
             ]
             for column, pair in pairs.items():
@@ -121,9 +111,9 @@ def main(models: list[str]) -> None:
     }
     file = ROOT / "benchmark" / "results" / "bf16.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        cells = [f"{x:.2g}" if isinstance(x, float) else x or "" for x in map(row.get, COLUMNS)]
+        cells = [f"{x:.2g}" if isinstance(x, float) else x for x in row.values()]
         print("| " + " | ".join(cells) + " |")
 
 
