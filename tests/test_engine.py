@@ -687,3 +687,12 @@ assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > 10, (awake, asle
 def test_an_engine_that_sleeps_gives_its_memory_back(tiny_model: Path):
     """In a process of its own, as every engine on CUDA; needs a card of 40 GB."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_the_benchmark_of_cuda_needs_cuda():
+    command = [sys.executable, "benchmark/gpu.py"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == "error: --device cuda: no CUDA device is there"
+    assert subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True).returncode == 0
