@@ -269,6 +269,9 @@ def whole(path: Path) -> Iterator[Path]:
             os.close(handle)
         remove(path)
         partial.rename(path)
+    except StopRun:
+        remove(partial)
+        raise
     except Exception as error:  # torch and safetensors have kinds of their own
         remove(partial)
         why = f"{path} cannot be written; is the disk full? ({first_line(error)})"

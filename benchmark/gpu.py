@@ -3,7 +3,8 @@
     python benchmark/gpu.py
 
 Prints each check beside the bounds expected on an H100 of 80 GB and writes
-benchmark/results/gpu.json. The 1.5B model has random weights in the shape of Qwen2.5.
+benchmark/results/gpu.json, from which `python docs/memory.py --write` fills in its page. The 1.5B
+model has random weights in the shape of Qwen2.5.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def tiny(folder: Path) -> list[float]:
 def steps(folder: Path, budget: int) -> None:
     """Four steps of grpo.py on the 1.5B model in this process. Writes the GB in use after the last
     sync, after the last sleep, and at most, to memory.json."""
-    from our_side import Shape, model_folder, problem_file
+    from speed import Shape, model_folder, problem_file
 
     memory = {"sync": 0.0, "sleep": 0.0, "most": 0.0}
 
@@ -99,7 +100,7 @@ def steps(folder: Path, budget: int) -> None:
 
     engine.VLLM = Noted
     threading.Thread(target=watch, daemon=True).start()
-    problems = problem_file(Shape("1.5B", 16, 8, 256, steps=4), folder)
+    problems = problem_file(Shape("cuda", 16, 8, 256, steps=4), folder)
     model = folder / "model"
     flags = {"model": model if model.exists() else model_folder("1.5B", model), "steps": 4}
     flags |= {"dataset": problems, "eval-dataset": problems, "eval-problems": 1}
@@ -132,6 +133,8 @@ def main() -> None:
         values = [*attention(), *tiny(Path(name)), *large(Path(name))]
     measured = dict(zip(BOUNDS, map(float, values), strict=True))
     results = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
+    gib = [measured[f"1.5B: GB {when}"] / 1.073741824 for when in ("awake", "asleep", "at most")]
+    results["memory"] = {"full": {"1.5B": gib}}  # for docs/memory.py
     file = ROOT / "benchmark" / "results" / "gpu.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for check, (least, most) in BOUNDS.items():
