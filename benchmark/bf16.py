@@ -1,11 +1,11 @@
 """What is left of EP-GRPO's and ERPO's signal in bfloat16, with the LM head in bfloat16 or float32.
 
     python benchmark/bf16.py tiny [other model folders]
+    python benchmark/bf16.py --write         # puts the table into docs/metrics.md
 
 The policy is the reference with Gaussian noise on its weights, a share of each matrix's own
 deviation. vLLM rolls it out in bfloat16; policy and reference score the same tokens in bfloat16
-and in float32; every other response counts as right. Prints a table and writes
-benchmark/results/bf16.json. Means over tokens, in nats: gap, of engine and trainer; log_ratio, of
+and in float32; every other response counts as right. Means over tokens, in nats: gap, of engine and trainer; log_ratio, of
 policy to reference, and the rounding of it. Then the correlation of each method's advantages with
 those of float32, and of their credit: what η adds to them.
 """
@@ -13,7 +13,6 @@ those of float32, and of their credit: what η adds to them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -21,17 +20,16 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+import shared
 import torch
+from shared import ROOT
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402 (the scripts lie one folder up)
-import engine  # noqa: E402
-import ep_grpo  # noqa: E402
-import erpo  # noqa: E402
-from data import prompt_tokens  # noqa: E402
+import common
+import engine
+import ep_grpo
+import erpo
+from data import prompt_tokens
 
 NOISE = (1e-4, 1e-3, 3e-3, 1e-2)  # as a share of each matrix's deviation
 QUESTIONS = ("What is 3+4?", "What is 25-7?", "What is 6*8?", "What is 12+9-5?")
@@ -100,7 +98,23 @@ def measure(model: str, head: str) -> list[dict[str, Any]]:
     return rows
 
 
+def table(results: dict[str, Any]) -> str:
+    """A line for each model, product of the head, and distance."""
+    rows = [
+        [f"{x:.2g}" if isinstance(x, float) else x for k, x in row.items() if k != "noise"]
+        for row in results["rows"]
+    ]
+    head = ["model", "head", "gap", "log-ratio", "its rounding"]
+    head += [f"{name}{part}" for name in ("EP-GRPO", "ERPO") for part in (", whole", ", credit")]
+    said = f"`{results['command']}`, {results['machine']}, vLLM {results['vllm']} for the CPU."
+    return f"{shared.markdown(head, rows, words=2)}\n\n{said}"
+
+
 def main(models: list[str]) -> None:
+    file = shared.RESULTS / "bf16.json"
+    if models == ["--write"]:
+        blocks = {"bf16": table(shared.read_json(file))}
+        return shared.write_page(ROOT / "docs" / "metrics.md", blocks)
     rows = [row for model in models for head in PRODUCTS for row in measure(model, head)]
     results = {
         "command": "python benchmark/bf16.py " + " ".join(Path(model).name for model in models),
@@ -109,12 +123,8 @@ def main(models: list[str]) -> None:
         "torch": torch.__version__,
         "rows": rows,
     }
-    file = ROOT / "benchmark" / "results" / "bf16.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = [f"{x:.2g}" if isinstance(x, float) else x for x in row.values()]
-        print("| " + " | ".join(cells) + " |")
+    shared.write_json(file, results)
+    print(table(results))
 
 
 if __name__ == "__main__":
