@@ -5,9 +5,9 @@
 
 The policy is the reference with Gaussian noise on its weights, a share of each matrix's own
 deviation. vLLM rolls it out in bfloat16; policy and reference score the same tokens in bfloat16
-and in float32; every other response counts as right. Means over tokens, in nats: gap, of engine and trainer; log_ratio, of
-policy to reference, and the rounding of it. Then the correlation of each method's advantages with
-those of float32, and of their credit: what η adds to them.
+and in float32; every other response counts as right. Means over tokens, in nats: gap, of engine
+and trainer; log_ratio, of policy to reference, and the rounding of it. Then the correlation of each
+method's advantages with those of float32, and of their credit: what η adds to them.
 """
 
 from __future__ import annotations
