@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -155,6 +154,15 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     def make_endless(*given: Any) -> Any:
         engine = make_engine(*given)
         engine.stops = []
+        if hasattr(engine, "llm"):
+            generate = engine.llm.generate
+
+            def on(prompts: Any, wanted: list[Any], **rest: Any) -> Any:
+                for params in wanted:
+                    params.ignore_eos = True
+                return generate(prompts, wanted, **rest)
+
+            engine.llm.generate = on
         return engine
 
     def counted_stack(*given: Any) -> Any:
@@ -167,17 +175,10 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     def alternate(grader: Grader, texts: list[str], golds: list[str]) -> list[bool]:
         return [bool(i % 2) for i, _ in enumerate(grade(grader, texts, golds))]
 
-    endless: Any = contextlib.nullcontext()
-    if engine == "vllm":
-        import vllm
-
-        ignoring = functools.partial(vllm.SamplingParams, ignore_eos=True)
-        endless = mock.patch.object(vllm, "SamplingParams", ignoring)
     with (
         mock.patch.multiple(grpo, make_engine=make_endless, Run=Run),
         mock.patch.object(grpo.common, "stack", counted_stack),
         mock.patch.object(Grader, "grade", alternate),
-        endless,
         contextlib.suppress(Enough),
     ):
         grpo.main(args)
