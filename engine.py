@@ -394,6 +394,7 @@ class Transformers:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
+        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
         self.args, self.policy = args, policy
 
     def sync(self, policy: nn.Module) -> None:
