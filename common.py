@@ -279,7 +279,9 @@ def prompt_cache(
     places = (real.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
     cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
-    cache.batch_select_indices(which)
+    for layer in cache.layers:  # not by x[which], whose gradient adds up in another order each time
+        layer.keys = layer.keys.index_select(0, which)
+        layer.values = layer.values.index_select(0, which)
     return cache, real[which]
 
 
