@@ -291,6 +291,25 @@ def test_a_prompt_is_computed_once_for_its_rollouts(
         assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
 
 
+def test_gradients_repeat_themselves_bit_for_bit(
+    tiny_model: Path, make_args: Callable[..., grpo.Args]
+):
+    """With as many rollouts as a step has, threads could add up what prompts get in any order."""
+    args = make_args(model=str(tiny_model))
+    policy, problem = load_policy(args), Problem("", "", list(b"What is 12+34-5?"))
+    tokens = torch.randint(256, (16, 8, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [Group(problem, rows, [[-1.0] * 40] * 8, [""] * 8) for rows in tokens]
+    rollouts = common.stack(groups, [256], CPU)
+    gradients = []
+    for _ in range(6):
+        logp, _ = common.token_logp(policy, rollouts, all_of(rollouts), args)
+        logp.sum().backward()
+        gradients.append([weight.grad for weight in policy.parameters()])
+        policy.zero_grad()
+    for again in gradients[1:]:
+        assert all(a.equal(b) for a, b in zip(gradients[0], again, strict=True))
+
+
 @pytest.mark.parametrize("token_budget", [1, 20, 25, 64, 10**6])
 def test_micro_batches_take_every_rollout_once_within_the_budget(token_budget: int):
     rollouts = random_rollouts()
