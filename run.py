@@ -61,8 +61,8 @@ class ResumeArgs:
     """steps between checkpoints (0: only after the last)"""
     keep_checkpoints: int = 2
     """latest checkpoints kept, beside the one with the best held-out accuracy"""
-    token_budget: int = 8192
-    """tokens in one micro-batch, padding included: lower it when memory runs out"""
+    token_budget: int = 8192 if torch.cuda.is_available() else 16384
+    """tokens in one micro-batch of the update, padding included: lower it when memory runs out"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     gpu_memory: float = 0.3

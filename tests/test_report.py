@@ -314,7 +314,7 @@ def test_the_defaults_are_those_of_the_script():
 
     read = report.defaults("gtpo")
     assert read == {name: getattr(gtpo.Args(), name) for name in read}
-    assert read.keys() == vars(gtpo.Args()).keys()
+    assert vars(gtpo.Args()).keys() - read.keys() == {"token_budget"}  # it depends on the machine
     assert report.defaults("nowhere") == {}
 
 
