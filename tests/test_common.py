@@ -297,8 +297,8 @@ def test_gradients_repeat_themselves_bit_for_bit(
     """With as many rollouts as a step has, threads could add up what prompts get in any order."""
     args = make_args(model=str(tiny_model))
     policy, problem = load_policy(args), Problem("", "", list(b"What is 12+34-5?"))
-    tokens = torch.randint(256, (16, 8, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    groups = [Group(problem, rows, [[-1.0] * 40] * 8, [""] * 8) for rows in tokens]
+    tokens = torch.randint(256, (16, 8, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [Group(problem, rows, [[-1.0] * 24] * 8, [""] * 8) for rows in tokens]
     rollouts = common.stack(groups, [256], CPU)
     gradients = []
     for _ in range(6):
