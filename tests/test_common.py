@@ -297,9 +297,8 @@ def test_gradients_repeat_themselves_bit_for_bit(
     """With as many rollouts as a step has, threads could add up what prompts get in any order."""
     args = make_args(model=str(tiny_model))
     policy, draw = load_policy(args), torch.Generator().manual_seed(0)
-    lengths = torch.randint(8, 32, (16, 8), generator=draw).tolist()
     groups = []
-    for row in lengths:
+    for row in torch.randint(8, 32, (16, 8), generator=draw).tolist():
         problem = Problem("", "", torch.randint(256, (20,), generator=draw).tolist())
         tokens = [torch.randint(256, (n,), generator=draw).tolist() for n in row]
         groups.append(Group(problem, tokens, [[-1.0] * n for n in row], [""] * 8))
@@ -309,148 +308,10 @@ def test_gradients_repeat_themselves_bit_for_bit(
     torch.set_num_threads(2)
     for _ in range(6):
         logp, _ = common.token_logp(policy, rollouts, index, args)
-        logp.sum().backward()
+        (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
         gradients.append([weight.grad for weight in policy.parameters()])
         policy.zero_grad()
     torch.set_num_threads(threads)
-    for again in gradients[1:]:
-        assert all(a.equal(b) for a, b in zip(gradients[0], again, strict=True))
-
-
-@pytest.mark.parametrize("token_budget", [1, 40, 10**6])
-def test_scores_equal_those_of_full_logits(
-    args: grpo.Args, policy: nn.Module, token_budget: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 259 * 4)
-    rollouts = random_rollouts()
-    args = dataclasses.replace(args, token_budget=token_budget)
-    logp, entropy = common.score(policy, rollouts, args)
-    with torch.no_grad():
-        expected_logp, expected_entropy, _ = plain_scores(policy, rollouts, args.temperature)
-    torch.testing.assert_close(logp, expected_logp, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
-    assert not logp[~rollouts.mask].any() and not entropy[~rollouts.mask].any()
-    assert logp.dtype == entropy.dtype == torch.float32
-    assert not logp.requires_grad
-
-
-def all_of(rollouts: Rollouts) -> common.Index:
-    p, g = rollouts.mask.shape[:2]
-    return torch.arange(p).repeat_interleave(g), torch.arange(g).repeat(p)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10**4])
-def test_gradient_through_the_chunked_head_is_the_plain_one(
-    args: grpo.Args, policy: nn.Module, chunk: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 259 * chunk)
-    rollouts = random_rollouts()
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    index = all_of(rollouts)
-    logp, entropy = common.token_logp(policy, rollouts, index, args)
-    assert not entropy.requires_grad
-    (logp * weights[index]).sum().backward()
-    ours = [weight.grad for weight in policy.parameters()]
-    policy.zero_grad()
-    expected, _, _ = plain_scores(policy, rollouts, args.temperature)
-    (expected * weights).sum().backward()
-    for gradient, weight in zip(ours, policy.parameters(), strict=True):
-        assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
-
-
-def test_a_single_micro_batch_goes_forward_once(
-    args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
-):
-    passes, hidden_states = [], common.hidden_states
-
-    def counted(*call: Any) -> Tensor:
-        passes.append(torch.is_grad_enabled())
-        return hidden_states(*call)
-
-    monkeypatch.setattr(common, "hidden_states", counted)
-    rollouts = random_rollouts()
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    index = all_of(rollouts)
-    old_logp, _ = common.score(policy, rollouts, args, reuse=True)
-    common.score(policy, rollouts, args)  # as of a reference, in between
-    assert passes == [True, False] and not old_logp.requires_grad
-    gradients = []
-    for _ in "ab":  # from the kept graph, then from a pass of its own
-        logp, _ = common.token_logp(policy, rollouts, index, args)
-        torch.testing.assert_close(logp.detach(), old_logp[index])
-        (logp * weights[index]).sum().backward()
-        gradients.append([weight.grad for weight in policy.parameters()])
-        policy.zero_grad()
-    assert passes == [True, False, True]
-    for kept, fresh in zip(*gradients, strict=True):
-        torch.testing.assert_close(kept, fresh)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"token_budget": 40}, {"updates_per_rollout": 2}, {"lora_dropout": 0.1}], ids=str
-)
-def test_no_graph_is_kept_that_the_update_could_not_use(
-    args: grpo.Args, policy: nn.Module, settings: dict[str, Any]
-):
-    rollouts = random_rollouts()
-    args = dataclasses.replace(args, **settings)
-    common.score(policy, rollouts, args, reuse=True)
-    assert rollouts.graph is None
-
-
-def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn.Module):
-    rollouts = random_rollouts()
-    index = (torch.tensor([2, 0, 1, 0]), torch.tensor([0, 1, 2, 2]))
-    with torch.no_grad():
-        hidden = common.hidden_states(policy, rollouts, index, args)
-        _, _, plain = plain_scores(policy, rollouts, 1.0)
-    expected = torch.cat([plain[p, g] for p, g in [(2, 0), (0, 1), (1, 2), (0, 2)]])
-    assert hidden.shape[0] == rollouts.mask[index].sum()
-    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("case", ["shared", "checkpointing", "recurrent"])
-def test_a_prompt_is_computed_once_for_its_rollouts(
-    args: grpo.Args, policy: nn.Module, case: str, monkeypatch: pytest.MonkeyPatch
-):
-    """The same log-probs and gradients as a sequence at a time, even where it cannot be shared."""
-    rollouts = common.stack(random_groups([row * 2 for row in LENGTHS]), [256], CPU)
-    args = dataclasses.replace(args, gradient_checkpointing=case == "checkpointing")
-    monkeypatch.setattr(type(policy), "_is_stateful", case == "recurrent")
-    body, computed = policy.base_model, []
-    body.register_forward_pre_hook(
-        lambda _, __, inputs: computed.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
-    )
-    index = all_of(rollouts)
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    logp, _ = common.token_logp(policy, rollouts, index, args)
-    longest = len(TEXTS[1]) - 1
-    assert computed == ([(3, longest), (18, 12)] if case == "shared" else [(18, longest + 7)])
-    (logp * weights[index]).sum().backward()
-    ours = [weight.grad for weight in policy.parameters()]
-    policy.zero_grad()
-    expected, _, _ = plain_scores(policy, rollouts, args.temperature)
-    torch.testing.assert_close(logp, expected[index], atol=1e-5, rtol=1e-5)
-    (expected * weights).sum().backward()
-    for gradient, weight in zip(ours, policy.parameters(), strict=True):
-        assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
-
-
-def test_gradients_repeat_themselves_bit_for_bit(
-    tiny_model: Path, make_args: Callable[..., grpo.Args]
-):
-    """With as many rollouts as a step has, threads could add up what prompts get in any order."""
-    args = make_args(model=str(tiny_model))
-    policy, problem = load_policy(args), Problem("", "", list(b"What is 12+34-5?"))
-    tokens = torch.randint(256, (16, 8, 24), generator=torch.Generator().manual_seed(0)).tolist()
-    groups = [Group(problem, rows, [[-1.0] * 24] * 8, [""] * 8) for rows in tokens]
-    rollouts = common.stack(groups, [256], CPU)
-    gradients = []
-    for _ in range(6):
-        logp, _ = common.token_logp(policy, rollouts, all_of(rollouts), args)
-        logp.sum().backward()
-        gradients.append([weight.grad for weight in policy.parameters()])
-        policy.zero_grad()
     for again in gradients[1:]:
         assert all(a.equal(b) for a, b in zip(gradients[0], again, strict=True))
 
