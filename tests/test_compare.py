@@ -13,6 +13,7 @@ import compare
 import pytest
 import shared
 from compare import Args, Job
+from conftest import needs_vllm
 
 ROOT = Path(__file__).parent.parent
 
@@ -220,9 +221,9 @@ def test_the_page_says_what_is_run():
         assert command.removeprefix("arca.py --credit ") in page
 
 
+@needs_vllm
 def test_two_methods_from_end_to_end(tmp_path: Path):
     """One learning rate, one seed, two steps; then again, which trains nothing."""
-    pytest.importorskip("vllm")
     results, runs = tmp_path / "compare.json", tmp_path / "runs"
     flags = "--only GRPO,DAPO --seeds 1 --rates 2e-4 --steps 2 --samples 8 --jobs 1"
     command = [sys.executable, "benchmark/compare.py", *flags.split()]

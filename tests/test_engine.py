@@ -1,7 +1,6 @@
 """The policy, its reference and both engines: tokens, log-probabilities, weights."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, read_metrics
+from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,10 +35,7 @@ from engine import (
 
 PROMPTS = [list(b"1+1"), list(b"What is 12 + 34?"), list(b"x"), list(b"so\nthe answer is ")]
 NAMES = ["tied", "untied", "tiny"]
-VLLM = pytest.param(
-    "VLLM",
-    marks=pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
-)
+VLLM = pytest.param("VLLM", marks=needs_vllm)
 both_engines = pytest.mark.parametrize("kind", ["Transformers", VLLM])
 all_models = pytest.mark.parametrize("name", NAMES)
 
@@ -121,8 +117,8 @@ def perturb(policy: nn.Module, amount: float = 0.05) -> None:
 
 
 @all_models
+@needs_vllm
 def test_greedy_is_the_same_in_both_engines(setup: Setup):
-    pytest.importorskip("vllm")
     ours, theirs = (
         setup.engine(kind).generate(PROMPTS, [0] * len(PROMPTS), 40, 0.0)
         for kind in ("Transformers", "VLLM")
@@ -310,7 +306,7 @@ def lora(setup: Setup) -> nn.Module:
     return load_policy(dataclasses.replace(setup.args, lora_rank=4))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@needs_vllm
 @pytest.mark.parametrize("name", ["tied", "untied", "tied_bfloat16", "untied_bfloat16"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 def test_weights_that_did_not_arrive_are_called_stale(
@@ -326,7 +322,7 @@ def test_weights_that_did_not_arrive_are_called_stale(
     vllm.sync(policy)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@needs_vllm
 @pytest.mark.parametrize("name", ["untied", "untied_bfloat16"])
 @pytest.mark.parametrize("part", ["lm_head", "layers.1.self_attn.v_proj", "up_proj", "embed"])
 def test_one_weight_that_did_not_arrive_is_called_stale(
@@ -346,7 +342,7 @@ def test_one_weight_that_did_not_arrive_is_called_stale(
         vllm.sync(setup.policy)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@needs_vllm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU build computes with a copy")
 @pytest.mark.parametrize("name", ["tied", "tied_bfloat16"])
 def test_a_tied_head_that_was_left_out_is_called_stale(
@@ -628,10 +624,10 @@ def test_a_family_that_cannot_be_trained_is_refused(
     assert stopped.value.code == 2 and said.startswith(f"error: {flag}")
 
 
+@needs_vllm
 def test_an_engine_that_cannot_run_here_is_refused(
     tied_model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    pytest.importorskip("vllm")
     args = settings(tied_model, engine="vllm", device="cuda", max_new_tokens=9)
     if torch.cuda.is_available():
         args.device = "cpu"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, SHARED_DATA
+from conftest import ROOT, SHARED_DATA, needs_vllm
 
 from answers import last_boxed
 from common import bootstrap_interval, evaluate, load_problems
@@ -404,10 +404,10 @@ def test_a_lora_checkpoint(
 # ------------------------------------------------------------------------------- with vLLM
 
 
+@needs_vllm
 def test_two_models_on_two_sets_with_vllm(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    pytest.importorskip("vllm")
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     rows = (tiny_model / "test.jsonl").read_text().splitlines(keepends=True)
     sets = []

@@ -20,7 +20,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, needs_vllm, read_metrics
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -1020,9 +1020,9 @@ SHORT = "--lr 1e-3 --prompts-per-step 4 --group-size 4 --max-new-tokens 32 --eva
 SHORT += " --eval-samples 1"
 
 
+@needs_vllm
 def test_resume_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
     """In a process of its own, as in life."""
-    pytest.importorskip("vllm")
     command = ["grpo.py", *SHORT.split(), "--engine", "vllm", "--steps", "4", "--save-every", "2"]
     script(*command, "--run-dir", str(tmp_path / "alone"))
     killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
