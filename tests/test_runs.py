@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -342,6 +343,21 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         return open_runs[0]
 
     return make
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused(
+    small_run: Callable[..., SmallRun],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four weights in float32: 48 bytes of weights and moments, and 16 of model/."""
+    free = 64
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    small_run()
+    free = 63
+    line = refusal(capsys, small_run)
+    assert line.startswith("error: --run-dir ")
+    assert "a checkpoint and model/ need 0.0 GB, and 0.0 GB are free" in line
 
 
 def test_a_kill_at_any_operation_on_files(
