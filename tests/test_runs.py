@@ -355,7 +355,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     small_run()
     free = 63
-    line = refusal(capsys, small_run)
+    line = refusal(capsys, lambda: small_run(resume=True))
     assert line.startswith("error: --run-dir ")
     assert "a checkpoint and model/ need 0.0 GB, and 0.0 GB are free" in line
 
