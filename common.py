@@ -30,15 +30,7 @@ from data import (
     read_rows,
     template_arguments,
 )
-from engine import (
-    Engine,
-    StopRun,
-    autocast,
-    base_model,
-    precision,
-    refuse,
-    seed_for,
-)
+from engine import Engine, StopRun, autocast, base_model, precision, refuse, seed_for
 from run import RunArgs
 from verifier import Grader
 
