@@ -32,6 +32,7 @@ from verifier import Grader
 
 WORKERS, DEADLINE, MEMORY_MB = 2, 1.0, 1024  # processes; seconds for one answer; of each process
 FILE, PAGE = RESULTS / "grading.json", ROOT / "docs" / "verifier.md"
+TITLES = {"ordinary": "ordinary answers", "golds": "golds", "hostile": "hostile answers"}
 PACKAGES = ("math_verify", "sympy", "latex2sympy2_extended", "antlr4")
 
 
@@ -242,9 +243,9 @@ def hostile_sitting(count: int) -> dict[str, Any]:
 def tables(results: dict[str, Any]) -> str:
     """What docs/verifier.md shows: every figure under its name."""
     parts = []
-    for kind in ("ordinary", "golds", "hostile"):
+    for kind, title in TITLES.items():
         rows = [[name.replace("_", " "), value] for name, value in results[kind].items()]
-        parts.append(markdown([f"{kind} answers", ""], rows))
+        parts.append(markdown([title, ""], rows))
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return "\n\n".join([*parts, f"`{results['command']}`, {versions}."])
 
