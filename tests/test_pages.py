@@ -65,4 +65,4 @@ def test_the_runs_are_as_sick_as_the_page_says():
     assert max(RUNS["healthy"]["curves"]["logp_gap/mean"]) < 1e-4
     assert RUNS["stale weights"]["curves"]["logp_gap/mean"][-1] > 1e-2
     assert RUNS["stale, guarded"]["steps"] == 1
-    assert "the engine does not hold the policy's weights" in RUNS["stale, guarded"]["stopped"]
+    assert "vLLM holds stale weights" in RUNS["stale, guarded"]["stopped"]
