@@ -183,7 +183,7 @@ NOT_ZERO = (
     *("generation_rounds", "temperature", "lr", "max_grad_norm", "gpu_memory", "sigma_target"),
 )
 BELOW_ONE = ("warmup_ratio", "clip_low", "lora_dropout", "gpu_memory")
-SIGNED = ("p_start", "p_end")
+SIGNED = ("p_start", "p_end")  # which may be below 0
 
 
 def check(args: Any) -> None:
