@@ -121,7 +121,7 @@ class Group:
     engine_logp: list[list[float]]  # of those tokens, as the engine computed them
     texts: list[str]
     correct: list[float] = field(default_factory=list)  # 1.0 or 0.0, once verified
-    ranks: list[int] = field(default_factory=list)  # of chosen first tokens (reft.py)
+    notes: list[Any] = field(default_factory=list)  # what the method keeps of each rollout
 
 
 @dataclass
@@ -158,8 +158,8 @@ def roll_out(
     opened = [[] if openers is None else [int(openers[place])] for place in places]
     prompts = [problems[p].prompt + start for (p, _), start in zip(places, opened, strict=True)]
     seeds = [seed_for(*seed, p, g) for p, g in places]
-    length = args.max_new_tokens - (openers is not None)
-    responses = engine.generate(prompts, seeds, length, heat)
+    lengths = [args.max_new_tokens - len(start) for start in opened]
+    responses = engine.generate(prompts, seeds, lengths, heat)
     groups = [Group(problem, [], [], []) for problem in problems]
     for (p, _), start, (tokens, logp) in zip(places, opened, responses, strict=True):
         groups[p].tokens.append(start + tokens)

@@ -344,14 +344,15 @@ class VLLM:
         self.llm.reset_prefix_cache()
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
-        """A response of at most `length` tokens to each prompt, drawn with its own seed."""
-        common = {"max_tokens": length, "temperature": temperature, "logprobs": 0}
+        """A response to each prompt, of at most so many tokens, drawn with its own seed."""
+        common = {"temperature": temperature, "logprobs": 0}
         common |= {"stop_token_ids": self.stops, "detokenize": False}
+        pairs = zip(seeds, lengths, strict=True)
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [self.sampling(seed=seed, **common) for seed in seeds],
+            [self.sampling(seed=seed, max_tokens=length, **common) for seed, length in pairs],
             use_tqdm=False,
         )
         responses = []
@@ -402,14 +403,14 @@ class Transformers:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], length: int, temperature: float
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """As VLLM.generate. Each response draws from its own random numbers, one a token: it is
         the first token whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
         model = base_model(self.policy.eval())
-        width = max(map(len, prompts))
+        width, length = max(map(len, prompts)), max(lengths)
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
         real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -442,8 +443,9 @@ class Transformers:
             model.generation_config = defaults
         logps = torch.cat(steps, dim=-1).tolist()
         responses = []
-        for row, logp in zip(sequences[:, width:].tolist(), logps, strict=True):
-            end = next((t + 1 for t, token in enumerate(row) if token in self.stops), len(row))
+        for row, logp, longest in zip(sequences[:, width:].tolist(), logps, lengths, strict=True):
+            ends = (t + 1 for t, token in enumerate(row) if token in self.stops)
+            end = min(next(ends, len(row)), longest)
             responses.append((row[:end], logp[:end]))
         return responses
 

@@ -266,7 +266,7 @@ def collect(
             openers, ranks = choose_openers(engine, batch, args, draw)
             new = common.roll_out(engine, batch, args, seed, openers=openers)
             for group, of_group in zip(new, ranks.tolist(), strict=True):
-                group.ranks = of_group
+                group.notes = of_group
             # </method>
         with run.time("verify"):
             common.verify(grader, new)
@@ -370,7 +370,7 @@ def main(args: Args) -> None:
         }
         # <method>
         signals = {"advantage": advantages}
-        ranks = torch.tensor([group.ranks for group in groups], device=mask.device)
+        ranks = torch.tensor([group.notes for group in groups], device=mask.device)
         first = (rollouts.tokens[..., 0], ranks, old_logp[..., 0], correct)
         metrics |= opener_metrics(*first, args.openers)
         if args.kl:

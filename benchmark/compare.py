@@ -48,6 +48,7 @@ METHODS = {
     "HölderPO": "holderpo.py",
     "GMPO": "holderpo.py --schedule constant --p-start 0 --clip-level token",
     "REFT": "reft.py",
+    "VinePPO": "vineppo.py",
     "ARCA": "arca.py",
     "uniform credit": "arca.py --credit uniform",
     "surprisal credit": "arca.py --credit surprisal",
@@ -216,14 +217,15 @@ def row_of(job: Job, evaluated: dict[str, dict[str, float]], args: Args) -> dict
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines][: at["step"] + 1]
     steps = metrics[1:]
+    length = statistics.mean(row["length"] for row in steps)
+    continued = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO's
     return {
         **job._asdict(),
         "step": at["step"],
         "rollouts": at["drawn"][str(at["step"])],
         **{name: round(value, 4) for name, value in evaluated[at["weights"]].items()},
         "entropy": round(statistics.mean(row["entropy"] for row in steps[-10:]), 4),
-        "step_seconds": round(statistics.median(row["seconds/step"] for row in steps), 3),
-        "tokens_per_step": round(per_step * statistics.mean(row["length"] for row in steps)),
+        "tokens": round(at["drawn"][str(at["step"])] * length + continued),
         "curve": [  # validation accuracy by rollouts drawn
             (at["drawn"].get(str(row["step"]), row["step"] * per_step), row["eval/accuracy"])
             for row in metrics
@@ -287,7 +289,7 @@ def signed(values: list[float]) -> str:
 
 def table(results: dict) -> str:
     """One line a method: means over seeds."""
-    head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "step, ms"]
+    head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "tokens, M"]
     shown = ("accuracy", "pass@8", "entropy")
     start, rows = results["start"], split_rows(results)[0]
     before = [f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"]
@@ -295,11 +297,11 @@ def table(results: dict) -> str:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         mean = {k: statistics.mean(row[k] for row in mine) for k in (*shown, "length")}
-        step = 1000 * statistics.mean(row["step_seconds"] for row in mine)
+        tokens = statistics.mean(row["tokens"] for row in mine) / 1e6
         lr, at_end = chosen_rate(results["selection"], method, results["rates"])
         cells = [method, lr + " †" * at_end, *(f"{mean[k]:.3f}" for k in shown)]
         against = difference(rows, method, "GRPO") if method != "GRPO" else []
-        lines.append([*cells, f"{mean['length']:.1f}", f"{step:.0f}", signed(against)])
+        lines.append([*cells, f"{mean['length']:.1f}", f"{tokens:.2f}", signed(against)])
     return markdown([*head, "accuracy less GRPO's"], lines)
 
 

@@ -80,12 +80,12 @@ def finish(
     responses = engine.generate(
         [problem.prompt + prefixes[i] for i in unfinished],
         [seed_for(seed, i) for i in unfinished],
-        args.max_new_tokens,
+        [args.max_new_tokens - len(prefixes[i]) for i in unfinished],
         args.temperature,
     )
     whole = list(prefixes)
     for i, (tokens, _) in zip(unfinished, responses, strict=True):
-        whole[i] = (prefixes[i] + tokens)[: args.max_new_tokens]
+        whole[i] = prefixes[i] + tokens
     return whole
 
 

@@ -446,7 +446,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
             logp = policy(prompt).logits[0, -1].log_softmax(-1)
         allowed = [i for i in logp.argsort(descending=True).tolist() if i not in special]
         for g, token in enumerate(first):
-            assert allowed.index(token) + 1 == group.ranks[g] <= 6
+            assert allowed.index(token) + 1 == group.notes[g] <= 6
             # Stored: padded tokens, mask, text. Not sampled by the engine.
             assert rollouts.tokens[p, g, 0] == token and rollouts.mask[p, g, 0]
             assert rollouts.engine_logp[p, g, 0].isnan()
@@ -476,7 +476,7 @@ def test_reft_with_one_candidate_takes_the_likeliest(run: Callable):
                 logits = policy(torch.tensor([group.problem.prompt])).logits[0, -1]
             logits[tokenizer.all_special_ids] = -torch.inf
             assert {tokens[0] for tokens in group.tokens} == {logits.argmax().item()}
-            assert group.ranks == [1] * 4
+            assert group.notes == [1] * 4
 
 
 def test_reft_draws_anew_each_step(run: Callable):
@@ -597,7 +597,7 @@ def test_reft_on_vllm(run: Callable):
     ours, theirs = (run(reft, engine=name, **settings) for name in ("transformers", "vllm"))
     for a, b in zip(ours.groups[0], theirs.groups[0], strict=True):
         assert [row[0] for row in a.tokens] == [row[0] for row in b.tokens]
-        assert a.ranks == b.ranks
+        assert a.notes == b.notes
     prompts = [group.problem.prompt for group in ours.groups[0]]
     theirs.engine.sync(load_policy(theirs.args))
     ours.engine.sync(load_policy(ours.args))

@@ -76,8 +76,8 @@ def plain_scores(policy: nn.Module, rollouts: Rollouts, temperature: float) -> t
 class FakeEngine:
     """Answers with what it was asked, so that a response shows which prompt and seed it had."""
 
-    def generate(self, prompts: Any, seeds: Any, length: int, temperature: float) -> Any:
-        self.asked = prompts, seeds, length, temperature
+    def generate(self, prompts: Any, seeds: Any, lengths: Any, temperature: float) -> Any:
+        self.asked = prompts, seeds, lengths, temperature
         return [([*p, s % 100], [-0.5] * (len(p) + 1)) for p, s in zip(prompts, seeds, strict=True)]
 
     def decode(self, responses: list[list[int]]) -> list[str]:
@@ -96,8 +96,8 @@ def test_responses_and_verdicts_land_on_their_problem(make_args: Callable[..., g
     problems = [Problem(f"p{i}", f"{i} ", [i] * (i + 1)) for i in range(4)]
     engine = FakeEngine()
     groups = common.roll_out(engine, problems, args, (1, 2))
-    _, seeds, length, temperature = engine.asked
-    assert (length, temperature) == (9, args.temperature)
+    _, seeds, lengths, temperature = engine.asked
+    assert (lengths, temperature) == ([9] * 12, args.temperature)
     assert len(set(seeds)) == 12
     for i, group in enumerate(groups):
         assert group.problem is problems[i]
@@ -130,7 +130,7 @@ def test_openers_begin_the_responses(make_args: Callable[..., grpo.Args]):
     openers = torch.tensor([[7, 8], [9, 10]])
     groups = common.roll_out(engine, problems, args, (1,), openers=openers)
     assert engine.asked[0] == [[1, 2, 7], [1, 2, 8], [3, 9], [3, 10]]
-    assert engine.asked[2] == 8  # the opener counts
+    assert engine.asked[2] == [8] * 4  # the opener counts
     assert [rows[0] for group in groups for rows in group.tokens] == [7, 8, 9, 10]
     rollouts = common.stack(groups, [], CPU)
     assert rollouts.engine_logp[..., 0].isnan().all()

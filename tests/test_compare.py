@@ -117,7 +117,7 @@ def test_a_figure_changes_the_table():
     for method, lr, gain in cases:
         for seed, accuracy in ((1, 0.6), (2, 0.7)):
             row = {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy + gain * seed}
-            row |= {"pass@8": 0.95, "entropy": 0.05, "length": 40.0, "step_seconds": 0.5}
+            row |= {"pass@8": 0.95, "entropy": 0.05, "length": 40.0, "tokens": 2e5}
             results["rows"].append(row)
     last = compare.table(results).splitlines()[-1]
     # Differences 0.1 and 0.2: mean 0.15, standard error 0.05, 12.706 of it to either side.

@@ -195,7 +195,7 @@ def test_values_agree_with_plain_continuations(smoke: dict[str, Any]):
     for tokens, others, curve in zip(row["tokens"], row["others"], curves, strict=True):
         t = int(np.argmax(others[3:])) + 3  # the least certain token after the opener
         prompts = [problem.prompt + tokens[:t]] * 300
-        went_on = engine.generate(prompts, list(range(300)), 64, 1.0)
+        went_on = engine.generate(prompts, list(range(300)), [64 - t] * 300, 1.0)
         texts = engine.decode([tokens[:t] + response for response, _ in went_on])
         plain = np.mean([text.endswith(answer) for text in texts])
         error = np.hypot(curve.value_errors[t], np.sqrt(plain * (1 - plain) / 300))

@@ -84,7 +84,7 @@ def forget() -> Iterator[None]:
 def sample(engine: engine.Engine, prompts: list[list[int]] = PROMPTS, *, seeds: int = 6) -> Any:
     """Some sampled responses to each prompt at a temperature that is not 1."""
     prompts = [prompt for prompt in prompts for _ in range(seeds)]
-    return prompts, engine.generate(prompts, list(range(len(prompts))), 20, 0.8)
+    return prompts, engine.generate(prompts, list(range(len(prompts))), [20] * len(prompts), 0.8)
 
 
 def plain_logp(policy: nn.Module, prompt: list[int], response: list[int], temperature: float):
@@ -120,7 +120,7 @@ def perturb(policy: nn.Module, amount: float = 0.05) -> None:
 @needs_vllm
 def test_greedy_is_the_same_in_both_engines(setup: Setup):
     ours, theirs = (
-        setup.engine(kind).generate(PROMPTS, [0] * len(PROMPTS), 40, 0.0)
+        setup.engine(kind).generate(PROMPTS, [0] * 4, [40] * 4, 0.0)
         for kind in ("Transformers", "VLLM")
     )
     assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
@@ -130,7 +130,7 @@ def test_greedy_is_the_same_in_both_engines(setup: Setup):
 @both_engines
 def test_greedy_takes_the_likeliest_token(setup: Setup, kind: str):
     for prompt, (tokens, _) in zip(
-        PROMPTS, setup.engine(kind).generate(PROMPTS, [0] * 4, 20, 0.0), strict=True
+        PROMPTS, setup.engine(kind).generate(PROMPTS, [0] * 4, [20] * 4, 0.0), strict=True
     ):
         with torch.no_grad():
             logits = setup.policy.eval()(torch.tensor([prompt + tokens])).logits[0]
@@ -149,11 +149,13 @@ def test_sampled_logp_is_the_policys(setup: Setup, kind: str):
 def test_a_response_depends_on_its_own_seed_alone(setup: Setup, kind: str):
     engine = setup.engine(kind)
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
-    seeds = list(range(100, 112))
-    together = [tokens for tokens, _ in engine.generate(prompts, seeds, 20, 1.0)]
-    again = [tokens for tokens, _ in engine.generate(prompts, seeds, 20, 1.0)]
-    apart = [engine.generate([p], [s], 20, 1.0)[0][0] for p, s in zip(prompts, seeds, strict=True)]
-    backwards = [t for t, _ in engine.generate(prompts[::-1], seeds[::-1], 20, 1.0)][::-1]
+    seeds, lengths = list(range(100, 112)), [20] * 12
+    together = [tokens for tokens, _ in engine.generate(prompts, seeds, lengths, 1.0)]
+    again = [tokens for tokens, _ in engine.generate(prompts, seeds, lengths, 1.0)]
+    apart = [
+        engine.generate([p], [s], [20], 1.0)[0][0] for p, s in zip(prompts, seeds, strict=True)
+    ]
+    backwards = [t for t, _ in engine.generate(prompts[::-1], seeds[::-1], lengths, 1.0)][::-1]
     assert together == again == apart == backwards
     assert len({tuple(tokens) for tokens in together}) > 8
 
@@ -168,7 +170,7 @@ def test_samples_follow_the_distribution(setup: Setup, kind: str):
     prompt, count, temperature = PROMPTS[0], 4000, 0.3
     engine = setup.engine(kind)
     draws = Counter(
-        r[0][0] for r in engine.generate([prompt] * count, range(count), 1, temperature)
+        r[0][0] for r in engine.generate([prompt] * count, range(count), [1] * count, temperature)
     )
     with torch.no_grad():
         logits = setup.policy.eval()(torch.tensor([prompt])).logits[0, -1]

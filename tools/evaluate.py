@@ -136,8 +136,8 @@ def respond(
     """Verified responses, one to each of a problem's seeds ([problems][responses])."""
     asked = [problem for problem, own in zip(problems, seeds, strict=True) for _ in own]
     flat = list(itertools.chain.from_iterable(seeds))
-    prompts = [problem.prompt for problem in asked]
-    tokens = [ids for ids, _ in engine.generate(prompts, flat, max_new_tokens, temperature)]
+    prompts, lengths = [problem.prompt for problem in asked], [max_new_tokens] * len(asked)
+    tokens = [ids for ids, _ in engine.generate(prompts, flat, lengths, temperature)]
     texts = engine.decode(tokens)
     verdicts = grader.grade(texts, [problem.answer for problem in asked])
     rows = zip(map(last_boxed, texts), verdicts, tokens, strict=True)
