@@ -47,7 +47,7 @@ class Args(RunArgs):
     # <method>
     continuations: int = 9
     """K: drawn from the start of each step to measure its value (VinePPO: 9)"""
-    step_end: str = r"[.;]?\s*\n\s*|[.;](?=\s)"
+    step_end: str = r"[.;]?\s*\n\s*|[.;](?=\s+\S)"
     """regular expression that steps end with"""
     whiten: bool = True
     """standardise advantages over all tokens of the step's rollouts (VinePPO: yes)"""

@@ -74,7 +74,7 @@ def as_json(value: Any, newline: str = "\n") -> str:
         return text
     inner = newline + " "
     if isinstance(value, dict):
-        parts = [f"{json.dumps(key)}: {as_json(part, inner)}" for key, part in value.items()]
+        parts = [f"{json.dumps(str(key))}: {as_json(part, inner)}" for key, part in value.items()]
     else:
         parts = [as_json(part, inner) for part in value]
     return text[0] + inner + f",{inner}".join(parts) + newline + text[-1]

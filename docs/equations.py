@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft")
+PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 HEAD = """# Equations, lines and tests
 
 Every equation of every method, the line of code that computes it and the tests that hold it, \

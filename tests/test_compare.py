@@ -121,7 +121,7 @@ def test_a_figure_changes_the_table():
             results["rows"].append(row)
     last = compare.table(results).splitlines()[-1]
     # Differences 0.1 and 0.2: mean 0.15, standard error 0.05, 12.706 of it to either side.
-    assert last == "| ERPO | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 500 | +0.150 [−0.485, +0.785] |"
+    assert last == "| ERPO | 2e-4 | 0.800 | 0.950 | 0.050 | 40.0 | 0.20 | +0.150 [−0.485, +0.785] |"
     assert "0.500" not in compare.table(results)  # a rate that is not the chosen one
 
 
@@ -187,7 +187,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(compare, "row_of", lambda job, evaluated, args: job._asdict())
     results = compare.read_results(args)
     results["rows"] = [jobs[0]._asdict()]
-    compare.run_phase("rows", jobs, compare.TEST, results, args)
+    compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
     assert started == [jobs[2].folder]
     assert [row["seed"] for row in json.loads(args.results.read_text())["rows"]] == [1, 2, 3]
 
@@ -200,13 +200,16 @@ def test_a_run_of_another_length_is_refused(tmp_path: Path):
         compare.train(job, Args(runs=tmp_path, steps=2))
 
 
-def test_the_pages_show_the_results():
-    results = json.loads(Args.results.read_text()) if Args.results.exists() else {}
+@pytest.mark.parametrize("task", compare.TASKS)
+def test_the_pages_show_the_results(task: str):
+    args = Args(task=task)
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
     if "start" not in results:
-        pytest.skip("no results yet: python benchmark/compare.py")
+        pytest.skip(f"no results yet: python benchmark/compare.py --task {task}")
+    blocks = compare.blocks(results, args.name)
     for page in compare.PAGES:
-        fresh = page.read_text(encoding="utf-8") == shared.filled(page, compare.blocks(results))
-        assert fresh, f"{page.name} is stale: python benchmark/compare.py --write"
+        fresh = page.read_text(encoding="utf-8") == shared.filled(page, blocks)
+        assert fresh, f"{page.name} is stale: python benchmark/compare.py --task {task} --write"
 
 
 def test_the_page_says_what_is_run():

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPEN, CLOSE = "# <method>", "# </method>"
-NAMES = ("ep_grpo.py", "erpo.py", "gtpo.py", "holderpo.py", "arca.py", "reft.py")
+NAMES = ("ep_grpo.py", "erpo.py", "gtpo.py", "holderpo.py", "arca.py", "reft.py", "vineppo.py")
 SCRIPTS = [ROOT / name for name in NAMES if (ROOT / name).exists()]
 
 

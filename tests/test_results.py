@@ -16,6 +16,8 @@ def test_json_has_a_line_for_what_fits_on_one_and_reads_back(tmp_path: Path):
     assert shared.read_json(tmp_path / "new" / "results.json") == value
     assert text.splitlines().count(f"  {json.dumps(row, ensure_ascii=False)},") == 1
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
+    shared.write_json(tmp_path / "steps.json", {step: "x" * 100 for step in range(5)})
+    assert list(shared.read_json(tmp_path / "steps.json")) == ["0", "1", "2", "3", "4"]
 
 
 def test_a_block_replaces_what_is_between_its_marks(tmp_path: Path):

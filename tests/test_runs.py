@@ -31,7 +31,7 @@ import grpo
 import run as run_module
 from run import Run, parse_args
 
-SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft")
+SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 FULL = {"dynamic_sampling": True, "updates_per_rollout": 2}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
 

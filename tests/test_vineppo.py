@@ -1,0 +1,285 @@
+"""VinePPO's values and advantages: docs/vineppo.md, by hand, step by step, and as a run."""
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_aggregation_scripts import assert_same, gradient, make, plain_logp, run  # noqa: F401
+from torch import Tensor
+from worked_example import mask, pad, rewards
+
+import common
+import vineppo
+from common import Group, Problem
+from vineppo import Args, estimate_values, step_ends, token_texts, vineppo_advantages
+
+STEP_END = Args.step_end
+
+# Rollouts of 3, 2, 3 and 1 tokens, whose steps are as long as the rows say. Of nine continuations
+# of the prompt four were right; of the first rollout's first step eight, and so on.
+STEPS = pad([[0, 1, 1], [0, 0], [0, 1, 2], [0]]).long()
+VALUES = pad([[4, 8], [4], [4, 6, 1], [4]]) / 9
+ADVANTAGES = pad([[4, 1, 1], [5, 5], [2, -5, -1], [-4]]) / 9
+
+
+def test_worked_example():
+    advantages = vineppo_advantages(VALUES, STEPS, rewards, mask, whiten=False)
+    torch.testing.assert_close(advantages, ADVANTAGES)
+
+
+def test_worked_example_whitened():
+    # In ninths: mean 8/9, sum of squares 114, so variance (114 - 64/9) / 8, deviation 3.6553.
+    expected = [[0.8511, 0.0304, 0.0304], [1.1247, 1.1247], [0.3040, -1.6111, -0.5168], [-1.3375]]
+    advantages = vineppo_advantages(VALUES, STEPS, rewards, mask)
+    torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
+
+
+def random_steps(seed: int) -> tuple[list[list[list[float]]], list[list[list[int]]], Tensor]:
+    """Values before each step, the lengths of the steps and rewards of 3 groups of 4 rollouts."""
+    rng = random.Random(seed)
+    counts = [[rng.randint(1, 5) for _ in range(4)] for _ in range(3)]
+    lengths = [[[rng.randint(1, 3) for _ in range(n)] for n in row] for row in counts]
+    values = [[[rng.randint(0, 9) / 9 for _ in range(n)] for n in row] for row in counts]
+    return values, lengths, torch.tensor([[rng.random() for _ in row] for row in counts])
+
+
+def tensors(values: list, lengths: list) -> tuple[Tensor, Tensor, Tensor]:
+    """values [P, G, S]; steps and mask [P, G, T]. What pads is not zero."""
+    most = max(len(row) for group in values for row in group)
+    longest = max(sum(row) for group in lengths for row in group)
+    steps = [
+        [[s for s, n in enumerate(row) for _ in range(n)] for row in group] for group in lengths
+    ]
+    live = [[[t < len(row) for t in range(longest)] for row in group] for group in steps]
+    filled = [[row + [7.0] * (most - len(row)) for row in group] for group in values]
+    steps = [[row + [0] * (longest - len(row)) for row in group] for group in steps]
+    return torch.tensor(filled), torch.tensor(steps), torch.tensor(live)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_advantages_equal_a_slow_loop(seed: int):
+    values, lengths, outcome = random_steps(seed)
+    padded, steps, live = tensors(values, lengths)
+    advantages = vineppo_advantages(padded, steps, outcome, live, whiten=False)
+    for p, group in enumerate(values):
+        for g, row in enumerate(group):
+            expected = []
+            for s, length in enumerate(lengths[p][g]):
+                after = row[s + 1] if s + 1 < len(row) else outcome[p, g].item()
+                expected += [after - row[s]] * length
+            assert advantages[p, g][live[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
+            assert not advantages[p, g][~live[p, g]].any()
+            # A step each: from the prompt's value to the reward.
+            firsts = [sum(lengths[p][g][:s]) for s in range(len(row))]
+            total = outcome[p, g].item() - row[0]
+            assert advantages[p, g][firsts].sum().item() == pytest.approx(total, abs=1e-6)
+
+
+def test_whitened_over_all_live_tokens_of_the_step():
+    values, lengths, outcome = random_steps(1)
+    padded, steps, live = tensors(values, lengths)
+    plain = vineppo_advantages(padded, steps, outcome, live, whiten=False)
+    white = vineppo_advantages(padded, steps, outcome, live)
+    torch.testing.assert_close(white[live], (plain[live] - plain[live].mean()) / plain[live].std())
+    assert not white[~live].any()
+
+
+def test_nothing_learnt_where_nothing_changes():
+    values = torch.full((2, 3, 4), 0.5)
+    steps = torch.arange(4).expand(2, 3, 4)
+    live = torch.ones(2, 3, 4, dtype=torch.bool)
+    for whiten in (True, False):
+        none = vineppo_advantages(values, steps, torch.full((2, 3), 0.5), live, whiten=whiten)
+        assert torch.equal(none, torch.zeros(2, 3, 4))
+
+
+# ------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("Well, |5*3=15;| 17+15=32;| \\boxed{32}", "by byte"),
+        ("Pi is |3.14| here.| So it is.", ["Pi is 3.14 here.", " So it is."]),
+        ("One.\n|\n|Two.\n|", ["One.\n\n", "Two.\n"]),
+        ("One.|\n\n|Two", ["One.\n\n", "Two"]),
+        ("One|.\n\n|Two", ["One.\n\n", "Two"]),
+        ("a =| 1\n|b =| 2", ["a = 1\n", "b = 2"]),
+        ("no| end", ["no end"]),
+        ("Done.| |", ["Done. "]),
+        ("|", [""]),
+    ],
+)
+def test_where_steps_end(text: str, steps: Any):
+    if steps == "by byte":
+        steps, pieces = text.split("|"), [*text.replace("|", "")]
+        steps = [steps[0] + steps[1], *steps[2:]]
+    else:
+        pieces = text.split("|")
+    ends = step_ends([*pieces, ""], STEP_END)  # an end-of-sequence token has no text
+    starts = [0, *ends]
+    assert ["".join(pieces[a:b]) for a, b in zip(starts, ends, strict=False)] == steps
+    assert ends[-1] == len(pieces) + 1  # and is in the last step
+
+
+def test_another_step_end():
+    assert step_ends(["a", "b", "a", "b"], "a") == [1, 3, 4]
+    assert step_ends(["a", "b"], "x") == [2]
+
+
+def test_a_token_reads_as_it_does_within_a_text():
+    """Decoded alone, tokens of SentencePiece lose the space they begin with."""
+    words = {0: "1", 5: "▁so", 6: ".", 7: "▁"}
+    engine = SimpleNamespace(
+        tokenizer=SimpleNamespace(encode=lambda *_, **__: [0]),
+        decode=lambda rows: ["".join(words[t] for t in r).replace("▁", " ").lstrip() for r in rows],
+    )
+    assert engine.decode([[5]]) == ["so"]
+    assert token_texts(engine, {5, 6, 7}) == {5: " so", 6: ".", 7: " "}
+
+
+# ------------------------------------------------------------------------------- values
+
+TEXTS = {1: "a;", 2: " b;", 3: " c", 4: "", 8: " right", 9: " wrong"}
+END = 4
+
+
+class FakeEngine:
+    """Goes on from a prefix with `right` or `wrong`, by the request's seed."""
+
+    tokenizer = SimpleNamespace(encode=lambda *_, **__: [3])
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int, int]] = []
+
+    def generate(self, prompts: Any, seeds: Any, lengths: Any, temperature: float) -> Any:
+        assert temperature == 0.7
+        self.asked += zip(prompts, seeds, lengths, strict=True)
+        return [([8 if seed % 3 else 9, END], [0.0, 0.0]) for seed in seeds]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return ["".join(TEXTS[token] for token in row) for row in rows]
+
+
+class FakeGrader:
+    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
+        assert set(golds) <= {"gold 0", "gold 1"}
+        return [text.endswith("right") for text in texts]
+
+
+def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
+    """Two groups: of the first, two rollouts begin alike; no text is shared by both groups."""
+    args = Args(continuations=5, max_new_tokens=6, temperature=0.7, **settings)
+    rows = [[[1, 2, 8, END], [1, 2, 3, 9, END], [2, 9, END]], [[1, 8, END], [1, 8, END], [9, END]]]
+    groups = [Group(Problem("", f"gold {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)]
+    engine = FakeEngine()
+    estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0))
+    return groups, engine
+
+
+def test_a_prefix_is_continued_once_for_all_rollouts_that_begin_with_it():
+    groups, engine = estimated()
+    prefixes = [tuple(prompt) for prompt, _, _ in engine.asked]
+    expected = [(70,), (70, 1), (70, 1, 2), (70, 2), (71,), (71, 1)]
+    assert prefixes == [prefix for prefix in expected for _ in range(5)]
+    assert len({seed for _, seed, _ in engine.asked}) == len(engine.asked)
+    assert all(length == 6 - (len(prompt) - 1) for prompt, _, length in engine.asked)
+    steps = [[note[0] for note in group.notes] for group in groups]
+    assert steps == [
+        [[0, 1, 2, 2], [0, 1, 2, 2, 2], [0, 1, 1]],
+        [[0, 1, 1], [0, 1, 1], [0, 0]],
+    ]
+    # Each token drawn is counted with one rollout alone.
+    spent = [note[2] for group in groups for note in group.notes]
+    assert spent == [30, 0, 10, 20, 0, 0]
+    assert sum(spent) == 2 * len(engine.asked)
+
+
+def test_a_value_is_the_mean_reward_of_its_continuations():
+    groups, engine = estimated()
+    wins: dict[tuple[int, ...], list[bool]] = {}
+    for prompt, seed, _ in engine.asked:
+        wins.setdefault(tuple(prompt), []).append(seed % 3 != 0)
+    share = {prefix: sum(won) / 5 for prefix, won in wins.items()}
+    assert len(set(share.values())) > 2
+    expected = [
+        [[(70,), (70, 1), (70, 1, 2)], [(70,), (70, 1), (70, 1, 2)], [(70,), (70, 2)]],
+        [[(71,), (71, 1)], [(71,), (71, 1)], [(71,)]],
+    ]
+    for group, of_group in zip(groups, expected, strict=True):
+        for (_, values, _), prefixes in zip(group.notes, of_group, strict=True):
+            assert values == pytest.approx([share[prefix] for prefix in prefixes])
+
+
+def test_values_hold_the_overlong_penalty():
+    """Rollouts of 2 to 4 tokens; from 2 on the reward falls, by 1/8 a token."""
+    plain, penalised = (
+        [note[1] for group in estimated(**settings)[0] for note in group.notes]
+        for settings in ({}, {"overlong_buffer": 4})
+    )
+    # A prefix of n tokens was gone on from by two.
+    for before, after in zip(plain, penalised, strict=True):
+        assert after == pytest.approx([value - n / 8 for n, value in enumerate(before)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"continuations": 0}, "--continuations 0"), ({"step_end": "("}, "--step-end (")],
+)
+def test_refusals(settings: dict, named: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        Args(**settings)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- a run
+
+
+def test_a_run_takes_the_policy_gradient_of_its_advantages(run: Callable):  # noqa: F811
+    seen = run(vineppo, continuations=2, step_end="[a-z]", kl=0.0, log_rollouts=4)
+    rollouts, policy = seen.rollouts[0], seen.policies[0]
+    ours = gradient(policy)
+    notes = [note for group in seen.groups[0] for note in group.notes]
+    assert len({len(values) for _, values, _ in notes}) > 1  # several steps
+    advantages = []
+    rows = [row for group in seen.groups[0] for row in zip(group.notes, group.correct, strict=True)]
+    for (steps, values, _), reward in rows:
+        gains = [b - a for a, b in zip(values, [*values[1:], reward], strict=True)]
+        advantages.append([gains[step] for step in steps])
+    flat = torch.tensor([a for row in advantages for a in row])
+    policy.zero_grad()
+    loss = 0.0
+    for number, row in enumerate(advantages):
+        scores = (torch.tensor(row) - flat.mean()) / flat.std()
+        assert seen.log[number]["advantage"] == pytest.approx(scores.tolist(), abs=1e-4)
+        logp = plain_logp(policy, rollouts, *divmod(number, 4))
+        loss = loss - (scores * logp).sum() / len(flat)
+    loss.backward()
+    assert_same(ours, gradient(policy), 1e-3)
+    metrics = seen.metrics[1]
+    assert metrics["value/tokens"] == sum(note[2] for note in notes)
+    assert metrics["value/prompt"] == pytest.approx(sum(v[0] for _, v, _ in notes) / 16)
+    assert metrics["value/steps"] == pytest.approx(sum(len(v) for _, v, _ in notes) / 16)
+
+
+def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
+    """A continuation is a function of the weights, the step, the problem and its prefix."""
+    from engine import Transformers, load_policy, load_tokenizer
+    from verifier import Grader
+
+    args = make(vineppo, continuations=3, step_end="[a-z]")
+    policy, tokenizer, grader = load_policy(args), load_tokenizer(args), Grader()
+    engine = Transformers(args, policy, tokenizer, 64)
+    problems = common.load_problems(args, "--dataset", tokenizer, grader)[:2]
+    both, one = (common.roll_out(engine, problems[:n], args, (1, 1, 0)) for n in (2, 1))
+    drawn, generate = [], engine.generate
+    engine.generate = lambda *call: drawn.append(generate(*call)) or drawn[-1]
+    estimate_values(engine, grader, both, args, (1, 1, 0))
+    estimate_values(engine, grader, one, args, (1, 1, 0))
+    grader.close()
+    assert [tokens for tokens, _ in drawn[1]] == [tokens for tokens, _ in drawn[0]][: len(drawn[1])]
+    assert [note[0] for note in both[0].notes] == [note[0] for note in one[0].notes]
