@@ -37,9 +37,10 @@ from verifier import Grader
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all else is this project's
 PARTS = ("sync", "rollout", "verify", "score", "update", "other")
-QWEN = {  # hidden, layers, heads, key-value heads, intermediate
-    "0.5B": (896, 24, 14, 2, 4864),
-    "1.5B": (1536, 28, 12, 2, 8960),
+QWEN = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
+    "GSM8K": (49152, 576, 30, 9, 3, 1536),  # as SmolLM2-135M
+    "0.5B": (151936, 896, 24, 14, 2, 4864),
+    "1.5B": (151936, 1536, 28, 12, 2, 8960),
 }
 
 
@@ -51,10 +52,12 @@ class Shape(NamedTuple):
     group: int
     new_tokens: int
     steps: int  # measured, after one that is not
+    joined: int = 1  # problems of tiny/ that make one prompt, of about 20 tokens each
 
 
 SHAPES = {  # by model: "tiny" or a key of QWEN
     "tiny": Shape("cpu", 16, 8, 27, steps=20),
+    "GSM8K": Shape("cpu", 2, 8, 224, steps=2, joined=7),
     "0.5B": Shape("cpu", 2, 4, 24, steps=2),
     "1.5B": Shape("cuda", 16, 8, 1024, steps=5),
 }
@@ -84,10 +87,10 @@ def model_folder(name: str, folder: Path) -> Path:
         return ROOT / "tiny"
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    hidden, layers, heads, kv_heads, intermediate = QWEN[name]
+    vocabulary, hidden, layers, heads, kv_heads, intermediate = QWEN[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     config = Qwen2Config(
-        vocab_size=151936,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -107,9 +110,13 @@ def model_folder(name: str, folder: Path) -> Path:
 
 def problem_file(shape: Shape, folder: Path) -> Path:
     """As many problems as a step takes: every step has the same ones."""
-    lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
+    lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[: shape.prompts * shape.joined]]
     path = folder / "problems.jsonl"
-    path.write_text("".join(lines[: shape.prompts]))
+    with path.open("w") as file:
+        for first in range(0, len(rows), shape.joined):
+            text = " ".join(row["problem"] for row in rows[first : first + shape.joined])
+            file.write(json.dumps({"problem": text, "answer": rows[first]["answer"]}) + "\n")
     return path
 
 
@@ -196,7 +203,7 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
 def trl_settings(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     """What trl_side.py needs to know to do the same work."""
     rollouts = shape.prompts * shape.group
-    context = 48 + shape.new_tokens  # the longest prompt has 37 tokens
+    context = 28 + 20 * shape.joined + shape.new_tokens  # the longest prompts fit in
     fitting = (n for n in range(rollouts, 0, -1) if rollouts % n == 0)
     return {
         "model": str(model_folder(model, folder / "model")),
