@@ -59,15 +59,26 @@ METHODS = {
 # Ablations: they take another method's learning rate.
 RATE_OF = {"EP-GRPO gate alone": "EP-GRPO", "EP-GRPO progress alone": "EP-GRPO"}
 # Measured at another rate too: with one selection seed it was 0.003 below the chosen one.
-ALSO = {"EP-GRPO": "4e-4"}
-# By folder of model and problems: what every run of the task is given.
-TASKS = {
-    "tiny": "--max-new-tokens 64 --log-rollouts 0",
-    "tiny/chain": "--model tiny/chain --max-new-tokens 96 --log-rollouts 0",
+ALSO = {("tiny", "EP-GRPO"): "4e-4"}
+
+
+class Task(NamedTuple):
+    prompts: int  # in a step
+    settings: str  # of every run
+    own: dict[str, str]  # of a method
+
+
+TASKS = {  # by folder of model and problems
+    "tiny": Task(16, "--max-new-tokens 64 --log-rollouts 0", {}),
+    "tiny/chain": Task(
+        4,
+        "--model tiny/chain --max-new-tokens 112 --log-rollouts 0 --prompts-per-step 4",
+        {"VinePPO": "--step-end '([^;]*;){2}' --continuations 5"},
+    ),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
-PROMPTS, GROUP = 16, 8  # what the scripts take by default
+GROUP = 8  # what the scripts take by default
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 VALIDATION = 256  # the last rows of train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
@@ -110,7 +121,7 @@ class Args:
 
     @property
     def settings(self) -> str:
-        return f"{TASKS[self.task]} {CURVE}"
+        return f"{TASKS[self.task].settings} {CURVE}"
 
 
 class Job(NamedTuple):
@@ -126,13 +137,14 @@ class Job(NamedTuple):
 
 
 def training_command(job: Job, args: Args) -> list[str]:
-    script, *own = shlex.split(METHODS[job.method])
+    task = TASKS[args.task]
+    script, *own = shlex.split(f"{METHODS[job.method]} {task.own.get(job.method, '')}")
     # Dynamic sampling draws more rollouts a step: a checkpoint a step lets us cut at the budget.
     saves = ["--save-every", "1", "--keep-checkpoints", str(args.steps)]
     saves = saves if "--dynamic-sampling" in own else ["--save-every", "0"]
     data = ["--dataset", str(args.runs / "train.jsonl")]
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
-    settings = f"{TASKS[args.task]} {NO_CURVE if job.seed > SELECTION else CURVE}"
+    settings = f"{task.settings} {NO_CURVE if job.seed > SELECTION else CURVE}"
     run = ["--steps", str(args.steps), "--lr", job.lr, "--seed", str(job.seed)]
     flags = [*own, *settings.split(), *saves, *data, *run]
     return shared.run_command(script, flags, args.runs / job.folder)
@@ -198,7 +210,7 @@ def cut(folder: Path, args: Args) -> dict[str, Any]:
             step: torch.load(saved / "trainer.pt", weights_only=True)["position"] * GROUP
             for step, saved in checkpoints.items()
         }
-        step = within_budget(drawn, args.steps * PROMPTS * GROUP)
+        step = within_budget(drawn, args.steps * TASKS[args.task].prompts * GROUP)
         # model/ is the last checkpoint, with LoRA added in.
         weights = folder / "model" if step == args.steps else checkpoints[step]
         drawn = dict(sorted(drawn.items()))
@@ -231,7 +243,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
 
 def row_of(job: Job, evaluated: dict[str, dict[str, float]], args: Args) -> dict[str, Any]:
     """What the results say of a run."""
-    folder, per_step = args.runs / job.folder, PROMPTS * GROUP
+    folder, per_step = args.runs / job.folder, TASKS[args.task].prompts * GROUP
     at = cut(folder, args)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines][: at["step"] + 1]
@@ -360,7 +372,7 @@ def others_table(results: dict) -> str:
 def caption(results: dict) -> str:
     """What a reader needs to know beside the table."""
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
-    budget = results["steps"] * PROMPTS * GROUP
+    budget = results["steps"] * TASKS[results["task"]].prompts * GROUP
     said = (
         f"Means over {len({row['seed'] for row in rows})} seeds; in brackets the 95% interval of "
         "the mean paired difference (Student's t over seeds). † The learning rate lies at an end "
@@ -418,7 +430,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 def read_results(args: Args) -> dict:
     """The results so far; refuses to add runs made in another way."""
     fixed = {name: getattr(args, name) for name in ("steps", "samples", "selection_seeds")}
-    fixed |= {"rates": sorted(args.rates, key=float), "settings": args.settings}
+    fixed |= {"rates": sorted(args.rates, key=float), "settings": args.settings, "task": args.task}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
     results = read_json(args.results)
@@ -460,7 +472,9 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in methods}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
-        jobs = [Job(m, lr, seed) for m in methods for lr in (best[m], ALSO.get(m)) if lr]
+        jobs = [
+            Job(m, lr, seed) for m in methods for lr in (best[m], ALSO.get((args.task, m))) if lr
+        ]
         run_phase("rows", jobs, ROOT / args.task / "test.jsonl", results, args)
 
 
