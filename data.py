@@ -22,11 +22,8 @@ from answers import NO_ANSWERS, is_prose, last_boxed
 from engine import first_line, refuse
 
 COLUMNS = {
-    "question": ["problem", "question", "prompt", "messages"],
-    "answer": [
-        *("answer", "final_answer", "expected_answer", "ground_truth"),
-        *("reward_model.ground_truth", "solution"),
-    ],
+    "question": "problem question prompt messages",
+    "answer": "answer final_answer expected_answer ground_truth reward_model.ground_truth solution",
 }
 FILES = {"jsonl", "json", "ndjson", "parquet", "csv", "tsv"}
 LOCAL = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
@@ -120,7 +117,7 @@ def find_column(rows: list[dict[str, Any]], args: Any, flag: str, what: str) -> 
     chosen = getattr(args, f"{what}_column")
     wanted = [chosen.lower()] if chosen else []
     if not chosen or flag != "--dataset":  # held-out problems may lie in columns of their own
-        wanted += COLUMNS[what]
+        wanted += COLUMNS[what].split()
     for column in wanted:
         if any(row.get(column) not in (None, "") for row in rows):
             return column
@@ -167,16 +164,12 @@ def gold_answer(value: Any) -> str:
 
 
 def template_arguments(args: Any) -> dict[str, Any]:
-    """--template-args, and a clock that stands still on --today."""
+    """--template-args, and a clock that stands still, for prompts must not change by the day."""
     try:
         arguments = dict(json.loads(args.template_args or "{}"))
     except (ValueError, TypeError) as error:
         refuse("--template-args", args.template_args, f"is no JSON object: {error}")
-    try:
-        day = date.fromisoformat(args.today) if args.today else date.today()
-    except ValueError as error:
-        refuse("--today", args.today, f"is no date: {error}")
-    return {"strftime_now": day.strftime} | arguments
+    return {"strftime_now": date(2025, 1, 1).strftime} | arguments
 
 
 def prompt_tokens(tokenizer: Any, question: str | list[Any], **arguments: Any) -> list[int]:

@@ -11,7 +11,6 @@ leaves whole ones. A run that goes on is, in float32 on a CPU, bit for bit the r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import importlib.util
@@ -27,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,89 +41,50 @@ from engine import StopRun, first_line, load_weights, memory_ran_out, refuse, sa
 
 @dataclass
 class ResumeArgs:
-    """What may be given anew with --resume, for it changes nothing that is learned."""
+    """What may be given anew with --resume: it changes nothing that is learned."""
 
-    resume: str = ""
-    """folder of a run to go on with, by its own settings; those from here to --wandb-project may be
-    given anew"""
-    steps: int = 150
-    """training steps, each one round of rollouts"""
-    eval_dataset: str = "tiny/test.jsonl"
-    """held-out problems, named as --dataset (split: test)"""
-    eval_every: int = 50
-    """steps between evaluations (0: only before and after)"""
-    eval_problems: int = 200
-    """held-out problems used, the first ones of the file"""
-    eval_samples: int = 4
-    """sampled answers per held-out problem, beside a greedy one"""
-    save_every: int = 50
-    """steps between checkpoints (0: only after the last)"""
-    keep_checkpoints: int = 2
-    """latest checkpoints kept, beside the one with the best held-out accuracy"""
+    resume: str = ""  # folder of a run to go on with; what follows, to --wandb-project, may change
+    steps: int = 150  # training steps, each with a round of rollouts
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named as --dataset
+    eval_every: int = 50  # steps between evaluations (0: only before and after)
+    eval_problems: int = 200  # how many of them are used, the first
+    eval_samples: int = 4  # sampled answers to each, beside a greedy one
+    save_every: int = 50  # steps between checkpoints (0: only after the last)
+    keep_checkpoints: int = 2  # latest checkpoints kept, beside the best
     token_budget: int = 8192 if torch.cuda.is_available() else 16384
-    """tokens in one micro-batch of the update, padding included: lower it when memory runs out"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
-    gpu_memory: float = 0.3
-    """share of the GPU's memory that vLLM may hold while it generates"""
-    max_logp_gap: float | None = None
-    """stop when engine and trainer disagree by more, mean over tokens (nats); None: 1e-4 in
-    float32 on a CPU, 0.2 otherwise"""
-    log_rollouts: int = 1
-    """groups a step written to rollouts.jsonl"""
-    wandb_project: str = ""
-    """also log to this Weights & Biases project (needs `pip install wandb`)"""
+    """tokens in a micro-batch: lower it when memory runs out"""
+    gradient_checkpointing: bool = False  # less memory, about a third more time
+    gpu_memory: float = 0.3  # share of the GPU's memory for vLLM while it generates
+    max_logp_gap: float = 0.0
+    """stop when engine and trainer differ by more nats; 0: 1e-4 in float32 on a CPU, else 0.2"""
+    log_rollouts: int = 1  # groups a step written to rollouts.jsonl
+    wandb_project: str = ""  # also log to this project of Weights & Biases
 
 
 @dataclass
 class RunArgs(ResumeArgs):
     """Every setting that no method changes."""
 
-    model: str = "tiny"
-    """folder or hub name of a causal language model"""
-    dataset: str = "tiny/train.jsonl"
-    """training problems: a file, a folder, or a hub name[:config][@split]; see docs/data.md"""
-    question_column: str = ""
-    """where the problem is, text or messages; dots lead into nested columns. empty: a known name"""
-    answer_column: str = ""
-    """where the gold answer is, named in the same way"""
-    system_prompt: str = ""
-    """system message of each problem that brings none of its own"""
-    instruction: str = ""
-    """text put after each problem, such as: Put your final answer in \\boxed{}."""
-    template_args: str = ""
-    """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
-    today: str = ""
-    """the date that a chat template may write (YYYY-MM-DD); empty: the run's first day"""
-    max_prompt_tokens: int = 1024
-    """longer prompts are dropped, with their count (tokens)"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
-    prompts_per_step: int = 16
-    """P: problems in a step"""
-    group_size: int = 8
-    """G: rollouts of each problem"""
-    max_new_tokens: int = 1024
-    """T: longest response (tokens)"""
-    temperature: float = 1.0
-    """of sampling and of every log-probability"""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """what generates; auto: vLLM where it is installed"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the policy lives"""
+    model: str = "tiny"  # folder or hub name of a causal language model
+    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]
+    question_column: str = ""  # where the problem is, text or messages; empty: a usual name
+    answer_column: str = ""  # where the gold answer is
+    system_prompt: str = ""  # for problems that bring none of their own
+    instruction: str = ""  # put after each problem; it can ask for a \boxed{} answer
+    template_args: str = ""  # for the chat template, such as {"enable_thinking": false}
+    max_prompt_tokens: int = 1024  # longer prompts are dropped
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    prompts_per_step: int = 16  # P: problems in a step
+    group_size: int = 8  # G: rollouts of each problem
+    max_new_tokens: int = 1024  # T: longest response (tokens)
+    temperature: float = 1.0  # of sampling and of every log-probability
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy lives
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass; auto: bfloat16 on CUDA, float32 on CPU; master weights are float32"""
-    adamw_8bit: bool = False
-    """AdamW's moments in 8 bits, a quarter of their memory (needs `pip install torchao==0.18.0`)"""
-    seed: int = 1
-    """of everything random"""
-    run_dir: str = ""
-    """the run's folder; empty: runs/<script>-<seed>-<date>"""
-
-
-def script_of(settings: type) -> str:
-    """The name of the script whose settings these are."""
-    return Path(inspect.getfile(settings)).stem
+    """of the forward pass; auto: bfloat16 on CUDA, else float32"""
+    adamw_8bit: bool = False  # AdamW's moments in a quarter of the memory (torchao)
+    seed: int = 1  # of everything random
+    run_dir: str = ""  # the run's folder; empty: runs/<script>-<seed>-<date>
 
 
 def flag(name: str) -> str:
@@ -132,33 +92,32 @@ def flag(name: str) -> str:
 
 
 def parse_args(settings: type, command: list[str] | None = None) -> Any:
-    """A script's settings from its command line; with --resume, those the run began with, and what
-    may be given anew."""
-    about = {"description": inspect.getmodule(settings).__doc__, "args": command}
+    """A script's settings from its command line; with --resume, from the run's args.json first."""
+    module = inspect.getmodule(settings)
+    about = {"description": module.__doc__, "args": command}
     args = tyro.cli(settings, **about)
     if not args.resume:
         return args
     try:
-        began = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+        began = json.loads((Path(args.resume) / "args.json").read_text())
         script, content = began.pop("script"), began.pop("content")
-        if script != script_of(settings):
+        if script != Path(module.__file__).stem:
             refuse("--resume", args.resume, f"is a run of {script}.py")
         began |= {"resume": args.resume, "run_dir": args.resume}
         began = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}  # as JSON has
-        before = settings(**began)
+        args = settings(**began)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         refuse("--resume", args.resume, f"is not the folder of a run: {first_line(error)}")
-    args = tyro.cli(settings, **about, default=before)
-    anew = {field.name for field in dataclasses.fields(ResumeArgs)}
+    began, args = vars(args), tyro.cli(settings, **about, default=args)
+    anew = {field.name for field in fields(ResumeArgs)}
     schedules = {args.lr_schedule, getattr(args, "schedule", "constant")}  # p, in holderpo.py
     if schedules != {"constant"} or args.warmup_ratio:  # then every step depends on the last
         anew.remove("steps")
     for name, value in vars(args).items():
         if name in content and content_of(value) != content[name]:
-            why = f"does not hold what this run began with ({vars(before)[name]})"
-            refuse(flag(name), value, why)
-        if name not in anew | content.keys() and value != vars(before)[name]:
-            refuse(flag(name), value, f"this run began with {vars(before)[name]}: start a new one")
+            refuse(flag(name), value, f"does not hold what this run began with ({began[name]})")
+        if name not in anew | content.keys() and value != began[name]:
+            refuse(flag(name), value, f"this run began with {began[name]}: start a new one")
     return args
 
 
@@ -166,15 +125,14 @@ def content_of(name: str) -> str:
     """What tells a model or a data set from another, wherever it lies: the size, the beginning and
     the end of its files; or its name on the hub."""
     path, total = Path(name), hashlib.sha256()
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    for file in files:
+    for file in (path, *sorted(path.rglob("*"))):
         if file.is_file() and file.suffix not in (".md", ".pyc"):
+            size = file.stat().st_size
             with file.open("rb") as data:
-                size = file.stat().st_size
                 total.update(f"{file.relative_to(path)} {size} ".encode() + data.read(1 << 20))
                 data.seek(max(0, size - (1 << 20)))
                 total.update(data.read())
-    return total.hexdigest() if files else name
+    return total.hexdigest() if path.exists() else name
 
 
 NOT_ZERO = (
@@ -184,6 +142,8 @@ NOT_ZERO = (
 )
 BELOW_ONE = ("warmup_ratio", "clip_low", "lora_dropout", "gpu_memory")
 SIGNED = ("p_start", "p_end")  # which may be below 0
+NEEDS = {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank"}
+NEEDS |= {"generation_rounds": "dynamic_sampling"}  # the first changes nothing without the second
 
 
 def check(args: Any) -> None:
@@ -205,11 +165,7 @@ def check(args: Any) -> None:
     must("overlong_buffer", args.overlong_buffer <= args.max_new_tokens, longest)
     both = f"cannot be given together with --warmup-steps {args.warmup_steps}"
     must("warmup_ratio", not (args.warmup_ratio and args.warmup_steps), both)
-    for name, needed in (
-        ("lora_alpha", "lora_rank"),
-        ("lora_dropout", "lora_rank"),
-        ("generation_rounds", "dynamic_sampling"),
-    ):
+    for name, needed in NEEDS.items():
         default = getattr(args, name) == getattr(type(args), name)
         must(name, getattr(args, needed) or default, f"changes nothing without {flag(needed)}")
     has = importlib.util.find_spec
@@ -232,18 +188,13 @@ def lock(folder: Path) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"checkpoints/*{UNFINISHED}")):
+        for left in [*folder.rglob(f"*{UNFINISHED}")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     except BlockingIOError:
         refuse("--run-dir", folder, "another run is writing here")
     except OSError as error:
         refuse("--run-dir", folder, f"cannot be written: {error.strerror}")
     return file
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -269,11 +220,10 @@ def whole(path: Path) -> Iterator[Path]:
             os.close(handle)
         remove(path)
         partial.rename(path)
-    except StopRun:
-        remove(partial)
-        raise
     except Exception as error:  # torch and safetensors have kinds of their own
         remove(partial)
+        if isinstance(error, StopRun):
+            raise
         why = f"{path} cannot be written; is the disk full? ({first_line(error)})"
         raise StopRun(why) from error
 
@@ -310,9 +260,8 @@ class Run:
 
     def __init__(self, args: Any) -> None:
         check(args)
-        script = script_of(type(args))
+        script = Path(inspect.getfile(type(args))).stem
         args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
-        args.today = args.today or time.strftime("%Y-%m-%d")
         self.args, self.folder = args, Path(args.run_dir)
         self.lock = lock(self.folder)
         self.logs = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
@@ -331,13 +280,9 @@ class Run:
         self.hopeless = dict.fromkeys(HOPELESS, 0)
         self.interrupted = self.stopped = False
 
-    # -- steps and time
-
     def steps(self) -> Iterator[int]:
-        """Step numbers from where the run stands to --steps; 1 is the first.
-
-        Ctrl-C and SIGTERM let the step end and be saved. A second one stops at once.
-        """
+        """The numbers of the steps to come, from 1. Ctrl-C and SIGTERM let a step end and be saved;
+        a second one stops at once."""
         numbers = signal.SIGINT, signal.SIGTERM
         before = [signal.signal(number, self.interrupt) for number in numbers]
         try:
@@ -363,8 +308,6 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
-    # -- log
-
     def log(self, step: int, metrics: dict[str, float], tokens: int = 0) -> None:
         """Write one step's metrics everywhere they are shown."""
         metrics = {name: float(value) for name, value in metrics.items()}
@@ -376,7 +319,8 @@ class Run:
             if torch.cuda.is_available():
                 metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             self.warn(metrics)
-        append_line(self.logs[0], {"step": step, **metrics})
+        with self.logs[0].open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()  # or a kill would lose the last two minutes
@@ -394,59 +338,45 @@ class Run:
 
     def log_rollouts(self, step: int, rollouts: Any, rewards: Tensor, **per_token: Tensor) -> None:
         """Write the first --log-rollouts groups, with a value a token of each [P, G, T] given."""
-        for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
-            for g, text in enumerate(rollouts.texts[p]):
-                live = rollouts.mask[p, g]
-                row = {"step": step, "problem": problem.text, "answer": problem.answer}
-                row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
-                per_token["tokens"] = rollouts.tokens
-                row |= {name: values[p, g][live].tolist() for name, values in per_token.items()}
-                append_line(self.logs[1], row)
-
-    # -- the update
+        per_token["tokens"] = rollouts.tokens
+        with self.logs[1].open("a") as file:
+            for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
+                for g, text in enumerate(rollouts.texts[p]):
+                    row = {"step": step, "problem": problem.text, "answer": problem.answer}
+                    row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
+                    live = rollouts.mask[p, g]
+                    row |= {name: values[p, g][live].tolist() for name, values in per_token.items()}
+                    file.write(json.dumps(row) + "\n")
 
     def update(self, optimizer: torch.optim.Optimizer, lr: float, loss: float) -> float:
-        """Clip the gradient and take the optimiser's step, unless something is not finite.
-
-        Returns the gradient norm before clipping.
-        """
+        """Clip the gradient, whose norm is returned, and take the optimiser's step, unless loss or
+        gradient are not finite."""
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
-        fine = math.isfinite(norm) and math.isfinite(loss)
-        self.failures = 0 if fine else self.failures + 1
-        if fine:
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.failures = 0
             for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):  # torchao's optimiser reads it from a tensor
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
+                torchao = isinstance(group["lr"], Tensor)  # which wants a tensor
+                group["lr"] = torch.full_like(group["lr"], lr) if torchao else lr
             optimizer.step()
         else:
-            self.skipped += 1
+            self.failures, self.skipped = self.failures + 1, self.skipped + 1
             say(f"loss {loss:g}, gradient norm {norm:g}: update skipped")
         optimizer.zero_grad()
         if self.failures == 3:
             raise StopRun("3 updates in a row were not finite")
         return norm
 
-    # -- checkpoints
-
     def checkpoints(self) -> list[Path]:
-        """All that are there, the oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
 
     def restore(self, policy: nn.Module, **state: Any) -> dict[str, Any]:
-        """Load the last checkpoint into the policy and into what has a state_dict; the plain
-        values come back. One that a disk has damaged is said, and the one before it is taken.
-        Where there is none, nothing is loaded. From here on the run can be logged."""
-        trained = sum(w.nbytes for w in policy.parameters() if w.requires_grad)
-        needed = 3 * trained + sum(w.nbytes for w in policy.parameters())
-        free = shutil.disk_usage(self.folder).free
-        if needed > 1e9:
-            say(f"a checkpoint takes {3e-9 * trained:.1f} GB; {1e-9 * free:.1f} GB are free")
-        if free < needed:
-            why = f"a checkpoint and model/ need {1e-9 * needed:.1f} GB"
-            refuse("--run-dir", self.folder, f"{why}, and {1e-9 * free:.1f} GB are free")
+        """Load the last whole checkpoint, if there is one, into the policy and into what has a
+        state_dict, and return its plain values. From here on the run can be logged."""
+        needed = sum(w.nbytes * (4 if w.requires_grad else 1) for w in policy.parameters())
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            sizes = f"{1e-9 * needed:.1f} GB, and {1e-9 * free:.1f} GB are free"
+            refuse("--run-dir", self.folder, f"a checkpoint and model/ need {sizes}")
         torch.manual_seed(seed_for(self.args.seed, "training"))
         values: dict[str, Any] = {}
         for folder in reversed(self.checkpoints()):
@@ -492,10 +422,8 @@ class Run:
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)
 
     def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
-        """Write a checkpoint every --save-every steps, after the last, and when interrupted.
-
-        state: what has a state_dict, and plain values.
-        """
+        """Write a checkpoint every --save-every steps, after the last, and when interrupted. state:
+        what has a state_dict, and plain values."""
         self.stopped = self.interrupted
         due = self.args.save_every and step % self.args.save_every == 0
         if not (due or step == self.args.steps or self.stopped):
@@ -557,9 +485,10 @@ def learning_rate(step: int, args: Any) -> float:
     return args.lr * falls[args.lr_schedule]
 
 
+LARGE = "--model {0.model} is too large here; --lora-rank 32 needs less"
 MEMORY = {  # where memory ran out: what to change
-    "load_policy": "--model {0.model} is too large here; --lora-rank 32 needs less",
-    "Run.restore": "--model {0.model} is too large here; --lora-rank 32 needs less",
+    "load_policy": LARGE,
+    "Run.restore": LARGE,
     "Reference": "--kl {0.kl} takes a second model; --lora-rank 32, or --kl 0, takes none",
     "VLLM": "--gpu-memory {0.gpu_memory} is vLLM's share; --engine transformers takes none",
     "evaluate": "lower --eval-problems {0.eval_problems}",
@@ -571,10 +500,9 @@ MEMORY = {  # where memory ran out: what to change
 def memory_advice(error: Exception, args: Any) -> str:
     """What to change, by the innermost of these functions in which memory ran out."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for name in (frame.f_code.co_qualname for frame in reversed(frames)):
-        for place in {name, name.partition(".")[0]} & MEMORY.keys():
-            return MEMORY[place].format(args)
-    return MEMORY["main"].format(args)
+    names = [frame.f_code.co_qualname for frame in reversed(frames)]
+    places = [place for name in names for place in MEMORY if place in (name, name.split(".")[0])]
+    return MEMORY[places[0]].format(args)
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:

@@ -146,7 +146,7 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
         eval_samples=1,
         eval_every=0,
         save_every=0,
-        max_logp_gap=1e9 if model in QWEN else None,
+        max_logp_gap=1e9 if model in QWEN else 0.0,
         run_dir=str(folder / "run"),
     )
     tokens, ends = collections.Counter(), []

@@ -8,7 +8,6 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -359,14 +358,6 @@ def test_known_names(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.Monke
         tool.load_set(name, None, args, None)
     hub = "openai/gsm8k:main@test"
     assert seen == [str(tmp_path / "math500.jsonl"), hub, "a/b", "a/b:main@train", "sums.jsonl"]
-
-
-def test_the_date_is_that_of_the_folders_first_day(tmp_path: Path):
-    assert tool.first_day(str(tmp_path)) == str(date.today())
-    for model, line in (("a", {"today": "2020-02-29"}), ("b", {"today": "2020-03-01"}), ("c", {})):
-        (tmp_path / model).mkdir()
-        (tmp_path / model / "set.jsonl").write_text(json.dumps(line) + "\n")
-    assert tool.first_day(str(tmp_path)) == "2020-02-29"
 
 
 def test_models_of_two_architectures(run: Callable, tied_model: Path, untied_model: Path):

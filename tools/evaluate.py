@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +65,7 @@ KNOWN = {
 }
 # What the kept problems were made with; all else may change from one call to the next.
 FIXED = ("samples", "max_new_tokens", "temperature", "seed", "engine", "precision")
-FIXED += ("instruction", "system_prompt", "template_args", "today")
+FIXED += ("instruction", "system_prompt", "template_args")
 BOUNDS = ("value", "low", "high")
 
 
@@ -96,8 +95,6 @@ class Args:
     """text put after each problem, such as: Put your final answer in \\boxed{}."""
     template_args: str = ""
     """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
-    today: str = ""
-    """the date that a chat template may write (YYYY-MM-DD); empty: the first day of --folder"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, with their count (tokens)"""
     seed: int = 1
@@ -263,13 +260,6 @@ def digest(*contents: Any) -> str:
     return total.hexdigest()
 
 
-def first_day(folder: str) -> str:
-    """The day on which the evaluations in a folder began; this one where there are none."""
-    kept = [path.read_text().partition("\n") for path in Path(folder).glob("*/*.jsonl")]
-    began = [json.loads(settings) for settings, newline, _ in kept if newline]
-    return min((row["today"] for row in began if "today" in row), default=str(date.today()))
-
-
 class Kept:
     """One model's finished problems of one data set: a jsonl file that begins with the settings.
 
@@ -410,7 +400,6 @@ def table(report: dict[str, Any]) -> str:
 
 def main(args: Args) -> dict[str, Any]:
     check(args)
-    args.today = args.today or first_day(args.folder)
     groups: dict[str, list[str]] = {}
     for model in dict.fromkeys(args.models):
         groups.setdefault(architecture(model, args.trust_remote_code), []).append(model)
