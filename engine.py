@@ -35,14 +35,12 @@ def refuse(flag: str, value: Any, why: str) -> NoReturn:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    kinds = torch.OutOfMemoryError, MemoryError
     words = "can't allocate memory", "out of memory", "Free memory on device", "KV cache"
-    return isinstance(error, kinds) or any(part in str(error) for part in words)
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def seed_for(*parts: int | str) -> int:
@@ -65,7 +63,7 @@ def precision(args: Any) -> torch.dtype:
 def autocast(args: Any) -> Any:
     """bfloat16 where the forward pass is bfloat16, nothing otherwise."""
     on = precision(args) is torch.bfloat16
-    return torch.autocast(device(args).type, torch.bfloat16) if on else contextlib.nullcontext()
+    return torch.autocast(device(args).type, torch.bfloat16, enabled=on)
 
 
 # ------------------------------------------------------------------------------- the policy
@@ -102,14 +100,10 @@ def load_policy(args: Any) -> nn.Module:
     logging.disable_progress_bar()
     if importlib.util.find_spec("vllm") is None:  # which switches it off as well
         torch.backends.cuda.enable_cudnn_sdp(False)  # gives NaN gradients at some lengths
-    dtype = precision(args) if args.lora_rank else torch.float32
+    load = {"dtype": precision(args) if args.lora_rank else torch.float32}
+    load |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
     try:
-        policy, found = AutoModelForCausalLM.from_pretrained(
-            args.model,
-            dtype=dtype,
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-        )
+        policy, found = AutoModelForCausalLM.from_pretrained(args.model, **load)
     except Exception as error:
         if memory_ran_out(error):
             raise
@@ -205,7 +199,7 @@ def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
     """Every token id that ends a response: the generation config's and the tokenizer's."""
     ids = base_model(policy).generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 class Reference:
@@ -242,21 +236,25 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def first_columns(weights: Any, dtype: torch.dtype, names: dict[str, str]) -> dict[str, Tensor]:
-    """The first column of each named matrix, and each vector: enough to see whether an engine holds
-    the policy's weights. names: what parts of names become, as where an engine fuses layers."""
-    columns: dict[str, Tensor] = {}
-    for name, weight in weights:
-        name = ".".join(names.get(part, part) for part in name.split("."))
-        column = (weight if weight.dim() < 2 else weight[..., 0]).flatten().to("cpu", dtype)
-        columns[name] = torch.cat([columns[name], column]) if name in columns else column
-    return columns
+class Engine:
+    """What rolls the policy out. VLLM and Transformers add sync, generate and top_tokens."""
+
+    def __init__(self, policy: nn.Module, tokenizer: Any) -> None:
+        self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
+        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
+
+    def decode(self, responses: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the update."""
 
 
-class VLLM:
+class VLLM(Engine):
     """vLLM in this process, so that weights pass by reference."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        super().__init__(policy, tokenizer)
         on_cuda = device(args).type == "cuda"
         if precision(args) is torch.float32:  # or its attention would compute in TF32
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -268,8 +266,6 @@ class VLLM:
         body = type(base_model(policy).base_model)
         init = body.__init__
         self.sampling = vllm.SamplingParams
-        self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
-        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
         self.dtype, self.sleeps = precision(args), on_cuda
         for_cuda = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
         # vLLM's CPU build fails on a seeded request whose prompt is cut into chunks.
@@ -295,45 +291,58 @@ class VLLM:
         body.__init__, body.do_not_compile = init, True
         # Some weights vLLM stores under other names or in another order. It has just loaded those
         # of --model, as the policy has: what is equal now must be equal after every sync.
-        [parts] = self.llm.apply_model(lambda model: getattr(model, "packed_modules_mapping", {}))
+        [self.model] = self.llm.apply_model(lambda model: model)  # this process has it
+        parts = getattr(self.model, "packed_modules_mapping", {})
         self.names = {part: whole for whole, names in parts.items() for part in names}
         self.names[base_model(policy).base_model_prefix] = "model"
-        held, own = self.columns(policy)
-        varied = [name for name in held if len(own[name].unique()) > 1]
-        self.compared = [name for name in varied if held[name].equal(own[name])]
+        held, own = self.held(), {}
+        for name, weight in merged_weights(policy):
+            self.record(own, name, weight)
+        self.compared = [name for name in self.equal(held, own) if len(own[name].unique()) > 1]
         # Where vLLM's model has no LM head (Gemma 2), a tied one must not be handed to it.
         self.unknown = base_model(policy).all_tied_weights_keys.keys() - held.keys()
 
-    def columns(self, policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`first_columns` of the engine's weights, those that the policy has too, and of its."""
+    def record(self, columns: dict[str, Tensor], name: str, weight: Tensor) -> None:
+        """Note a vector, or a matrix's first column, by vLLM's name for it: enough to see whether
+        an engine holds the policy's weights. What vLLM fuses is put one after another."""
+        name = ".".join(self.names.get(part, part) for part in name.split("."))
+        column = (weight if weight.dim() < 2 else weight[..., 0]).flatten().to("cpu", self.dtype)
+        columns[name] = torch.cat([columns[name], column]) if name in columns else column
 
-        def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-            for path, module in model.named_modules():
-                for leaf, weight in module.named_parameters(recurse=False):
-                    if leaf == "weight" and hasattr(module, "cpu_linear"):
-                        # The CPU build computes with a packed copy, of which W · (1, 0, ...) tells.
-                        width = weight.shape[-1] if weight.numel() else module.input_size
-                        unit = torch.eye(1, width, dtype=self.dtype)
-                        weight = module.quant_method.apply(module, unit).T
-                    yield f"{path}.{leaf}", weight
+    def held(self) -> dict[str, Tensor]:
+        """What `record` notes of the weights that the engine computes with."""
+        columns: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules():
+            for leaf, weight in module.named_parameters(recurse=False):
+                if leaf == "weight" and hasattr(module, "cpu_linear"):
+                    # The CPU build computes with a packed copy, of which W · (1, 0, ...) tells.
+                    width = weight.shape[-1] if weight.numel() else module.input_size
+                    unit = torch.eye(1, width, dtype=self.dtype)
+                    weight = module.quant_method.apply(module, unit).T
+                self.record(columns, f"{path}.{leaf}", weight)
+        return columns
 
-        [held] = self.llm.apply_model(
-            lambda model: first_columns(weights(model), self.dtype, self.names)
-        )
-        own = first_columns(merged_weights(policy), self.dtype, self.names)
+    def equal(self, held: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]:
+        """The names under which both are the same, but for vLLM's padding."""
         shared = held.keys() & own.keys()
-        return {name: held[name][: len(own[name])] for name in shared}, own  # vLLM pads
+        return {name for name in shared if held[name][: len(own[name])].equal(own[name])}
 
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, and see that they are there. A tied LM head comes along: the
         state dict names it. Raises StopRun where the engine holds other weights."""
+        own: dict[str, Tensor] = {}
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in merged_weights(policy):
+                self.record(own, name, weight)
+                if name not in self.unknown:
+                    yield name, weight
+
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        weights = (pair for pair in merged_weights(policy) if pair[0] not in self.unknown)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        held, own = self.columns(policy)
-        if stale := [name for name in self.compared if not held[name].equal(own[name])]:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        if stale := sorted(set(self.compared) - self.equal(self.held(), own)):
             raise StopRun(
                 f"vLLM holds stale weights: after the sync {len(stale)} of {len(self.compared)} "
                 f"differ from the policy's, {stale[0]} among them; try --engine transformers"
@@ -382,20 +391,15 @@ class VLLM:
         return ranked[..., 1].long(), -ranked[..., 0].float()
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the update. The weights are dropped: each sync writes them."""
         if self.sleeps:
-            self.llm.sleep(level=2)
-
-    def decode(self, responses: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            self.llm.sleep(level=2)  # the weights are dropped: each sync writes them
 
 
-class Transformers:
+class Transformers(Engine):
     """The policy's own `generate`: slower than vLLM, nothing to install, nothing to sync."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
-        self.tokenizer, self.stops = tokenizer, eos_ids(policy, tokenizer)
-        self.vocabulary = base_model(policy).config.get_text_config().vocab_size
+        super().__init__(policy, tokenizer)
         self.args, self.policy = args, policy
 
     def sync(self, policy: nn.Module) -> None:
@@ -461,15 +465,6 @@ class Transformers:
         logp = (logits.float() / temperature).log_softmax(-1)
         top = logp.topk(min(count, logp.shape[-1]))
         return top.indices.cpu(), top.values.cpu()
-
-    def sleep(self) -> None:
-        pass
-
-    def decode(self, responses: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-
-
-Engine = VLLM | Transformers
 
 
 def why_not_vllm(args: Any, policy: nn.Module) -> str:
