@@ -30,16 +30,7 @@ from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from answers import (
-    MAX_TEXT,
-    gold_text,
-    in_box,
-    in_order,
-    is_prose,
-    last_boxed,
-    quick_verdict,
-    read,
-)
+import answers
 
 MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
 START_SECONDS = 120.0  # for a worker's imports, on a busy machine
@@ -50,8 +41,7 @@ WORKER_ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYT
 def cache_path() -> Path:
     """Where the golds that were read are remembered: a line each, their hash, then 1 or 0.
 
-    The name holds what decides: this file and the packages. Several processes may append; a line
-    that is not whole is passed over, and a folder that cannot be written is not used.
+    The name holds what decides: this file, answers.py and the packages.
     """
     packages = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
     here = [Path(__file__).with_name(name).read_text() for name in ("verifier.py", "answers.py")]
@@ -97,11 +87,12 @@ class Worker(subprocess.Popen):
     def end(self) -> None:
         self.kill()
         self.wait()
-        self.stdin.close(), self.stdout.close()
+        self.stdin.close()
+        self.stdout.close()
 
 
 @dataclass
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Grades responses against gold answers; also a context manager that ends its workers."""
 
     workers: int = 1  # processes at most, started when first needed
@@ -130,56 +121,53 @@ class Grader:
     def readable(self, golds: Sequence[str]) -> list[bool]:
         """Whether each gold is an answer, and math-verify reads it as more than text.
 
-        Uses every processor; what was read is remembered in the user's cache folder.
+        Uses every processor. What was read is remembered: several runs may add to the cache, a line
+        that is not whole is passed over, and a folder that cannot be written is not used.
         """
-        texts = ["" if is_prose(text) else text for text in map(gold_text, golds)]
-        keys = {text: digest(text) for text in texts if text and read(text).value is None}
+        texts = ["" if answers.is_prose(text) else text for text in map(answers.gold_text, golds)]
+        keys = {text: digest(text) for text in texts if text and answers.read(text).value is None}
         path, known = cache_path(), {}
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(errors="replace").split()
             known = {line[:64]: line[64:] == "1" for line in lines if len(line) == 65}
         asked = [text for text, key in keys.items() if key not in known]
-        requests = [(in_box(read(text).text), None, False) for text in asked]
+        requests = [(answers.in_box(answers.read(text).text), None, False) for text in asked]
         workers = max(self.workers, min(os.cpu_count() or 1, len(asked) // 50))
         for text, reply in zip(asked, self._ask_all(requests, workers), strict=True):
             known[keys[text]] = bool(reply)
             if reply is not None:  # a worker that was killed may have more time tomorrow
                 with contextlib.suppress(OSError), path.open("a") as file:
                     file.write(f"\n{keys[text]}{reply:d}")
-        while len(self._idle) > self.workers:
-            self._idle.pop().end()
+        self.close(keep=self.workers)
         return [known[keys[text]] if text in keys else text != "" for text in texts]
 
-    def close(self) -> None:
-        """Ends the workers; a later call starts new ones."""
-        while self._idle:
+    def close(self, keep: int = 0) -> None:
+        """Ends the workers, but for some to keep; a later call starts new ones."""
+        while len(self._idle) > keep:
             self._idle.pop().end()
-
-    def __enter__(self) -> "Grader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _request(self, response: str, gold: str) -> Request | bool:
         """What to ask a worker, or the verdict where none is needed."""
-        answer, limit = last_boxed(response), MAX_ANSWER
+        answer, limit = answers.last_boxed(response), MAX_ANSWER
         boxed = answer is not None
         if not boxed and self.unboxed:
-            answer, limit = response[-MAX_TEXT:], MAX_TEXT
-            if len(response) > MAX_TEXT:  # not from the middle of a line, or of a number
+            answer, limit = response[-answers.MAX_TEXT :], answers.MAX_TEXT
+            if len(response) > answers.MAX_TEXT:  # not from the middle of a line, or of a number
                 answer = answer.partition("\n")[2] or answer
-        gold = gold_text(gold)
+        gold = answers.gold_text(gold)
         if answer is None or len(answer) > limit or not gold:
             return False
-        left, right = read(gold), read(answer)
-        verdict = quick_verdict(left, right)
+        left, right = answers.read(gold), answers.read(answer)
+        verdict = answers.quick_verdict(left, right)
         if verdict is not None:
             return verdict
-        gold = left.text if "=" in right.text else in_order(left.text)
-        text = in_box(right.text) if boxed else answer
-        return in_box(gold), text, self.strict and left.value is not None
+        gold = left.text if "=" in right.text else answers.in_order(left.text)
+        text = answers.in_box(right.text) if boxed else answer
+        return answers.in_box(gold), text, self.strict and left.value is not None
 
     def _ask_all(self, requests: Sequence[Request], workers: int) -> Iterator[bool | None]:
         """The workers' verdicts, in order; a bar on a terminal where there are many."""
@@ -255,7 +243,7 @@ def serve(deadline: float, memory_mb: int) -> None:
 
     logging.disable()
     parse_gold = functools.lru_cache(maxsize=1024)(functools.partial(parse, parsing_timeout=None))
-    parse_gold(in_box("x^2"))  # the parser builds its tables on first use
+    parse_gold(answers.in_box("x^2"))  # the parser builds its tables on first use
     os.write(replies, b"R")
     os.dup2(nowhere, 2)
     for line in sys.stdin.buffer:
