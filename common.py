@@ -19,17 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import data
 from answers import last_boxed
-from data import (
-    COLUMNS,
-    as_chat,
-    find_column,
-    flatten,
-    gold_answer,
-    prompt_tokens,
-    read_rows,
-    template_arguments,
-)
 from engine import Engine, StopRun, autocast, base_model, precision, refuse, seed_for
 from run import RunArgs
 from verifier import Grader
@@ -73,15 +64,15 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
         if count:
             print(f"{flag} {name}: {count} of {len(of)} {what}", file=sys.stderr)
 
-    arguments = template_arguments(args)
-    rows = read_rows(flag, name, split="train" if flag == "--dataset" else "test")
-    if not (rows := [flatten(row) for row in rows if row]):
+    arguments = data.template_arguments(args)
+    rows = data.read_rows(flag, name, split="train" if flag == "--dataset" else "test")
+    if not (rows := [data.flatten(row) for row in rows if row]):
         refuse(flag, name, "holds no problems")
-    question, answer = (find_column(rows, args, flag, what) for what in COLUMNS)
-    asked = [(chat, row.get(answer)) for row in rows if (chat := as_chat(row.get(question)))]
+    question, answer = (data.find_column(rows, args, flag, what) for what in data.COLUMNS)
+    asked = [(chat, row.get(answer)) for row in rows if (chat := data.as_chat(row.get(question)))]
     note(len(rows) - len(asked), rows, f"problems have no text in {question!r} and are dropped")
 
-    golds = [gold_answer(value) for _, value in asked]
+    golds = [data.gold_answer(value) for _, value in asked]
     readable = grader.readable(golds)
     unread = [repr(asked[i][1])[:40] for i, fine in enumerate(readable) if not fine]
     what = "gold answers cannot be read and are dropped: " + ", ".join([*dict.fromkeys(unread)][:5])
@@ -95,7 +86,7 @@ def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> P
         if args.system_prompt and chat[0]["role"] != "system":
             chat.insert(0, {"role": "system", "content": args.system_prompt})
         try:
-            problems.append(Problem(text, gold, prompt_tokens(tokenizer, chat, **arguments)))
+            problems.append(Problem(text, gold, data.prompt_tokens(tokenizer, chat, **arguments)))
         except ValueError as error:
             model = "--models" if flag == "--datasets" else "--model"
             given = {"--system-prompt": args.system_prompt, "--template-args": args.template_args}
@@ -353,8 +344,8 @@ def token_logp(
         return tuple(values[index] for values in scores)
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
-    head, config = base_model(model).get_output_embeddings(), base_model(model).config
-    config = config.get_text_config()
+    head = base_model(model).get_output_embeddings()
+    config = base_model(model).config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma 2
     divided = getattr(config, "logits_scaling", 1.0) * args.temperature  # Granite
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -379,7 +370,7 @@ def score(
     reuse: where one micro-batch holds all rollouts of the only update to come, that update need not
     compute the same again: the rollouts keep the graph, for the next `token_logp` to go back from.
     """
-    scores = tuple(torch.zeros(rollouts.mask.shape, device=rollouts.mask.device) for _ in "ab")
+    logp, entropy = (torch.zeros_like(rollouts.engine_logp) for _ in range(2))
     everything = torch.arange(len(rollouts.problems))
     batches = list(micro_batches(rollouts, args.token_budget, everything))
     keep = reuse and len(batches) == args.updates_per_rollout == 1
@@ -388,11 +379,10 @@ def score(
         batches = list(micro_batches(rollouts, 4 * args.token_budget, everything))
     with torch.set_grad_enabled(keep):
         for index in batches:
-            logp, entropy = token_logp(model, rollouts, index, args)
-            scores[0][index], scores[1][index] = logp, entropy
+            logp[index], entropy[index] = token_logp(model, rollouts, index, args)
     if keep:
-        rollouts.graph = scores
-    return tuple(values.detach() for values in scores)
+        rollouts.graph = logp, entropy
+    return logp.detach(), entropy.detach()
 
 
 def boxed(rollouts: Rollouts) -> float:
