@@ -105,10 +105,10 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
             refuse("--resume", args.resume, f"is a run of {script}.py")
         began |= {"resume": args.resume, "run_dir": args.resume}
         began = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}  # as JSON has
-        args = settings(**began)
+        before = settings(**began)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         refuse("--resume", args.resume, f"is not the folder of a run: {first_line(error)}")
-    began, args = vars(args), tyro.cli(settings, **about, default=args)
+    args, began = tyro.cli(settings, **about, default=before), vars(before)
     anew = {field.name for field in fields(ResumeArgs)}
     schedules = {args.lr_schedule, getattr(args, "schedule", "constant")}  # p, in holderpo.py
     if schedules != {"constant"} or args.warmup_ratio:  # then every step depends on the last

@@ -267,7 +267,7 @@ def test_help_shows_every_setting_with_its_text():
     for field in dataclasses.fields(grpo.Args):
         assert "--" + field.name.replace("_", "-") in out
     assert "ε_low" in out and "{auto,vllm,transformers}" in out
-    assert len(out.splitlines()) < 120
+    assert len(out.splitlines()) < 100
 
 
 # ------------------------------------------------------------------------------- copying

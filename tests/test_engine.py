@@ -325,6 +325,21 @@ def test_weights_that_did_not_arrive_are_called_stale(
 
 
 @needs_vllm
+@pytest.mark.parametrize("name", ["tied"])
+def test_adapters_are_merged_once_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    policy, calls = lora(setup), []
+    vllm = setup.engine("VLLM", policy)
+
+    def counted(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        calls.append(policy)
+        return merged_weights(policy)
+
+    monkeypatch.setattr(engine, "merged_weights", counted)
+    vllm.sync(policy)
+    assert calls == [policy]
+
+
+@needs_vllm
 @pytest.mark.parametrize("name", ["untied", "untied_bfloat16"])
 @pytest.mark.parametrize("part", ["lm_head", "layers.1.self_attn.v_proj", "up_proj", "embed"])
 def test_one_weight_that_did_not_arrive_is_called_stale(
