@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from answers import last_boxed
 from common import Problem, Problems, load_problems
 from engine import (
     Engine,
@@ -51,7 +52,7 @@ from engine import (
 )
 from run import RunArgs, whole
 from tools.metrics import Record, difference, majority, summary
-from verifier import MAX_ANSWER, Grader, last_boxed
+from verifier import MAX_ANSWER, Grader
 
 # Known sets: the file looked for in --data-dir, and the data set on the hub otherwise.
 KNOWN = {
