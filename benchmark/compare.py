@@ -6,7 +6,8 @@
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
-measured on the test problems. It can be stopped and started again at any time. See docs/compare.md.
+measured on the test problems. On the other task it keeps the rate that it has on the first. All of
+it can be stopped and started again at any time. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -465,16 +466,17 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     about["machine"] = f"{args.jobs} cores, {about['machine'].split()[-1]}, one run on each"
     task = "" if args.task == "tiny" else f" --task {args.task}"
     results |= {"command": f"python benchmark/compare.py{task}"} | about
-    if len(args.rates) > 1:
+    if args.task != "tiny":
+        results["selection"] = read_json(RESULTS / "compare.json")["selection"]
+    elif len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
         whole = dict.fromkeys(RATE_OF.get(method, method) for method in methods)
         grid = [Job(method, lr, seed) for method in whole for lr in args.rates for seed in seeds]
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in methods}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
-        jobs = [
-            Job(m, lr, seed) for m in methods for lr in (best[m], ALSO.get((args.task, m))) if lr
-        ]
+        rates = {m: (best[m], ALSO.get((args.task, m))) for m in methods}
+        jobs = [Job(m, lr, seed) for m in methods for lr in rates[m] if lr]
         run_phase("rows", jobs, ROOT / args.task / "test.jsonl", results, args)
 
 
