@@ -6,8 +6,7 @@
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
-measured on the test problems. On the other task it keeps the rate that it has on the first. All of
-it can be stopped and started again at any time. See docs/compare.md.
+measured on the test problems. It can be stopped and started again at any time. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -65,14 +64,16 @@ ALSO = {("tiny", "EP-GRPO"): "4e-4"}
 
 class Task(NamedTuple):
     prompts: int  # in a step
+    problems: int  # of an evaluation: the last of train.jsonl, which no run trains on; of test.jsonl
     settings: str  # of every run
     own: dict[str, str]  # of a method
 
 
 TASKS = {  # by folder of model and problems
-    "tiny": Task(16, "--max-new-tokens 64 --log-rollouts 0", {}),
+    "tiny": Task(16, 256, "--max-new-tokens 64 --log-rollouts 0", {}),
     "tiny/chain": Task(
         4,
+        96,
         "--model tiny/chain --max-new-tokens 112 --log-rollouts 0 --prompts-per-step 4",
         {"VinePPO": "--step-end '([^;]*;){2}' --continuations 5"},
     ),
@@ -81,7 +82,6 @@ CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 GROUP = 8  # what the scripts take by default
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
-VALIDATION = 256  # the last rows of train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -100,7 +100,7 @@ class Args:
     steps: int = 40
     """training steps of 16 problems with 8 rollouts each; DAPO takes fewer: see docs/compare.md"""
     samples: int = 8
-    """sampled answers to each of the 256 problems of an evaluation"""
+    """sampled answers to each problem of an evaluation"""
     only: str = ""
     """methods to run, separated by commas; empty: all"""
     jobs: int = 2
@@ -458,17 +458,18 @@ def check(args: Args) -> list[str]:
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Choose a learning rate for each method, then measure it at that."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
+    validation, test = args.runs / "validation.jsonl", args.runs / "test.jsonl"
+    held_out = TASKS[args.task].problems
     lines = (ROOT / args.task / "train.jsonl").read_text().splitlines(keepends=True)
-    write_whole(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
-    validation = args.runs / "validation.jsonl"
-    write_whole(validation, "".join(lines[-VALIDATION:]))
+    write_whole(args.runs / "train.jsonl", "".join(lines[:-held_out]))
+    write_whole(validation, "".join(lines[-held_out:]))
+    lines = (ROOT / args.task / "test.jsonl").read_text().splitlines(keepends=True)
+    write_whole(test, "".join(lines[:held_out]))
     about = shared.surroundings("torch", "vllm", "transformers")
     about["machine"] = f"{args.jobs} cores, {about['machine'].split()[-1]}, one run on each"
     task = "" if args.task == "tiny" else f" --task {args.task}"
     results |= {"command": f"python benchmark/compare.py{task}"} | about
-    if args.task != "tiny":
-        results["selection"] = read_json(RESULTS / "compare.json")["selection"]
-    elif len(args.rates) > 1:
+    if len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
         whole = dict.fromkeys(RATE_OF.get(method, method) for method in methods)
         grid = [Job(method, lr, seed) for method in whole for lr in args.rates for seed in seeds]
@@ -477,7 +478,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
         rates = {m: (best[m], ALSO.get((args.task, m))) for m in methods}
         jobs = [Job(m, lr, seed) for m in methods for lr in rates[m] if lr]
-        run_phase("rows", jobs, ROOT / args.task / "test.jsonl", results, args)
+        run_phase("rows", jobs, test, results, args)
 
 
 def main(args: Args) -> None:
