@@ -64,7 +64,7 @@ ALSO = {("tiny", "EP-GRPO"): "4e-4"}
 
 class Task(NamedTuple):
     prompts: int  # in a step
-    problems: int  # of an evaluation: the last of train.jsonl, which no run trains on; of test.jsonl
+    problems: int  # of an evaluation; those of train.jsonl are its last, which no run trains on
     settings: str  # of every run
     own: dict[str, str]  # of a method
 

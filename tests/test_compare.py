@@ -214,7 +214,8 @@ def test_the_pages_show_the_results(task: str):
 
 def test_the_page_says_what_is_run():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.TASKS["tiny"].problems
+    there = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines())
+    trained = there - compare.TASKS["tiny"].problems
     rollouts = Args.steps * compare.TASKS["tiny"].prompts * compare.GROUP
     curve = compare.CURVE.split()[3]
     numbers = (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts")
