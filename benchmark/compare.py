@@ -1,8 +1,7 @@
-"""Which method learns most on the tiny tasks, on equal terms? A learning rate for each, seeds.
+"""Which method learns most on the tiny task, on equal terms? A learning rate for each, seeds.
 
     python benchmark/compare.py               # trains what benchmark/results/compare.json lacks
     python benchmark/compare.py --write       # puts its numbers into README.md and docs/compare.md
-    python benchmark/compare.py --task tiny/chain [--write]     # the same on the other task
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import shared
 import tyro
@@ -59,29 +58,14 @@ METHODS = {
 # Ablations: they take another method's learning rate.
 RATE_OF = {"EP-GRPO gate alone": "EP-GRPO", "EP-GRPO progress alone": "EP-GRPO"}
 # Measured at another rate too: with one selection seed it was 0.003 below the chosen one.
-ALSO = {("tiny", "EP-GRPO"): "4e-4"}
-
-
-class Task(NamedTuple):
-    prompts: int  # in a step
-    problems: int  # of an evaluation; those of train.jsonl are its last, which no run trains on
-    settings: str  # of every run
-    own: dict[str, str]  # of a method
-
-
-TASKS = {  # by folder of model and problems
-    "tiny": Task(16, 256, "--max-new-tokens 64 --log-rollouts 0", {}),
-    "tiny/chain": Task(
-        4,
-        96,
-        "--model tiny/chain --max-new-tokens 112 --log-rollouts 0 --prompts-per-step 4",
-        {"VinePPO": "--step-end '([^;]*;){2}' --continuations 5"},
-    ),
-}
+ALSO = {"EP-GRPO": "4e-4"}
+SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
-GROUP = 8  # what the scripts take by default
+PROMPTS, GROUP = 16, 8  # what the scripts take by default
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
+TEST = ROOT / "tiny" / "test.jsonl"
+VALIDATION = 256  # the last rows of tiny/train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -89,8 +73,6 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass
 class Args:
-    task: Literal[tuple(TASKS)] = "tiny"
-    """folder of the model and its problems"""
     seeds: int = 5
     """runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)"""
     selection_seeds: int = 1
@@ -100,29 +82,17 @@ class Args:
     steps: int = 40
     """training steps of 16 problems with 8 rollouts each; DAPO takes fewer: see docs/compare.md"""
     samples: int = 8
-    """sampled answers to each problem of an evaluation"""
+    """sampled answers to each of the 256 problems of an evaluation"""
     only: str = ""
     """methods to run, separated by commas; empty: all"""
     jobs: int = 2
     """runs at a time, each on a core of its own; never more than the cores allowed"""
-    results: Path | None = None
-    """file of the results; None: benchmark/results/compare.json, or compare-chain.json"""
-    runs: Path | None = None
-    """folder of the runs; None: runs/compare, or runs/compare-chain"""
+    results: Path = RESULTS / "compare.json"
+    """file of the results"""
+    runs: Path = ROOT / "runs" / "compare"
+    """folder of the runs"""
     write: bool = False
     """only write the tables and the figure from the results"""
-
-    def __post_init__(self) -> None:
-        self.results = self.results or RESULTS / f"{self.name}.json"
-        self.runs = self.runs or ROOT / "runs" / self.name
-
-    @property
-    def name(self) -> str:
-        return "compare" + self.task.removeprefix("tiny").replace("/", "-")
-
-    @property
-    def settings(self) -> str:
-        return f"{TASKS[self.task].settings} {CURVE}"
 
 
 class Job(NamedTuple):
@@ -138,14 +108,13 @@ class Job(NamedTuple):
 
 
 def training_command(job: Job, args: Args) -> list[str]:
-    task = TASKS[args.task]
-    script, *own = shlex.split(f"{METHODS[job.method]} {task.own.get(job.method, '')}")
+    script, *own = shlex.split(METHODS[job.method])
     # Dynamic sampling draws more rollouts a step: a checkpoint a step lets us cut at the budget.
     saves = ["--save-every", "1", "--keep-checkpoints", str(args.steps)]
     saves = saves if "--dynamic-sampling" in own else ["--save-every", "0"]
     data = ["--dataset", str(args.runs / "train.jsonl")]
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
-    settings = f"{task.settings} {NO_CURVE if job.seed > SELECTION else CURVE}"
+    settings = f"{SETTINGS} {NO_CURVE if job.seed > SELECTION else CURVE}"
     run = ["--steps", str(args.steps), "--lr", job.lr, "--seed", str(job.seed)]
     flags = [*own, *settings.split(), *saves, *data, *run]
     return shared.run_command(script, flags, args.runs / job.folder)
@@ -211,7 +180,7 @@ def cut(folder: Path, args: Args) -> dict[str, Any]:
             step: torch.load(saved / "trainer.pt", weights_only=True)["position"] * GROUP
             for step, saved in checkpoints.items()
         }
-        step = within_budget(drawn, args.steps * TASKS[args.task].prompts * GROUP)
+        step = within_budget(drawn, args.steps * PROMPTS * GROUP)
         # model/ is the last checkpoint, with LoRA added in.
         weights = folder / "model" if step == args.steps else checkpoints[step]
         drawn = dict(sorted(drawn.items()))
@@ -225,8 +194,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
     """Accuracy, pass@8 and length of models by their folders: one engine a core, each with its
     share of them. tools/evaluate.py keeps what it has done."""
     command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(args.samples)]
-    longest = re.search(r"--max-new-tokens \d+", args.settings)[0].split()
-    command += ["--k", "8", *longest, "--folder", str(args.runs / "evaluations")]
+    command += ["--k", "8", "--max-new-tokens", "64", "--folder", str(args.runs / "evaluations")]
     shares = [models[k :: args.jobs] for k in range(args.jobs) if models[k :: args.jobs]]
     outputs = [args.runs / f"{problems.stem}-{k}.json" for k in range(len(shares))]
     commands = [
@@ -244,7 +212,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
 
 def row_of(job: Job, evaluated: dict[str, dict[str, float]], args: Args) -> dict[str, Any]:
     """What the results say of a run."""
-    folder, per_step = args.runs / job.folder, TASKS[args.task].prompts * GROUP
+    folder, per_step = args.runs / job.folder, PROMPTS * GROUP
     at = cut(folder, args)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines][: at["step"] + 1]
@@ -373,7 +341,7 @@ def others_table(results: dict) -> str:
 def caption(results: dict) -> str:
     """What a reader needs to know beside the table."""
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
-    budget = results["steps"] * TASKS[results["task"]].prompts * GROUP
+    budget = results["steps"] * PROMPTS * GROUP
     said = (
         f"Means over {len({row['seed'] for row in rows})} seeds; in brackets the 95% interval of "
         "the mean paired difference (Student's t over seeds). † The learning rate lies at an end "
@@ -387,13 +355,13 @@ def caption(results: dict) -> str:
     return f"{said}. `{results['command']}`, {results['machine']}, vLLM {vllm} for the CPU."
 
 
-def blocks(results: dict, name: str) -> dict[str, str]:
+def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
     return {
-        name: f"{table(results)}\n\n{caption(results)}",
-        f"{name}-choice": choice_table(results),
-        f"{name}-credit": credit_table(results),
-        f"{name}-others": others_table(results),
+        "compare": f"{table(results)}\n\n{caption(results)}",
+        "compare-choice": choice_table(results),
+        "compare-credit": credit_table(results),
+        "compare-others": others_table(results),
     }
 
 
@@ -412,10 +380,10 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
         stopped |= {job: why} if why else {}
     models = [cut(args.runs / job.folder, args)["weights"] for job in jobs if job not in stopped]
     if name == "rows" and "start" not in results:
-        models.insert(0, args.task)
+        models.insert(0, "tiny")
     evaluated = evaluate(models, problems, args)
-    if args.task in evaluated:
-        results["start"] = evaluated[args.task]
+    if "tiny" in evaluated:
+        results["start"] = evaluated["tiny"]
     for job in jobs:
         if job not in stopped:
             results[name].append(row_of(job, evaluated, args))
@@ -431,7 +399,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 def read_results(args: Args) -> dict:
     """The results so far; refuses to add runs made in another way."""
     fixed = {name: getattr(args, name) for name in ("steps", "samples", "selection_seeds")}
-    fixed |= {"rates": sorted(args.rates, key=float), "settings": args.settings, "task": args.task}
+    fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{SETTINGS} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
     results = read_json(args.results)
@@ -458,17 +426,13 @@ def check(args: Args) -> list[str]:
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Choose a learning rate for each method, then measure it at that."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
-    validation, test = args.runs / "validation.jsonl", args.runs / "test.jsonl"
-    held_out = TASKS[args.task].problems
-    lines = (ROOT / args.task / "train.jsonl").read_text().splitlines(keepends=True)
-    write_whole(args.runs / "train.jsonl", "".join(lines[:-held_out]))
-    write_whole(validation, "".join(lines[-held_out:]))
-    lines = (ROOT / args.task / "test.jsonl").read_text().splitlines(keepends=True)
-    write_whole(test, "".join(lines[:held_out]))
+    lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
+    write_whole(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
+    validation = args.runs / "validation.jsonl"
+    write_whole(validation, "".join(lines[-VALIDATION:]))
     about = shared.surroundings("torch", "vllm", "transformers")
     about["machine"] = f"{args.jobs} cores, {about['machine'].split()[-1]}, one run on each"
-    task = "" if args.task == "tiny" else f" --task {args.task}"
-    results |= {"command": f"python benchmark/compare.py{task}"} | about
+    results |= {"command": "python benchmark/compare.py"} | about
     if len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
         whole = dict.fromkeys(RATE_OF.get(method, method) for method in methods)
@@ -476,9 +440,8 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
         run_phase("selection", grid, validation, results, args)
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in methods}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
-        rates = {m: (best[m], ALSO.get((args.task, m))) for m in methods}
-        jobs = [Job(m, lr, seed) for m in methods for lr in rates[m] if lr]
-        run_phase("rows", jobs, test, results, args)
+        jobs = [Job(m, lr, seed) for m in methods for lr in (best[m], ALSO.get(m)) if lr]
+        run_phase("rows", jobs, TEST, results, args)
 
 
 def main(args: Args) -> None:
@@ -489,11 +452,11 @@ def main(args: Args) -> None:
         refuse("--results", args.results, "holds no finished seed yet")
     else:
         for page in PAGES:
-            shared.write_page(page, blocks(results, args.name))
+            shared.write_page(page, blocks(results))
         curves: dict[str, list] = {}
         for row in split_rows(results)[0]:
             curves.setdefault(row["method"], []).append(row["curve"])
-        figures.draw_compare(curves, f"{args.name}.svg")
+        figures.draw_compare(curves)
     print(table(results))
 
 

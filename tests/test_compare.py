@@ -187,7 +187,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(compare, "row_of", lambda job, evaluated, args: job._asdict())
     results = compare.read_results(args)
     results["rows"] = [jobs[0]._asdict()]
-    compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
+    compare.run_phase("rows", jobs, compare.TEST, results, args)
     assert started == [jobs[2].folder]
     assert [row["seed"] for row in json.loads(args.results.read_text())["rows"]] == [1, 2, 3]
 
@@ -200,23 +200,19 @@ def test_a_run_of_another_length_is_refused(tmp_path: Path):
         compare.train(job, Args(runs=tmp_path, steps=2))
 
 
-@pytest.mark.parametrize("task", compare.TASKS)
-def test_the_pages_show_the_results(task: str):
-    args = Args(task=task)
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+def test_the_pages_show_the_results():
+    results = json.loads(Args.results.read_text()) if Args.results.exists() else {}
     if "start" not in results:
-        pytest.skip(f"no results yet: python benchmark/compare.py --task {task}")
-    blocks = compare.blocks(results, args.name)
+        pytest.skip("no results yet: python benchmark/compare.py")
     for page in compare.PAGES:
-        fresh = page.read_text(encoding="utf-8") == shared.filled(page, blocks)
-        assert fresh, f"{page.name} is stale: python benchmark/compare.py --task {task} --write"
+        fresh = page.read_text(encoding="utf-8") == shared.filled(page, compare.blocks(results))
+        assert fresh, f"{page.name} is stale: python benchmark/compare.py --write"
 
 
 def test_the_page_says_what_is_run():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    there = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines())
-    trained = there - compare.TASKS["tiny"].problems
-    rollouts = Args.steps * compare.TASKS["tiny"].prompts * compare.GROUP
+    trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
+    rollouts = Args.steps * compare.PROMPTS * compare.GROUP
     curve = compare.CURVE.split()[3]
     numbers = (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts")
     for said in (*numbers, f"{Args.samples} answers", f"on {curve} of the validation problems"):
