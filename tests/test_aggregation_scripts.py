@@ -1,4 +1,4 @@
-"""HölderPO, ARCA and REFT as runs: what they share with GRPO's update, and what they add."""
+"""HölderPO, ARCA, REFT and VinePPO as runs: what they share with GRPO's update, and what they add."""
 
 import copy
 import dataclasses
@@ -22,6 +22,7 @@ import common
 import grpo
 import holderpo
 import reft
+import vineppo
 from engine import (
     Engine,
     Reference,
@@ -33,6 +34,8 @@ from engine import (
 )
 from run import Run, RunArgs, parse_args
 from verifier import Grader
+
+SCRIPTS = [holderpo, arca, reft, vineppo]
 
 
 def verdicts(_: Grader, texts: list[str], golds: list[str]) -> list[bool]:
@@ -122,7 +125,7 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
-@pytest.mark.parametrize("script", [holderpo, arca, reft], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help(script: ModuleType, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         parse_args(script.Args, ["--help"])
@@ -132,7 +135,7 @@ def test_help(script: ModuleType, capsys: pytest.CaptureFixture):
         assert "--" + field.name.replace("_", "-") in printed
 
 
-@pytest.mark.parametrize("script", [holderpo, arca, reft], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_resumed_lora_run_repeats_the_whole_one(script: ModuleType, run: Callable):
     settings = {"lora_rank": 4, "lr": 1e-2, "steps": 4, "save_every": 2, "lora_dropout": 0.1}
     whole = run(script, **settings)
