@@ -1,4 +1,4 @@
-"""HölderPO, ARCA, REFT and VinePPO as runs: what they share with GRPO's update, and what they add."""
+"""HölderPO, ARCA and REFT as runs: what they share with GRPO's update, and what they add."""
 
 import copy
 import dataclasses
