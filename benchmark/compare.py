@@ -10,6 +10,7 @@ measured on the test problems. It can be stopped and started again at any time. 
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -342,8 +343,10 @@ def caption(results: dict) -> str:
     """What a reader needs to know beside the table."""
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
     budget = results["steps"] * PROMPTS * GROUP
+    runs = collections.Counter(row["method"] for row in rows)
+    fewer = "".join(f", {m}'s over {n}" for m, n in runs.items() if n < max(runs.values()))
     said = (
-        f"Means over {len({row['seed'] for row in rows})} seeds; in brackets the 95% interval of "
+        f"Means over {max(runs.values())} seeds{fewer}; in brackets the 95% interval of "
         "the mean paired difference (Student's t over seeds). † The learning rate lies at an end "
         f"of the grid {rates}: a better one may lie beyond. Each run drew {budget} rollouts in "
         f"{results['steps']} steps"
