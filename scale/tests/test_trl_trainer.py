@@ -14,7 +14,7 @@ if importlib.util.find_spec("trl") is None:
     pytest.skip("TRL is not installed: make scale-test", allow_module_level=True)
 
 HERE = Path(__file__).parent
-METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "reft"]
+METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "reft", "vineppo"]
 EXACT = 1e-5
 
 

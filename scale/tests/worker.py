@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trl_trainer  # puts the repository on the path
-from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo
+from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
 
 from engine import load_tokenizer, load_weights
 from run import learning_rate, parse_args
@@ -43,6 +43,7 @@ OWN = {
     "holderpo": "--updates-per-rollout 1",
     "arca": "--lora-rank 4",
     "reft": "--candidates 6 --openers 2 --mask-opener",
+    "vineppo": "--continuations 3 --kl 0.04 --overlong-buffer 8",
 }
 
 
@@ -111,11 +112,17 @@ def compare(folder: Path, method: str) -> dict[str, float]:
             gaps["loss"] = holder_gap(trainer, batch)
         return batch
 
+    def measure(*measured: Any) -> None:
+        """With the seed of the script's step."""
+        assert measured[-1] == (args.seed, 1, 0)
+        of_script(*measured[:-1], (args.seed, 2, 0))
+
+    of_script, vineppo.estimate_values = vineppo.estimate_values, measure
     of_class, credits, weigh = trainer._generate_and_score_completions, [], arca.credit_weights
     trainer._generate_and_score_completions = shape
     arca.credit_weights = lambda *a, **k: credits.append(weigh(*a, **k)) or credits[-1]
     trainer.train()
-    arca.credit_weights = weigh
+    arca.credit_weights, vineppo.estimate_values = weigh, of_script
     log = next(row for row in trainer.state.log_history if "grad_norm" in row)
     gaps["mean_loss"] = abs(log["loss"] - metrics["loss"])
     gaps["grad_norm"] = abs(log["grad_norm"] / metrics["grad_norm"] - 1)
