@@ -140,7 +140,7 @@ def method_loss(args: Any, step: SimpleNamespace, logp: Tensor, index: common.In
     return loss
 
 
-def run_inside(model: nn.Module) -> None:
+def run_inside(model: nn.Module, sharded: bool) -> None:
     """Let `model(run=(f, x))` give `f(model, x)`, computed in the model's forward pass: there FSDP
     and DeepSpeed have gathered its weights, and DDP sees them used."""
     plain = model.forward
@@ -150,6 +150,7 @@ def run_inside(model: nn.Module) -> None:
 
     forward.__wrapped__ = plain  # generate() reads its signature
     model.forward = forward
+    model._is_fsdp_managed_module = sharded  # then generate() ends together on all processes
 
 
 class SharedOut(Transformers):
@@ -206,7 +207,7 @@ class MethodTrainer(GRPOTrainer):
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
         for scored in filter(None, (self.model, self.ref_model)):
-            run_inside(base_model(self.accelerator.unwrap_model(scored)))
+            run_inside(base_model(self.accelerator.unwrap_model(scored)), self.is_fsdp_enabled)
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
         """The scripts' learning rate, by the number of updates done."""
