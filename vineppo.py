@@ -184,6 +184,14 @@ def estimate_values(
         groups[p].notes.append((steps, before, sum(spent.pop(start, 0) for start in starts)))
 
 
+def stack_values(groups: list[common.Group], where: torch.device) -> tuple[Tensor, Tensor]:
+    """What `estimate_values` noted: the step that each token is in, [P, G, T], and the value of the
+    prefix before each step, [P, G, S]."""
+    steps, values, _ = zip(*(note for group in groups for note in group.notes), strict=True)
+    rows = [pad_sequence([*map(torch.tensor, x)], batch_first=True) for x in (steps, values)]
+    return tuple(x.view(len(groups), -1, x.shape[-1]).to(where) for x in rows)
+
+
 # </method>
 def clipped_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
@@ -295,13 +303,7 @@ def main(args: Args) -> None:
         gap = common.check_engine(rollouts, old_logp, args)
 
         # <method>
-        steps, values, spent = zip(*(note for g in groups for note in g.notes), strict=True)
-        steps, values = (
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            .view(*rewards.shape, -1)
-            .to(mask.device)
-            for rows in (steps, values)
-        )  # [P, G, T], [P, G, S]
+        steps, values = stack_values(groups, mask.device)  # [P, G, T], [P, G, S]
         advantages = vineppo_advantages(values, steps, rewards, mask, whiten=args.whiten)
         # </method>
 
@@ -353,7 +355,7 @@ def main(args: Args) -> None:
         metrics |= {
             "value/prompt": values[..., 0].mean(),
             "value/steps": (steps.amax(-1) + 1.0).mean(),
-            "value/tokens": float(sum(spent)),
+            "value/tokens": float(sum(spent for group in groups for *_, spent in group.notes)),
         }
         if args.kl:
             metrics["kl_to_reference"] = kl_to_reference(old_logp, ref_logp)[mask].mean()

@@ -34,7 +34,8 @@ import erpo
 import grpo
 import gtpo
 import holderpo
-from common import Problem, Rollouts
+import vineppo
+from common import Rollouts
 from docs.figures import BLUE, GREY, ORANGE, Drawing
 from engine import Reference, device, load_policy, load_tokenizer, load_weights, make_engine
 from tiny.steps import check_steps
@@ -70,11 +71,17 @@ class Args:
 
 
 def method_credits(
-    policy: nn.Module, rollouts: Rollouts, correct: Tensor, args: grpo.Args
+    policy: nn.Module,
+    rollouts: Rollouts,
+    correct: Tensor,
+    steps: Tensor,
+    values: Tensor,
+    args: vineppo.Args,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Each method's advantage of every token, and the signals that methods share it out by.
 
-    correct: [P, G]. Returns two dictionaries of [P, G, T], 0 outside the mask.
+    correct: [P, G]; steps [P, G, T] and values [P, G, S] are VinePPO's. Returns two dictionaries of
+    [P, G, T], 0 outside the mask.
     """
     mask, reference = rollouts.mask, Reference(policy, args)
     logp, entropy = common.score(policy, rollouts, args)
@@ -106,6 +113,7 @@ def method_credits(
             label = "ARCA" if name == "residual" else f"ARCA's {name}"
             # Rounded, because equal credit must tie, and a weight of 1 / T times T may miss 1.
             credits[label] = outcome[..., None] * weights.round(decimals=6)
+    credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     credits["log π − log π_ref"] = logp - ref_logp  # what EP-GRPO and ERPO sign by the verdict
     return credits, signals
 
@@ -201,15 +209,16 @@ def example(rows: list[Row], truths: list[Truth], credits: Methods) -> dict[str,
 
 
 def summarise(
-    rows: list[Row], problems: list[Problem], policy: nn.Module, args: grpo.Args, count: int
+    rows: list[Row],
+    groups: list[common.Group],
+    policy: nn.Module,
+    args: vineppo.Args,
+    count: int,
 ) -> dict[str, Any]:
     """All that is said about one policy, from what was measured and from the methods."""
-    groups = [
-        common.Group(problem, row["tokens"], engine_logp=row["others"], texts=[])  # logp: unused
-        for problem, row in zip(problems, rows, strict=True)
-    ]
     rollouts = common.stack(groups, [], device(args))
     correct = torch.tensor([row["correct"] for row in rows], device=rollouts.mask.device)
+    steps_and_values = vineppo.stack_values(groups, rollouts.mask.device)
     credits, signals = (
         {
             name: [
@@ -218,7 +227,7 @@ def summarise(
             ]
             for name, values in tensors.items()
         }
-        for tensors in method_credits(policy, rollouts, correct, args)
+        for tensors in method_credits(policy, rollouts, correct, *steps_and_values, args)
     )
     truths, first, second = (
         [read_truth(row, estimates, count)[0] for row in rows] for estimates in ([0, 1], [0], [1])
@@ -343,7 +352,7 @@ def train(args: Args) -> Path:
 
 def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
     """The summary of each policy; what was measured before is not measured again."""
-    settings = grpo.Args(
+    settings = vineppo.Args(
         model=str(ROOT / "tiny"),
         eval_dataset=str(ROOT / "tiny" / "test.jsonl"),
         lora_rank=LORA_RANK,
@@ -377,7 +386,12 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
                     write_json(path, row)
                     print(f"{name}: {i + 1} of {len(problems)}", flush=True)
                 rows.append(read_json(path))
-            summaries[name] = summarise(rows, problems, policy, settings, args.continuations)
+            groups = [
+                common.Group(problem, row["tokens"], row["others"], texts=[])  # no log-probability
+                for problem, row in zip(problems, rows, strict=True)
+            ]
+            vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
+            summaries[name] = summarise(rows, groups, policy, settings, args.continuations)
     return summaries
 
 

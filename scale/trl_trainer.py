@@ -38,12 +38,13 @@ import grpo
 import gtpo
 import holderpo
 import reft
+import vineppo
 from engine import Transformers, base_model, device, load_tokenizer, precision, refuse, seed_for
 from run import check, learning_rate
 from verifier import Grader
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
-SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
+SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft, "vineppo": vineppo}
 NOT_HERE = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
 NOT_HERE += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
 
@@ -86,7 +87,7 @@ def check_layout(args: Any, processes: int) -> None:
 
 def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
     """The advantage of each token of whole groups, [P, G, T], as the method's script computes it;
-    step: correct, rewards [P, G]; mask, logp, entropy, ref_logp, residual [P, G, T]."""
+    step: correct, rewards [P, G]; mask, logp, entropy, ref_logp, residual [P, G, T]; groups."""
     mask, lengths = step.mask, step.mask.sum(-1)
     signals = step.rewards, step.entropy, step.logp, step.ref_logp, mask
     match args.method:
@@ -106,6 +107,11 @@ def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
                 return shaped[..., None] * mask
             shaping = {"alpha1": alpha1, "alpha2": args.alpha2, "normalize": args.normalize}
             return gtpo.gtpo_advantages(*rollouts, **shaping)
+        case "vineppo":
+            steps, values = vineppo.stack_values(step.groups, mask.device)
+            values = broadcast(values)  # a verdict may have come too late on one process alone
+            measured = values, steps, step.rewards, mask
+            return vineppo.vineppo_advantages(*measured, whiten=args.whiten)
     scale = getattr(args, "scale_rewards", True)
     advantages = grpo.grpo_advantages(step.rewards, scale=scale)[..., None] * mask
     if args.method != "arca":
@@ -134,7 +140,7 @@ def method_loss(args: Any, step: SimpleNamespace, logp: Tensor, index: common.In
     return loss
 
 
-def run_inside(model: nn.Module) -> None:
+def run_inside(model: nn.Module, sharded: bool) -> None:
     """Let `model(run=(f, x))` give `f(model, x)`, computed in the model's forward pass: there FSDP
     and DeepSpeed have gathered its weights, and DDP sees them used."""
     plain = model.forward
@@ -144,6 +150,22 @@ def run_inside(model: nn.Module) -> None:
 
     forward.__wrapped__ = plain  # generate() reads its signature
     model.forward = forward
+    model._is_fsdp_managed_module = sharded  # then generate() ends together on all processes
+
+
+class SharedOut(Transformers):
+    """Each process draws an equal share of the responses, as many at once as it has rollouts."""
+
+    def generate(self, prompts: list, seeds: list, lengths: list, temperature: float) -> list:
+        state, rows, drawn = PartialState(), list(zip(prompts, seeds, lengths, strict=True)), []
+        at_once = self.args.prompts_per_step * self.args.group_size // state.num_processes
+        count = math.ceil(len(rows) / state.num_processes)
+        first = state.process_index * count
+        own = [rows[i % len(rows)] for i in range(first, first + count)]  # at the end, again
+        for start in range(0, count, at_once):
+            part = map(list, zip(*own[start : start + at_once], strict=True))
+            drawn += super().generate(*part, temperature)
+        return gather_object(drawn)[: len(rows)]
 
 
 class MethodTrainer(GRPOTrainer):
@@ -185,7 +207,7 @@ class MethodTrainer(GRPOTrainer):
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
         for scored in filter(None, (self.model, self.ref_model)):
-            run_inside(base_model(self.accelerator.unwrap_model(scored)))
+            run_inside(base_model(self.accelerator.unwrap_model(scored)), self.is_fsdp_enabled)
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
         """The scripts' learning rate, by the number of updates done."""
@@ -265,10 +287,15 @@ class MethodTrainer(GRPOTrainer):
         """A step up to its update: like the scripts, but for whose the rows are."""
         args, where = self.settings, self.accelerator.device
         groups = self.roll_out(rows, args.group_size)
+        number = self.state.global_step // args.updates_per_rollout + 1
+        if args.method == "vineppo":
+            engine = SharedOut(args, self.model, self.processing_class, context=0)
+            measured = engine, self.grader, groups, args, (args.seed, number, 0)
+            self.model(run=(lambda _: vineppo.estimate_values(*measured),))
         self.rollouts = common.stack(groups, self.eos_token_ids, where)
         mask, lengths = self.rollouts.mask, self.rollouts.mask.sum(-1)
         step = self.whole = SimpleNamespace(mask=mask, **self.score(self.rollouts))
-        step.number = self.state.global_step // args.updates_per_rollout + 1
+        step.groups, step.number = groups, number
         step.correct = torch.tensor([group.correct for group in groups], device=where)  # [P, G]
         penalty = grpo.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.rewards = step.correct + penalty

@@ -14,7 +14,7 @@ if importlib.util.find_spec("trl") is None:
     pytest.skip("TRL is not installed: make scale-test", allow_module_level=True)
 
 HERE = Path(__file__).parent
-METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "reft"]
+METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "reft", "vineppo"]
 EXACT = 1e-5
 
 
@@ -33,9 +33,9 @@ def run(script: Path, *words: str, processes: int = 0) -> subprocess.CompletedPr
     )
 
 
-def worker(mode: str, folder: Path, processes: int = 0) -> Any:
+def worker(mode: str, folder: Path, processes: int = 0, methods: list[str] = METHODS) -> Any:
     """{method: [what each process found]}"""
-    ended = run(HERE / "worker.py", mode, str(folder), *METHODS, processes=processes)
+    ended = run(HERE / "worker.py", mode, str(folder), *methods, processes=processes)
     assert ended.returncode == 0, ended.stderr[-4000:]
     results = folder / f"{mode}-{processes}.json"
     return json.loads(results.read_text()) if processes else None
@@ -82,6 +82,16 @@ def test_two_processes_stay_one_policy(
         assert found["rates"] == pytest.approx(found["script_rates"])
         if method == "reft":
             assert set(found["openers"]) == {2}  # --openers 2, in every group
+
+
+def test_continuations_over_sharded_weights(tmp_path: Path) -> None:
+    """Every process makes as many passes, though its continuations end elsewhere: each pass waits
+    for the others' weights."""
+    one, other = worker("sharded", tmp_path, processes=2, methods=["vineppo"])["vineppo"]
+    assert one["whole"]["values"] == other["whole"]["values"]
+    assert one["whole"]["passes"] != other["whole"]["passes"]
+    assert one["sharded"] == other["sharded"]
+    assert one["sharded"]["values"] == one["whole"]["values"]
 
 
 REFUSED = {

@@ -3,6 +3,7 @@
 python scale/tests/worker.py script FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py compare FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py train FOLDER METHOD ...
+accelerate launch --cpu --num_processes 2 scale/tests/worker.py sharded FOLDER vineppo
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trl_trainer  # puts the repository on the path
-from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo
+from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
 
-from engine import load_tokenizer, load_weights
+from engine import Transformers, load_policy, load_tokenizer, load_weights
 from run import learning_rate, parse_args
 from verifier import Grader
 
@@ -43,6 +45,7 @@ OWN = {
     "holderpo": "--updates-per-rollout 1",
     "arca": "--lora-rank 4",
     "reft": "--candidates 6 --openers 2 --mask-opener",
+    "vineppo": "--continuations 3 --kl 0.04 --overlong-buffer 8",
 }
 
 
@@ -111,11 +114,17 @@ def compare(folder: Path, method: str) -> dict[str, float]:
             gaps["loss"] = holder_gap(trainer, batch)
         return batch
 
+    def measure(*measured: Any) -> None:
+        """With the seed of the script's step."""
+        assert measured[-1] == (args.seed, 1, 0)
+        of_script(*measured[:-1], (args.seed, 2, 0))
+
+    of_script, vineppo.estimate_values = vineppo.estimate_values, measure
     of_class, credits, weigh = trainer._generate_and_score_completions, [], arca.credit_weights
     trainer._generate_and_score_completions = shape
     arca.credit_weights = lambda *a, **k: credits.append(weigh(*a, **k)) or credits[-1]
     trainer.train()
-    arca.credit_weights = weigh
+    arca.credit_weights, vineppo.estimate_values = weigh, of_script
     log = next(row for row in trainer.state.log_history if "grad_norm" in row)
     gaps["mean_loss"] = abs(log["loss"] - metrics["loss"])
     gaps["grad_norm"] = abs(log["grad_norm"] / metrics["grad_norm"] - 1)
@@ -176,9 +185,40 @@ def train(folder: Path, method: str) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def sharded(folder: Path, method: str) -> dict[str, Any]:
+    """Values measured over whole weights, and over those that FSDP2 shards; the passes of this
+    process for each."""
+    own_ends = ["--max-new-tokens", "64", "--temperature", "1"]  # not the limit's
+    args = trl_trainer.parse(["--method", method, *flags(method, folder), *own_ends])
+    tokenizer, grader, policy = load_tokenizer(args), Grader(), load_policy(args)
+    problems = common.load_problems(args, "--dataset", tokenizer, grader).take(P, args.seed)
+    engine = Transformers(args, policy, tokenizer, context=0)
+    groups = common.roll_out(engine, problems, args, (args.seed,))
+    engine, found, passes = trl_trainer.SharedOut(args, policy, tokenizer, context=0), {}, []
+    policy.model.register_forward_hook(lambda *_: passes.append(1))
+
+    def measure(weights: str) -> None:
+        passes.clear()
+        vineppo.estimate_values(engine, grader, groups, args, (args.seed,))
+        values = [group.notes.pop(0)[1] for group in groups for _ in group.tokens]
+        found[weights] = {"values": values, "passes": len(passes)}
+
+    measure("whole")
+    trl_trainer.run_inside(policy, sharded=True)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for module in (*policy.model.layers, policy):
+        fully_shard(module, mesh=mesh)
+    policy(run=(lambda _: measure("sharded"),))
+    return found
+
+
 def digest(model: torch.nn.Module) -> str:
     weights = [weight.detach().numpy().tobytes() for weight in model.parameters()]
     return hashlib.sha256(b"".join(weights)).hexdigest()
+
+
+MODES = {"compare": compare, "train": train, "sharded": sharded}
 
 
 def main(mode: str, folder: str, *methods: str) -> None:
@@ -187,7 +227,7 @@ def main(mode: str, folder: str, *methods: str) -> None:
     PartialState(cpu=True)  # as make_trainer does, before a trainer asks for the processes
     results = {}
     for method in methods:
-        found = gather_object([{"compare": compare, "train": train}[mode](Path(folder), method)])
+        found = gather_object([MODES[mode](Path(folder), method)])
         results[method] = found
     processes = len(found)
     if PartialState().is_main_process:
