@@ -146,7 +146,7 @@ def train(args: Args, script: str, model: Path, run: dict[str, Any], until: floa
     timer.cancel()
     if status and time.monotonic() < until:
         sys.exit(f"{script}.py failed; the same command goes on")
-    memory = round(usage.ru_maxrss / 1e6, 2)  # GB; Linux counts in KiB
+    memory = round(1.024e-6 * usage.ru_maxrss, 2)  # GB; Linux counts in KiB
     run["memory_gb"] = max(run.get("memory_gb", 0.0), memory)
     run["lives"] = run.get("lives", 0) + 1
     if (file := args.runs / script / "metrics.jsonl").exists():
