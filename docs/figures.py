@@ -153,5 +153,16 @@ def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:
     draw_panels("metrics.svg", "metrics by step", "the sick run", "the healthy run", panels)
 
 
+def draw_real(runs: dict[str, dict]) -> None:
+    """Each run's held-out accuracy, at its evaluations, and the reward of its steps."""
+    panels = []
+    for method, run in runs.items():
+        steps = np.arange(1, 1 + run["steps"])
+        found = [(row["step"], row["eval/accuracy"]) for row in run["evaluations"]]
+        curves = [np.interp(steps, *zip(*found, strict=True)), np.array(run["curves"]["reward"])]
+        panels.append((method, (1, steps[-1]), (0, 0.5, 1), steps, *(y[None] for y in curves)))
+    draw_panels("real.svg", "by step", "held-out accuracy", "reward", panels)
+
+
 if __name__ == "__main__":
     draw_buckets()
