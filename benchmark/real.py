@@ -148,7 +148,6 @@ def train(args: Args, script: str, model: Path, run: dict[str, Any], until: floa
         sys.exit(f"{script}.py failed; the same command goes on")
     memory = round(1.024e-6 * usage.ru_maxrss, 2)  # GB; Linux counts in KiB
     run["memory_gb"] = max(run.get("memory_gb", 0.0), memory)
-    run["lives"] = run.get("lives", 0) + 1
     if (file := args.runs / script / "metrics.jsonl").exists():
         run |= logged(file)
 
@@ -187,7 +186,7 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
         change = " → ".join(f"{statistics.mean(part):.3f}" for part in (rewards[:5], rewards[-5:]))
         gaps = f"{statistics.mean(gap):.3f}, {run['gap_max']:.2g}"
         ends.append(f"{last['eval/greedy']:.2f}")
-        learned.append([method, run["steps"], *ends, change, gaps, run["lives"]])
+        learned.append([method, run["steps"], *ends, change, gaps])
         seconds = [f"{run['seconds'].get(part, math.nan):.1f}" for part in PARTS]
         spent.append([method, *seconds, f"{run['memory_gb']:.1f}"])
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -196,7 +195,7 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
     head = ["method", "steps", "held out, before", "after", "greedy", "reward, first → last five"]
     return {
         "real-formats": markdown(["format", "accuracy", "greedy", "cut off", "length"], formats),
-        "real": markdown([*head, "gap: mean, most", "lives"], learned) + f"\n\n{said}",
+        "real": markdown([*head, "gap: mean, most"], learned) + f"\n\n{said}",
         "real-seconds": markdown(["method", *PARTS, "memory, GB"], spent),
     }
 
