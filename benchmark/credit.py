@@ -113,8 +113,8 @@ def method_credits(
             label = "ARCA" if name == "residual" else f"ARCA's {name}"
             # Rounded, because equal credit must tie, and a weight of 1 / T times T may miss 1.
             credits[label] = outcome[..., None] * weights.round(decimals=6)
-    credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     credits["log π − log π_ref"] = logp - ref_logp  # what EP-GRPO and ERPO sign by the verdict
+    credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     return credits, signals
 
 
@@ -232,6 +232,10 @@ def summarise(
     truths, first, second = (
         [read_truth(row, estimates, count)[0] for row in rows] for estimates in ([0, 1], [0], [1])
     )
+    credits["VinePPO, true values"] = [
+        [np.bincount(steps, a)[steps] for (steps, *_), a in zip(group.notes, of_group, strict=True)]
+        for group, of_group in zip(groups, (true.advantages for true in truths), strict=True)
+    ]
     again = [true.advantages for true in first]
     judged = {name: (credit, truths) for name, credit in credits.items()}
     judged["truth, measured again"] = again, second

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trl_trainer  # puts the repository on the path
 from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
 
+from data import prompt_tokens
 from engine import Transformers, load_policy, load_tokenizer, load_weights
 from run import learning_rate, parse_args
 from verifier import Grader
@@ -75,9 +76,7 @@ def compare(folder: Path, method: str) -> dict[str, float]:
     )
     tokenizer = load_tokenizer(args)
     problems = [
-        common.Problem(
-            row["problem"], row["answer"], common.prompt_tokens(tokenizer, row["problem"])
-        )
+        common.Problem(row["problem"], row["answer"], prompt_tokens(tokenizer, row["problem"]))
         for row in rows[::G]
     ]
     trainer = MethodTrainer(args, problems, problems[:2], Grader(), tokenizer)
