@@ -151,7 +151,7 @@ def residuals(
     Hidden states exist for one micro-batch at a time."""
     alpha = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
     everything = torch.arange(len(rollouts.problems))
-    for index in common.micro_batches(rollouts, args.token_budget, everything):
+    for index in common.micro_batches(rollouts, 4 * args.token_budget, everything):
         adapted = common.hidden_states(policy, rollouts, index, args)  # [tokens, D]
         with reference() as base:
             norm = residual_norm(adapted, common.hidden_states(base, rollouts, index, args))
