@@ -12,6 +12,7 @@ The runs of the variants can be stopped and started again at any time.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import subprocess
 import sys
@@ -44,18 +45,15 @@ STEPS = (1, 5, 20, 40)
 PROBLEMS, TRUTH = 64, 512  # of the batch measured, and of the larger one
 OF_VARIANTS = "--lr 4e-4 --max-new-tokens 64 --steps 40 --eval-every 0 --eval-problems 256"
 OF_VARIANTS += " --eval-samples 8 --log-rollouts 0 --save-every 0"
-RUNS = {
-    "GRPO": "grpo.py",
-    "gated outcome": "ep_grpo.py --eta 0",
-    "EP-GRPO": "ep_grpo.py",
-    # These take the place of EP-GRPO's progress.
-    "progress in right answers": "ep_grpo.py",
-    "progress in failed answers": "ep_grpo.py",
-    "progress in groups of equal rewards": "ep_grpo.py",
-    "progress not signed by the verdict": "ep_grpo.py",
-    "progress not divided by its deviation": "ep_grpo.py",
-}
-CURVES = ("accuracy", "zero_variance", "entropy", "credit/progress", "credit/log_ratio")
+SCRIPTS = {"GRPO": "grpo.py", "gated outcome": "ep_grpo.py --eta 0", "EP-GRPO": "ep_grpo.py"}
+CHANGED = (  # what takes the place of EP-GRPO's progress
+    "progress in right answers",
+    "progress in failed answers",
+    "progress in groups of equal rewards",
+    "progress not signed by the verdict",
+    "progress not divided by its deviation",
+)
+CURVES = "accuracy", "truncated", "zero_variance", "credit/progress", "credit/log_ratio"
 
 
 @dataclass
@@ -131,8 +129,7 @@ def terms(*inputs: Tensor) -> dict[str, Tensor]:
 
 def pull(*inputs: Tensor) -> float:
     """What log π - log π_ref is multiplied by in the progress of a failed answer's token, but for
-    its sign: η over the deviation in the token's bucket. Median over those tokens of groups whose
-    rewards vary."""
+    its sign: η over the deviation in its bucket. Median over those tokens where rewards vary."""
     std = deviation(*inputs)
     return float((0.2 / std[(std > 0) & (grpo_advantages(inputs[0]) < 0)[..., None]]).median())
 
@@ -144,23 +141,21 @@ def train(name: str, seed: int, folder: Path) -> dict[str, Any]:
         gated = ep_grpo_advantages(*inputs, **settings | {"eta": 0.0})
         return gated + variants(*inputs, **settings)[name]
 
-    script, *own = RUNS[name].split()
-    module = grpo if name == "GRPO" else ep_grpo
-    if name.startswith("progress"):
+    if name in CHANGED:
         ep_grpo.ep_grpo_advantages = changed
+    module = grpo if name == "GRPO" else ep_grpo
+    script, *own = SCRIPTS.get(name, "ep_grpo.py").split()
     flags = [*own, *OF_VARIANTS.split(), "--seed", str(seed)]
     sys.argv = shared.run_command(script, flags, folder)
     if not (folder / "model").exists():
         launch(module.main, module.Args)
     first, *steps = read_lines(folder / "metrics.jsonl")
     tens = [steps[k : k + 10] for k in range(0, len(steps), 10)]
-    row = {"variant": name, "seed": seed, "before": round(first["eval/accuracy"], 4)}
-    row["after"] = round(steps[-1]["eval/accuracy"], 4)
-    return row | {
-        key: [round(mean(step[key] for step in ten), 5) for ten in tens]
-        for key in CURVES
-        if key in steps[0]
-    }
+    before, after = (round(at["eval/accuracy"], 4) for at in (first, steps[-1]))
+    row = {"variant": name, "seed": seed, "before": before, "after": after}
+    for key in [key for key in CURVES if key in steps[0]]:
+        row[key] = [round(mean(step[key] for step in ten), 5) for ten in tens]
+    return row
 
 
 def train_variants(args: Args) -> None:
@@ -169,19 +164,18 @@ def train_variants(args: Args) -> None:
     of = results.setdefault("variants", {"command": "python benchmark/progress.py --variants"})
     of |= {"settings": OF_VARIANTS, **shared.surroundings("torch", "vllm", "transformers")}
     rows = of.setdefault("rows", [])
-    for seed in range(1, 1 + args.seeds):
-        for name in RUNS:
-            if (name, seed) not in [(row["variant"], row["seed"]) for row in rows]:
-                context = multiprocessing.get_context("spawn")
-                folder = args.run.with_name(f"{name.replace(' ', '-')}-{seed}")
-                with ProcessPoolExecutor(1, context) as pool:
-                    rows.append(pool.submit(train, name, seed, folder).result())
-                shared.write_json(RESULTS, results)
+    there = {(row["variant"], row["seed"]) for row in rows}
+    for seed, name in itertools.product(range(1, 1 + args.seeds), [*SCRIPTS, *CHANGED]):
+        if (name, seed) not in there:
+            folder = args.run.with_name(f"{args.run.name} {name} {seed}".replace(" ", "-"))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                rows.append(pool.submit(train, name, seed, folder).result())
+            shared.write_json(RESULTS, results)
 
 
 def main(args: Args) -> None:
     if args.write:
-        return write_page(read_json(RESULTS))
+        return shared.write_page(PAGE, blocks(read_json(RESULTS)))
     if args.variants:
         return train_variants(args)
     command = [sys.executable, "grpo.py", *TRAINING.split(), "--steps", str(max(STEPS))]
@@ -216,25 +210,21 @@ def main(args: Args) -> None:
                 rollouts, rewards = batch(PROBLEMS, seed)
                 logp, entropy = common.score(policy, rollouts, settings)
                 ref_logp, _ = common.score(start, rollouts, settings)
-                of_grpo = None
                 inputs = rewards, entropy, logp, ref_logp, rollouts.mask
-                for name, credit in terms(*inputs).items():
-                    found = gradient(policy, rollouts, credit, settings)
-                    of_grpo = found if of_grpo is None else of_grpo
-                    like = torch.cosine_similarity
-                    row = {"step": step, "seed": seed, "term": name}
-                    row |= {"norm": float(found.norm() / of_grpo.norm())}
-                    row |= {
-                        "truth": float(like(found, truth, 0)),
-                        "grpo": float(like(found, of_grpo, 0)),
-                    }
-                    rows.append(
-                        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-                    )
-                ratio = (logp - ref_logp)[rollouts.mask]
-                found = {"pull": pull(*inputs), "deviation": float(ratio.std())}
-                for name, norm in found.items():
-                    rows.append({"step": step, "seed": seed, "term": name, "norm": round(norm, 4)})
+                gradients = {
+                    name: gradient(policy, rollouts, credit, settings)
+                    for name, credit in terms(*inputs).items()
+                }
+                of_grpo, like, found = gradients["GRPO"], torch.cosine_similarity, {}
+                for name, of_term in gradients.items():
+                    found[name] = {"norm": of_term.norm() / of_grpo.norm()}
+                    found[name]["truth"] = like(of_term, truth, 0)
+                    found[name]["grpo"] = like(of_term, of_grpo, 0)
+                found["pull"] = {"norm": pull(*inputs)}
+                found["deviation"] = {"norm": (logp - ref_logp)[rollouts.mask].std()}
+                for name, values in found.items():
+                    values = {key: round(float(value), 4) for key, value in values.items()}
+                    rows.append({"step": step, "seed": seed, "term": name, **values})
             print(f"step {step} measured", flush=True)
     results = {"command": "python benchmark/progress.py", "training": f"python grpo.py {TRAINING}"}
     results["machine"] = shared.surroundings()["machine"]
@@ -260,7 +250,24 @@ def table(rows: list[dict]) -> str:
     return shared.markdown(["term", *(f"step {step}" for step in STEPS)], lines)
 
 
-def write_page(results: dict) -> None:
+def table_of_variants(rows: list[dict]) -> str:
+    """A line a variant: means over seeds, and those of ten steps each where there are four."""
+
+    def line(name: str) -> list[str]:
+        mine = [row for row in rows if row["variant"] == name]
+        after = [row["after"] for row in mine]
+        cells = [name, f"{mean(after):.3f}", ", ".join(f"{x:.2f}" for x in after)]
+        for key in ("accuracy", "truncated", "credit/progress"):
+            tens = zip(*(row.get(key, ()) for row in mine), strict=True)
+            cells.append(", ".join(f"{mean(ten):.2f}" for ten in tens))
+        return cells
+
+    head = ["trained with", "accuracy", "by seed", "of rollouts", "cut off", "size of progress"]
+    return shared.markdown(head, map(line, dict.fromkeys(row["variant"] for row in rows)))
+
+
+def blocks(results: dict) -> dict[str, str]:
+    """The tables, by their marks on the page."""
     seeds = len({row["seed"] for row in results["rows"]})
     said = (
         f"Norm of the gradient against GRPO's, and its cosine with the true one; means over "
@@ -268,7 +275,16 @@ def write_page(results: dict) -> None:
         f"true gradient is from {TRUTH} problems with 8 other rollouts each. "
         f"`{results['command']}`, {results['machine']}."
     )
-    shared.write_page(PAGE, {"progress": f"{table(results['rows'])}\n\n{said}"})
+    of = results["variants"]
+    of_variants = (
+        f"`{of['settings']}`, seeds 1 to {max(row['seed'] for row in of['rows'])}; "
+        f"{of['rows'][0]['before']:.3f} before training. `{of['command']}`, {of['machine']}, "
+        f"vLLM {of['versions']['vllm']}."
+    )
+    return {
+        "progress": f"{table(results['rows'])}\n\n{said}",
+        "variants": f"{table_of_variants(of['rows'])}\n\n{of_variants}",
+    }
 
 
 if __name__ == "__main__":
