@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 SHAPES = {  # by model: "tiny" or a key of QWEN
     "tiny": Shape("cpu", 16, 8, 27, steps=20),
-    "GSM8K": Shape("cpu", 2, 8, 224, steps=2, joined=7),
+    "GSM8K": Shape("cpu", 2, 8, 224, steps=1, joined=7),
     "0.5B": Shape("cpu", 2, 4, 24, steps=2),
     "1.5B": Shape("cuda", 16, 8, 1024, steps=5),
 }
