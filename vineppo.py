@@ -2,8 +2,8 @@
 
 grpo.py, but the advantage of a step is what it changed: the chance of a right answer after it less
 the chance before it. A chance is measured. From the start of each step of each rollout the policy
-writes K fresh continuations to their ends, and the share that is right is the value. It costs
-tokens, and shows what credit is worth where it is true. Equations and marks: docs/vineppo.md.
+writes K fresh continuations to their ends, and their mean reward is the value. Nothing is learned
+to estimate it; the price is tokens. Equations and marks: docs/vineppo.md.
 
     python vineppo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
@@ -107,7 +107,7 @@ def step_ends(pieces: list[str], step_end: str) -> list[int]:
     pieces: the text of each token. A step ends with the token that a match of `step_end` ends in;
     what follows the last match, if it has any text, is the last step.
     """
-    reached = list(itertools.accumulate(map(len, pieces)))  # characters up to and with each token
+    reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to and with a token
     matches = (match.end() for match in re.finditer(step_end, "".join(pieces)))
     ends = {bisect.bisect_left(reached, end) + 1 for end in matches if 0 < end < reached[-1]}
     return [*sorted(ends - {len(pieces)}), len(pieces)]
@@ -122,7 +122,7 @@ def vineppo_advantages(
     from 0; rewards: [P, G], the value after the last step. whiten: z-scores over all live tokens.
     """
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
-    after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])
+    after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
     advantages = (after - values).gather(-1, steps) * mask  # Eq. advantage [code]
     if not whiten:
         return advantages

@@ -324,6 +324,16 @@ def test_weights_that_did_not_arrive_are_called_stale(
     vllm.sync(policy)
 
 
+@pytest.mark.parametrize("name", ["tied"])
+@both_engines
+def test_each_response_keeps_to_its_own_length(setup: Setup, kind: str):
+    """And is the beginning of what it would be with more room."""
+    engine, lengths = setup.engine(kind), [1, 20, 7, 3]
+    short, long = (engine.generate(PROMPTS, [5, 6, 7, 8], n, 1.0) for n in (lengths, [20] * 4))
+    for (tokens, logp), (whole, _), length in zip(short, long, lengths, strict=True):
+        assert tokens == whole[:length] and len(logp) == len(tokens)
+
+
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied"])
 def test_adapters_are_merged_once_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
