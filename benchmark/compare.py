@@ -1,11 +1,17 @@
 """Which method learns most on the tiny task, on equal terms? A learning rate for each, seeds.
 
     python benchmark/compare.py               # trains what benchmark/results/compare.json lacks
-    python benchmark/compare.py --write       # puts its numbers into README.md and docs/compare.md
+    python benchmark/compare.py --only GRPO --steps 360 --rates 4e-4 --seeds 3 \\
+        --results benchmark/results/compare-tokens.json --runs runs/compare-tokens
+    python benchmark/compare.py --only GRPO,VinePPO --prompts 2 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
+        --results benchmark/results/compare-few.json --runs runs/compare-few
+    python benchmark/compare.py --write       # puts the numbers into README.md and docs/compare.md
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
-measured on the test problems. It can be stopped and started again at any time. See docs/compare.md.
+measured on the test problems. It can be stopped and started again at any time. The second command
+trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
+step. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -63,7 +69,8 @@ ALSO = {"EP-GRPO": "4e-4"}
 SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
-PROMPTS, GROUP = 16, 8  # what the scripts take by default
+GROUP = 8  # what the scripts take by default
+EQUAL_TOKENS, FEW_ROLLOUTS = RESULTS / "compare-tokens.json", RESULTS / "compare-few.json"
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 TEST = ROOT / "tiny" / "test.jsonl"
 VALIDATION = 256  # the last rows of tiny/train.jsonl, which no run trains on
@@ -81,7 +88,9 @@ class Args:
     rates: tuple[str, ...] = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
     """learning rates to choose from; with one, nothing is chosen; later more can be added"""
     steps: int = 40
-    """training steps of 16 problems with 8 rollouts each; DAPO takes fewer: see docs/compare.md"""
+    """training steps; DAPO takes fewer: see docs/compare.md"""
+    prompts: int = 16
+    """problems of a training step, with 8 rollouts each"""
     samples: int = 8
     """sampled answers to each of the 256 problems of an evaluation"""
     only: str = ""
@@ -116,7 +125,7 @@ def training_command(job: Job, args: Args) -> list[str]:
     data = ["--dataset", str(args.runs / "train.jsonl")]
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     settings = f"{SETTINGS} {NO_CURVE if job.seed > SELECTION else CURVE}"
-    run = ["--steps", str(args.steps), "--lr", job.lr, "--seed", str(job.seed)]
+    run = ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts), "--lr", job.lr, "--seed", str(job.seed)]
     flags = [*own, *settings.split(), *saves, *data, *run]
     return shared.run_command(script, flags, args.runs / job.folder)
 
@@ -181,7 +190,7 @@ def cut(folder: Path, args: Args) -> dict[str, Any]:
             step: torch.load(saved / "trainer.pt", weights_only=True)["position"] * GROUP
             for step, saved in checkpoints.items()
         }
-        step = within_budget(drawn, args.steps * PROMPTS * GROUP)
+        step = within_budget(drawn, args.steps * args.prompts * GROUP)
         # model/ is the last checkpoint, with LoRA added in.
         weights = folder / "model" if step == args.steps else checkpoints[step]
         drawn = dict(sorted(drawn.items()))
@@ -213,7 +222,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
 
 def row_of(job: Job, evaluated: dict[str, dict[str, float]], args: Args) -> dict[str, Any]:
     """What the results say of a run."""
-    folder, per_step = args.runs / job.folder, PROMPTS * GROUP
+    folder, per_step = args.runs / job.folder, args.prompts * GROUP
     at = cut(folder, args)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines][: at["step"] + 1]
@@ -339,10 +348,25 @@ def others_table(results: dict) -> str:
     return markdown(["method", "learning rate", "accuracy", "accuracy less GRPO's"], lines)
 
 
+def tokens_table(results: dict, longer: dict) -> str:
+    """VinePPO beside GRPO at its rollouts and at its tokens, on the seeds that the latter has."""
+    seeds, lines = {row["seed"] for row in longer["rows"]}, []
+    same = [row for row in split_rows(results)[0] if row["seed"] in seeds]
+    for method, rows in (("GRPO", same), ("VinePPO", same), ("GRPO", longer["rows"])):
+        mine = [row for row in rows if row["method"] == method]
+        mean = {k: statistics.mean(row[k] for row in mine) for k in ("accuracy", "pass@8")}
+        tokens = statistics.mean(row["tokens"] for row in mine) / 1e6
+        shown = [f"{value:.3f}" for value in mean.values()]
+        lines.append([method, mine[0]["step"], mine[0]["rollouts"], f"{tokens:.2f}", *shown])
+    head = ["method", "steps", "rollouts", "tokens, M", "accuracy", "pass@8"]
+    said = f"Means over {len(seeds)} seeds. `{longer['command']}`, {longer['machine']}."
+    return f"{markdown(head, lines)}\n\n{said}"
+
+
 def caption(results: dict) -> str:
     """What a reader needs to know beside the table."""
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
-    budget = results["steps"] * PROMPTS * GROUP
+    budget = results["steps"] * results["prompts"] * GROUP
     runs = collections.Counter(row["method"] for row in rows)
     fewer = "".join(f", {m}'s over {n}" for m, n in runs.items() if n < max(runs.values()))
     said = (
@@ -360,11 +384,14 @@ def caption(results: dict) -> str:
 
 def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
+    few = read_json(FEW_ROLLOUTS)
     return {
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
         "compare-credit": credit_table(results),
         "compare-others": others_table(results),
+        "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
+        "compare-few": f"{table(few)}\n\n{caption(few)}",
     }
 
 
@@ -401,7 +428,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
 def read_results(args: Args) -> dict:
     """The results so far; refuses to add runs made in another way."""
-    fixed = {name: getattr(args, name) for name in ("steps", "samples", "selection_seeds")}
+    fixed = {name: getattr(args, name) for name in ("steps", "prompts", "samples", "selection_seeds")}
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{SETTINGS} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
@@ -417,7 +444,7 @@ def read_results(args: Args) -> dict:
 
 def check(args: Args) -> list[str]:
     """The methods asked for; refuses what cannot work."""
-    shared.at_least(args, seeds=1, selection_seeds=1, steps=1, samples=8, jobs=1)
+    shared.at_least(args, seeds=1, selection_seeds=1, steps=1, prompts=1, samples=8, jobs=1)
     if args.seeds > len(T_QUANTILE) + 1:
         refuse("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
     for rate in args.rates:
@@ -434,8 +461,11 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     validation = args.runs / "validation.jsonl"
     write_whole(validation, "".join(lines[-VALIDATION:]))
     about = shared.surroundings("torch", "vllm", "transformers")
-    about["machine"] = f"{args.jobs} cores, {about['machine'].split()[-1]}, one run on each"
-    results |= {"command": "python benchmark/compare.py"} | about
+    cores = "1 core" if args.jobs == 1 else f"{args.jobs} cores"
+    about["machine"] = f"{cores}, {about['machine'].split()[-1]}, one run on each"
+    # The default file is filled by many commands, each for a part of its methods.
+    flags = sys.argv[1:] if args.results != Args.results else []
+    results |= {"command": shlex.join(["python", "benchmark/compare.py", *flags])} | about
     if len(args.rates) > 1:
         seeds = range(SELECTION + 1, SELECTION + 1 + args.selection_seeds)
         whole = dict.fromkeys(RATE_OF.get(method, method) for method in methods)

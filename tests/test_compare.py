@@ -212,7 +212,7 @@ def test_the_pages_show_the_results():
 def test_the_page_says_what_is_run():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
-    rollouts = Args.steps * compare.PROMPTS * compare.GROUP
+    rollouts = Args.steps * Args.prompts * compare.GROUP
     curve = compare.CURVE.split()[3]
     numbers = (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts")
     for said in (*numbers, f"{Args.samples} answers", f"on {curve} of the validation problems"):
