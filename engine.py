@@ -401,16 +401,28 @@ class Transformers(Engine):
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
         super().__init__(policy, tokenizer)
         self.args, self.policy = args, policy
+        self.at_once = args.prompts_per_step * args.group_size
 
     def sync(self, policy: nn.Module) -> None:
         self.policy = policy
 
-    @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
-        """As VLLM.generate. Each response draws from its own random numbers, one a token: it is
-        the first token whose cumulative probability exceeds that number."""
+        """As VLLM.generate, as many at once as a step has rollouts."""
+        rows = list(zip(prompts, seeds, lengths, strict=True))
+        drawn = []
+        for k in range(0, len(rows), self.at_once):
+            part = zip(*rows[k : k + self.at_once], strict=True)
+            drawn += self.generate_batch(*part, temperature)
+        return drawn
+
+    @torch.no_grad()
+    def generate_batch(
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+    ) -> list[Response]:
+        """Each response draws from its own random numbers, one a token: it is the first token
+        whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
         model = base_model(self.policy.eval())

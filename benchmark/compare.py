@@ -125,7 +125,8 @@ def training_command(job: Job, args: Args) -> list[str]:
     data = ["--dataset", str(args.runs / "train.jsonl")]
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     settings = f"{SETTINGS} {NO_CURVE if job.seed > SELECTION else CURVE}"
-    run = ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts), "--lr", job.lr, "--seed", str(job.seed)]
+    run = ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts)]
+    run += ["--lr", job.lr, "--seed", str(job.seed)]
     flags = [*own, *settings.split(), *saves, *data, *run]
     return shared.run_command(script, flags, args.runs / job.folder)
 
@@ -428,7 +429,8 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
 def read_results(args: Args) -> dict:
     """The results so far; refuses to add runs made in another way."""
-    fixed = {name: getattr(args, name) for name in ("steps", "prompts", "samples", "selection_seeds")}
+    names = ("steps", "prompts", "samples", "selection_seeds")
+    fixed = {name: getattr(args, name) for name in names}
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{SETTINGS} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}

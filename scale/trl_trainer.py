@@ -157,15 +157,12 @@ class SharedOut(Transformers):
     """Each process draws an equal share of the responses, as many at once as it has rollouts."""
 
     def generate(self, prompts: list, seeds: list, lengths: list, temperature: float) -> list:
-        state, rows, drawn = PartialState(), list(zip(prompts, seeds, lengths, strict=True)), []
-        at_once = self.args.prompts_per_step * self.args.group_size // state.num_processes
+        state, rows = PartialState(), list(zip(prompts, seeds, lengths, strict=True))
+        self.at_once = self.args.prompts_per_step * self.args.group_size // state.num_processes
         count = math.ceil(len(rows) / state.num_processes)
         first = state.process_index * count
         own = [rows[i % len(rows)] for i in range(first, first + count)]  # at the end, again
-        for start in range(0, count, at_once):
-            part = map(list, zip(*own[start : start + at_once], strict=True))
-            drawn += super().generate(*part, temperature)
-        return gather_object(drawn)[: len(rows)]
+        return gather_object(super().generate(*zip(*own, strict=True), temperature))[: len(rows)]
 
 
 class MethodTrainer(GRPOTrainer):

@@ -334,6 +334,24 @@ def test_each_response_keeps_to_its_own_length(setup: Setup, kind: str):
         assert tokens == whole[:length] and len(logp) == len(tokens)
 
 
+@pytest.mark.parametrize("name", ["tied"])
+def test_transformers_draws_as_many_at_once_as_a_step_has_rollouts(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    engine, sizes = setup.engine("Transformers"), []
+    whole, batch = sample(engine)[1], engine.generate_batch
+    assert engine.at_once == setup.args.prompts_per_step * setup.args.group_size
+
+    def counted(prompts: list, *rest: object) -> list:
+        sizes.append(len(prompts))
+        return batch(prompts, *rest)
+
+    monkeypatch.setattr(engine, "generate_batch", counted)
+    monkeypatch.setattr(engine, "at_once", 10)
+    parts = sample(engine)[1]
+    assert sizes == [10, 10, 4] and [t for t, _ in parts] == [t for t, _ in whole]
+
+
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied"])
 def test_adapters_are_merged_once_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
