@@ -463,8 +463,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     validation = args.runs / "validation.jsonl"
     write_whole(validation, "".join(lines[-VALIDATION:]))
     about = shared.surroundings("torch", "vllm", "transformers")
-    cores = "1 core" if args.jobs == 1 else f"{args.jobs} cores"
-    about["machine"] = f"{cores}, {about['machine'].split()[-1]}, one run on each"
+    about["machine"] = f"{shared.cores(args.jobs)}, one run on each"
     # The default file is filled by many commands, each for a part of its methods.
     flags = sys.argv[1:] if args.results != Args.results else []
     results |= {"command": shlex.join(["python", "benchmark/compare.py", *flags])} | about

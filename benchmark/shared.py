@@ -41,12 +41,17 @@ def at_least(args: Any, **least: int) -> None:
             refuse("--" + name.replace("_", "-"), value, f"must be at least {minimum}")
 
 
+def cores(count: int) -> str:
+    """How many cores, and of which kind."""
+    return f"{count} {'core' if count == 1 else 'cores'}, {platform.machine()}"
+
+
 def surroundings(*packages: str) -> dict[str, Any]:
     """What figures were measured on and with; packages by the names they are imported by."""
     distributions = packages_distributions()
     installed = {name: distributions[name][0] for name in packages if name in distributions}
     return {
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "machine": cores(len(os.sched_getaffinity(0))),
         "versions": {"python": platform.python_version()}
         | {name: version(distribution) for name, distribution in installed.items()},
     }

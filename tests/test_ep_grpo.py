@@ -248,6 +248,15 @@ def test_variants_of_progress_in_a_group_of_equal_rewards():
     assert not found["progress in right answers"].any()
 
 
+def test_pull_is_that_of_groups_whose_rewards_vary():
+    """Log-ratios are 0.1 and -0.1 in turn in the group that varies, 1 and -1 in those that are all
+    right or all wrong."""
+    log_ratio = torch.tensor([1.0, 0.1, 1.0]).view(3, 1, 1) * torch.tensor([1.0, -1.0]).repeat(10)
+    ones, rewards = torch.ones(3, 2, 20), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    found = progress.pull(rewards, ones, log_ratio.expand(3, 2, 20), 0 * ones, ones.bool())
+    assert found == pytest.approx(0.2 / 0.1)
+
+
 def test_the_page_shows_what_progress_measured():
     fresh = shared.filled(progress.PAGE, progress.blocks(shared.read_json(progress.RESULTS)))
     stale = "docs/ep_grpo.md is stale: python benchmark/progress.py --write"
