@@ -35,7 +35,7 @@ import erpo
 import grpo
 from ep_grpo import ep_grpo_advantages
 from grpo import grpo_advantages, token_weights
-from run import launch, read_lines
+from run import parse_args, read_lines
 from verifier import Grader
 
 RESULTS = shared.RESULTS / "progress.json"
@@ -146,9 +146,9 @@ def train(name: str, seed: int, folder: Path) -> dict[str, Any]:
     module = grpo if name == "GRPO" else ep_grpo
     script, *own = SCRIPTS.get(name, "ep_grpo.py").split()
     flags = [*own, *OF_VARIANTS.split(), "--seed", str(seed)]
-    sys.argv = shared.run_command(script, flags, folder)
+    _, *command = shared.run_command(script, flags, folder)
     if not (folder / "model").exists():
-        launch(module.main, module.Args)
+        module.main(parse_args(module.Args, command))
     first, *steps = read_lines(folder / "metrics.jsonl")
     tens = [steps[k : k + 10] for k in range(0, len(steps), 10)]
     before, after = (round(at["eval/accuracy"], 4) for at in (first, steps[-1]))
@@ -177,7 +177,10 @@ def main(args: Args) -> None:
     if args.write:
         return shared.write_page(PAGE, blocks(read_json(RESULTS)))
     if args.variants:
-        return train_variants(args)
+        try:
+            return train_variants(args)
+        except KeyboardInterrupt:  # the run that it met has been saved
+            raise SystemExit("interrupted: the same command goes on") from None
     command = [sys.executable, "grpo.py", *TRAINING.split(), "--steps", str(max(STEPS))]
     command += ["--keep-checkpoints", str(max(STEPS)), "--run-dir", str(args.run)]
     if not (args.run / "model").exists():

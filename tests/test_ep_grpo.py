@@ -1,6 +1,7 @@
 """EP-GRPO's advantages: docs/ep_grpo.md, by hand, token by token, and at the edges."""
 
 import math
+from pathlib import Path
 
 import progress
 import pytest
@@ -11,6 +12,7 @@ import worked_example as example
 from torch import Tensor
 from worked_example import pad, pad_mask
 
+import ep_grpo
 from ep_grpo import ep_grpo_advantages, grpo_advantages
 
 
@@ -255,6 +257,26 @@ def test_pull_is_that_of_groups_whose_rewards_vary():
     ones, rewards = torch.ones(3, 2, 20), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     found = progress.pull(rewards, ones, log_ratio.expand(3, 2, 20), 0 * ones, ones.bool())
     assert found == pytest.approx(0.2 / 0.1)
+
+
+def test_an_interrupted_variant_says_to_start_the_benchmark_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """And not the script, which would go on with the method unchanged."""
+
+    def interrupted(args: ep_grpo.Args):
+        (Path(args.run_dir) / "args.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ep_grpo, "main", interrupted)
+
+    def one(args: progress.Args):
+        progress.train("EP-GRPO", 1, tmp_path)
+
+    monkeypatch.setattr(progress, "train_variants", one)
+    with pytest.raises(SystemExit, match="interrupted: the same command goes on"):
+        progress.main(progress.Args(variants=True))
+    assert not capsys.readouterr().err
 
 
 def test_the_page_shows_what_progress_measured():
