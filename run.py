@@ -491,8 +491,7 @@ MEMORY = {  # where memory ran out: what to change
     "Run.restore": LARGE,
     "Reference": "--kl {0.kl} takes a second model; --lora-rank 32, or --kl 0, takes none",
     "VLLM": "--gpu-memory {0.gpu_memory} is vLLM's share; --engine transformers takes none",
-    "evaluate": "lower --eval-problems {0.eval_problems}",
-    "collect": "start anew with fewer --prompts-per-step than {0.prompts_per_step}",
+    "Transformers": "start anew with fewer --prompts-per-step than {0.prompts_per_step}",
     "main": "lower --token-budget {0.token_budget}, or add --gradient-checkpointing",
 }
 

@@ -250,13 +250,24 @@ def test_variants_of_progress_in_a_group_of_equal_rewards():
     assert not found["progress in right answers"].any()
 
 
-def test_pull_is_that_of_groups_whose_rewards_vary():
-    """Log-ratios are 0.1 and -0.1 in turn in the group that varies, 1 and -1 in those that are all
-    right or all wrong."""
-    log_ratio = torch.tensor([1.0, 0.1, 1.0]).view(3, 1, 1) * torch.tensor([1.0, -1.0]).repeat(10)
-    ones, rewards = torch.ones(3, 2, 20), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    found = progress.pull(rewards, ones, log_ratio.expand(3, 2, 20), 0 * ones, ones.bool())
-    assert found == pytest.approx(0.2 / 0.1)
+def test_pull_is_that_of_failed_answers_where_rewards_vary():
+    """In the first group buckets 3, 5 and 9 hold log-ratios, signed by the verdict, of deviations
+    .025, .1 and .05: the term weighs them by 8, 2 and 4. Of failed answers' tokens four are in
+    bucket 5, two in bucket 9, and three alone in theirs, where there is no deviation. All answers
+    of the second group failed, with deviations of .01: it has no outcome to hold the term against.
+    """
+    entropy = [[5, 0.5, 4.5], [1, 1, 2, 1, 0.5, 4.5], [3, 7], [3, 7], *[[5, 5]] * 4]
+    buckets = [[5, 5, 9], [1, 2, 4, 5, 5, 9], [3, 9], [3, 9], *[[5, 9]] * 4]
+    ratio = [[0, -0.2, 0], [-0.3, -0.5, -0.7, 0, -0.2, -0.1], [0, 0], [0.05, 0.1]]
+    ratio += [[0, 0], [0, 0], [0.02, 0.02], [0.02, 0.02]]
+    entropy, buckets, ratio, mask = (
+        table.view(2, 4, -1)
+        for table in (pad(entropy), pad(buckets), pad(ratio), pad_mask(entropy))
+    )
+    rewards = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0, 0]])
+    assert ep_grpo.entropy_buckets(entropy, mask, 10)[mask].equal(buckets[mask].long())
+    inputs = rewards, entropy, ratio, torch.zeros_like(ratio), mask
+    assert progress.pull(*inputs) == pytest.approx(2)
 
 
 def test_an_interrupted_variant_says_to_start_the_benchmark_again(
