@@ -148,7 +148,8 @@ def residuals(
     policy: nn.Module, reference: Reference, rollouts: common.Rollouts, args: Args
 ) -> Tensor:
     """`residual_norm` at the position that predicts each response token, [P, G, T], dropout off.
-    Hidden states exist for one micro-batch at a time."""
+    Hidden states exist for one micro-batch at a time, of four times the tokens that an update's may
+    have: no activations are kept (as in `common.score`)."""
     alpha = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
     everything = torch.arange(len(rollouts.problems))
     for index in common.micro_batches(rollouts, 4 * args.token_budget, everything):

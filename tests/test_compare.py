@@ -105,6 +105,32 @@ def test_only_dynamic_sampling_saves_every_step():
         assert every == ("1" if method == "DAPO" else "0")
 
 
+def test_a_run_has_the_problems_a_step_that_are_asked_for():
+    command = compare.training_command(Job("GRPO", "2e-4", 1), Args(prompts=2))
+    assert command[command.index("--prompts-per-step") + 1] == "2"
+
+
+def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
+    """By hand: seed 3 is in no mean, as the longer runs lack it."""
+    results = {"rates": RATES, "selection": [], "rows": []}
+    for method, gain, tokens in (("GRPO", 0.0, 2e5), ("VinePPO", 0.1, 18e5)):
+        for seed, accuracy in ((1, 0.5), (2, 0.7), (3, 0.1)):
+            row = {"method": method, "lr": RATES[0], "seed": seed, "accuracy": accuracy + gain}
+            results["rows"].append(row | {"pass@8": 0.9, "tokens": tokens, "step": 40})
+            results["rows"][-1]["rollouts"] = 5120
+    longer = {"command": "python it.py", "machine": "1 core", "rows": []}
+    for seed, accuracy in ((1, 0.9), (2, 0.94)):
+        row = {"method": "GRPO", "lr": RATES[0], "seed": seed, "accuracy": accuracy, "pass@8": 0.95}
+        longer["rows"].append(row | {"tokens": 19e5, "step": 360, "rollouts": 46080})
+    assert compare.tokens_table(results, longer).splitlines()[2:] == [
+        "| GRPO | 40 | 5120 | 0.20 | 0.600 | 0.900 |",
+        "| VinePPO | 40 | 5120 | 1.80 | 0.700 | 0.900 |",
+        "| GRPO | 360 | 46080 | 1.90 | 0.920 | 0.950 |",
+        "",
+        "Means over 2 seeds. `python it.py`, 1 core.",
+    ]
+
+
 def test_a_figure_changes_the_table():
     best = selection(**{"1e_4": [0.1], "2e_4": [0.3], "4e_4": [0.2]})
     results = {
@@ -233,6 +259,8 @@ def test_two_methods_from_end_to_end(tmp_path: Path):
     found = json.loads(results.read_text())
     rows = {row["method"]: row for row in found["rows"]}
     assert set(rows) == {"GRPO", "DAPO"}
+    assert found["command"].startswith(f"python benchmark/compare.py {flags} --results ")
+    assert found["machine"].startswith("1 core, ")
     assert rows["GRPO"]["rollouts"] == 256 and rows["GRPO"]["step"] == 2
     assert rows["DAPO"]["rollouts"] <= 256
     assert found["start"] != {k: rows["DAPO"][k] for k in found["start"]}
