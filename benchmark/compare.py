@@ -1,17 +1,19 @@
-"""Which method learns most on the tiny task, on equal terms? A learning rate for each, seeds.
+"""Which method learns most on a tiny task, on equal terms? A learning rate for each, seeds.
 
     python benchmark/compare.py               # trains what benchmark/results/compare.json lacks
     python benchmark/compare.py --only GRPO --steps 360 --rates 4e-4 --seeds 3 \\
         --results benchmark/results/compare-tokens.json --runs runs/compare-tokens
     python benchmark/compare.py --only GRPO,VinePPO --prompts 2 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
         --results benchmark/results/compare-few.json --runs runs/compare-few
+    python benchmark/compare.py --task needle --prompts 4 --rates 1e-4 2e-4 4e-4 8e-4 --seeds 3 \\
+        --results benchmark/results/compare-needle.json --runs runs/compare-needle
     python benchmark/compare.py --write       # puts the numbers into README.md and docs/compare.md
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
 measured on the test problems. It can be stopped and started again at any time. The second command
 trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
-step. See docs/compare.md.
+step; the fourth trains all methods on the second task. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import shared
 import tyro
@@ -66,14 +68,28 @@ METHODS = {
 RATE_OF = {"EP-GRPO gate alone": "EP-GRPO", "EP-GRPO progress alone": "EP-GRPO"}
 # Measured at another rate too: with one selection seed it was 0.003 below the chosen one.
 ALSO = {"EP-GRPO": "4e-4"}
-SETTINGS = "--max-new-tokens 64 --log-rollouts 0"
+
+
+class Task(NamedTuple):
+    """What is trained on, and what the methods need there."""
+
+    model: str
+    """folder of the model, its train.jsonl and its test.jsonl"""
+    max_new_tokens: int
+    flags: dict[str, str]
+    """of methods that take other settings than by default"""
+
+
+TASKS = {
+    "sums": Task("tiny", 64, {}),
+    "needle": Task("tiny/needle", 80, {"VinePPO": "--continuations 3"}),
+}
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 GROUP = 8  # what the scripts take by default
 EQUAL_TOKENS, FEW_ROLLOUTS = RESULTS / "compare-tokens.json", RESULTS / "compare-few.json"
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
-TEST = ROOT / "tiny" / "test.jsonl"
-VALIDATION = 256  # the last rows of tiny/train.jsonl, which no run trains on
+VALIDATION = 256  # the last rows of train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -81,6 +97,8 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass
 class Args:
+    task: Literal["sums", "needle"] = "sums"
+    """the first task, or that of tiny/needle"""
     seeds: int = 5
     """runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)"""
     selection_seeds: int = 1
@@ -104,6 +122,13 @@ class Args:
     write: bool = False
     """only write the tables and the figure from the results"""
 
+    @property
+    def settings(self) -> str:
+        """Flags of every run, whatever its method."""
+        task = TASKS[self.task]
+        model = "" if self.task == "sums" else f"--model {task.model} "
+        return f"{model}--max-new-tokens {task.max_new_tokens} --log-rollouts 0"
+
 
 class Job(NamedTuple):
     """One training run."""
@@ -119,12 +144,13 @@ class Job(NamedTuple):
 
 def training_command(job: Job, args: Args) -> list[str]:
     script, *own = shlex.split(METHODS[job.method])
+    own += shlex.split(TASKS[args.task].flags.get(job.method, ""))
     # Dynamic sampling draws more rollouts a step: a checkpoint a step lets us cut at the budget.
     saves = ["--save-every", "1", "--keep-checkpoints", str(args.steps)]
     saves = saves if "--dynamic-sampling" in own else ["--save-every", "0"]
     data = ["--dataset", str(args.runs / "train.jsonl")]
     data += ["--eval-dataset", str(args.runs / "validation.jsonl")]
-    settings = f"{SETTINGS} {NO_CURVE if job.seed > SELECTION else CURVE}"
+    settings = f"{args.settings} {NO_CURVE if job.seed > SELECTION else CURVE}"
     run = ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts)]
     run += ["--lr", job.lr, "--seed", str(job.seed)]
     flags = [*own, *settings.split(), *saves, *data, *run]
@@ -205,7 +231,8 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
     """Accuracy, pass@8 and length of models by their folders: one engine a core, each with its
     share of them. tools/evaluate.py keeps what it has done."""
     command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(args.samples)]
-    command += ["--k", "8", "--max-new-tokens", "64", "--folder", str(args.runs / "evaluations")]
+    command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
+    command += ["--folder", str(args.runs / "evaluations")]
     shares = [models[k :: args.jobs] for k in range(args.jobs) if models[k :: args.jobs]]
     outputs = [args.runs / f"{problems.stem}-{k}.json" for k in range(len(shares))]
     commands = [
@@ -410,11 +437,12 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
         print(f"{job.folder:30} {done}/{len(jobs)}, {left:.0f} min left  {why}", flush=True)
         stopped |= {job: why} if why else {}
     models = [cut(args.runs / job.folder, args)["weights"] for job in jobs if job not in stopped]
+    start = TASKS[args.task].model
     if name == "rows" and "start" not in results:
-        models.insert(0, "tiny")
+        models.insert(0, start)
     evaluated = evaluate(models, problems, args)
-    if "tiny" in evaluated:
-        results["start"] = evaluated["tiny"]
+    if start in evaluated:
+        results["start"] = evaluated[start]
     for job in jobs:
         if job not in stopped:
             results[name].append(row_of(job, evaluated, args))
@@ -431,7 +459,7 @@ def read_results(args: Args) -> dict:
     """The results so far; refuses to add runs made in another way."""
     names = ("steps", "prompts", "samples", "selection_seeds")
     fixed = {name: getattr(args, name) for name in names}
-    fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{SETTINGS} {CURVE}"}
+    fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
     results = read_json(args.results)
@@ -458,7 +486,8 @@ def check(args: Args) -> list[str]:
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Choose a learning rate for each method, then measure it at that."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
-    lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
+    data = ROOT / TASKS[args.task].model
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
     write_whole(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
     validation = args.runs / "validation.jsonl"
     write_whole(validation, "".join(lines[-VALIDATION:]))
@@ -475,7 +504,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     best = {m: chosen_rate(results["selection"], m, results["rates"])[0] for m in methods}
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
         jobs = [Job(m, lr, seed) for m in methods for lr in (best[m], ALSO.get(m)) if lr]
-        run_phase("rows", jobs, TEST, results, args)
+        run_phase("rows", jobs, data / "test.jsonl", results, args)
 
 
 def main(args: Args) -> None:

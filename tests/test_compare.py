@@ -213,7 +213,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(compare, "row_of", lambda job, evaluated, args: job._asdict())
     results = compare.read_results(args)
     results["rows"] = [jobs[0]._asdict()]
-    compare.run_phase("rows", jobs, compare.TEST, results, args)
+    compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
     assert started == [jobs[2].folder]
     assert [row["seed"] for row in json.loads(args.results.read_text())["rows"]] == [1, 2, 3]
 

@@ -1,32 +1,36 @@
-"""The folder `tiny`: its limits, its problems, its tokenizer, and the judge of its steps."""
+"""The tasks in `tiny`: their limits, problems and tokenizer, and the judges of their steps."""
 
 import json
 import random
 import re
-from pathlib import Path
+from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import make
+from tiny import chain_task, make, sums_task
 from tiny.steps import check_steps
 
-TINY = Path(make.__file__).parent
+
+def read_rows(task: ModuleType, name: str) -> list[dict]:
+    text = (task.FOLDER / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def read_rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (TINY / name).read_text(encoding="utf-8").splitlines()]
+def read_stats(task: ModuleType) -> dict:
+    return json.loads((task.FOLDER / "stats.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", params=make.TASKS)
+def task(request) -> ModuleType:
+    return make.TASKS[request.param]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def stats() -> dict:
-    return json.loads((TINY / "stats.json").read_text(encoding="utf-8"))
+def tokenizer(task: ModuleType):
+    return AutoTokenizer.from_pretrained(task.FOLDER)
 
 
 def judge(problem: str, response: str) -> list[tuple[str, bool]]:
@@ -36,23 +40,23 @@ def judge(problem: str, response: str) -> list[tuple[str, bool]]:
 # Limits
 
 
-def test_model_is_tiny_and_tied(stats: dict) -> None:
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    assert model.num_parameters() == stats["parameters"] <= 1_000_000
+def test_model_is_tiny_and_tied(task: ModuleType) -> None:
+    model = AutoModelForCausalLM.from_pretrained(task.FOLDER)
+    assert model.num_parameters() == read_stats(task)["parameters"] <= 1_000_000
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.dtype == torch.bfloat16
 
 
-def test_folder_is_small() -> None:
-    files = [path for path in TINY.iterdir() if path.is_file()]
+def test_folder_is_small(task: ModuleType) -> None:
+    files = [path for path in task.FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 2_000_000
 
 
 # Problems
 
 
-def test_problems_are_complete_and_disjoint() -> None:
-    train, test = read_rows("train.jsonl"), read_rows("test.jsonl")
+def test_problems_are_complete_and_disjoint(task: ModuleType) -> None:
+    train, test = read_rows(task, "train.jsonl"), read_rows(task, "test.jsonl")
     assert (len(train), len(test)) == (make.TRAIN_PROBLEMS, make.TEST_PROBLEMS)
     for row in train + test:
         assert row.keys() == {"problem", "answer"}
@@ -62,30 +66,68 @@ def test_problems_are_complete_and_disjoint() -> None:
 
 
 def test_every_answer_is_right() -> None:
-    for row in read_rows("train.jsonl") + read_rows("test.jsonl"):
+    for row in read_rows(sums_task, "train.jsonl") + read_rows(sums_task, "test.jsonl"):
         expression = re.fullmatch(r"What is ([\d+*-]+)\?", row["problem"]).group(1)
         assert row["answer"] == str(eval(expression)), row
 
 
-def test_problems_are_those_that_make_draws() -> None:
-    assert make.draw_data() == (read_rows("train.jsonl"), read_rows("test.jsonl"))
+def test_every_answer_of_the_chain_is_right() -> None:
+    for row in read_rows(chain_task, "train.jsonl") + read_rows(chain_task, "test.jsonl"):
+        assert re.fullmatch(r"\d([a-y]\d){15,25}", row["problem"])
+        names = "".join(re.findall("[a-y]", row["problem"]))
+        assert names in "abcdefghijklmnopqrstuvwxy"
+        assert row["answer"] == str(eval(re.sub("[a-y]", "+", row["problem"])) % 10), row
 
 
+def test_problems_are_those_that_make_draws(task: ModuleType) -> None:
+    rows = read_rows(task, "train.jsonl"), read_rows(task, "test.jsonl")
+    assert make.draw_data(task) == rows
+
+
+@pytest.mark.parametrize("task", ["sums"], indirect=True)
 def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
     """A solution is right exactly if all of its steps are, or two slips happen to cancel."""
     rng = random.Random(7)
-    careless, careful = make.OPENERS[0], next(o for o in make.OPENERS if o.slip == 0)
+    careless, careful = sums_task.OPENERS[0], sums_task.OPENERS[3]
     slipped = 0
-    for row in read_rows("test.jsonl"):
+    for row in read_rows(sums_task, "test.jsonl"):
         for opener in (careless, careful):
-            solution = make.draw_solution(row["problem"], opener, rng)
-            assert len(tokenizer(solution).input_ids) < make.MAX_NEW_TOKENS
+            solution = sums_task.draw_solution(row["problem"], opener, rng)
+            assert len(tokenizer(solution).input_ids) < sums_task.MAX_NEW_TOKENS
             wrong = sum(not right for _, _, right in check_steps(row["problem"], solution))
             right = solution.endswith(f"\\boxed{{{row['answer']}}}")
             assert (wrong == 0) <= right and (wrong == 1) <= (not right), solution
             assert opener is careless or wrong == 0
             slipped += wrong > 0
     assert slipped > 100
+
+
+@pytest.mark.parametrize("task", ["chain"], indirect=True)
+def test_one_slip_ruins_a_chain(tokenizer) -> None:
+    """Slips lie where a step carries, at their rates; only another slip undoes one."""
+    rng = random.Random(7)
+    school, habits = chain_task.STAGES[-2:]
+    seen, slips, verdicts = Counter(), Counter(), Counter()
+    for row in read_rows(chain_task, "train.jsonl"):
+        faultless = chain_task.draw_example(row["problem"], school, rng)
+        assert faultless.endswith(f"\\boxed{{{row['answer']}}}")
+        assert all(right for _, _, right in chain_task.check_steps(row["problem"], faultless))
+        solution = chain_task.draw_example(row["problem"], habits, rng)
+        assert len(tokenizer(solution).input_ids) < chain_task.MAX_NEW_TOKENS
+        judged = chain_task.check_steps(row["problem"], solution)
+        digit, terms = chain_task.parse(row["problem"])
+        for (start, end, right), (name, term) in zip(judged, terms, strict=True):
+            assert re.fullmatch(rf"{name}{term}\d;", solution[start:end])
+            seen[digit, term] += 1
+            slips[digit, term] += not right
+            digit = int(solution[end - 2])
+        wrong = sum(not right for _, _, right in judged)
+        verdicts[min(wrong, 2), solution.endswith(f"\\boxed{{{row['answer']}}}")] += 1
+    assert verdicts[0, False] == verdicts[1, True] == 0
+    assert 0 < verdicts[2, True] < 0.2 * verdicts[2, False]
+    for (a, b), count in seen.items():
+        rate = chain_task.SLIPS[a, b][0] if a + b >= 10 else 0
+        assert slips[a, b] / count == pytest.approx(rate, abs=5 * (rate / count) ** 0.5)
 
 
 # Tokenizer
@@ -110,11 +152,12 @@ def test_any_text_comes_back(tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens(tokenizer) -> None:
+def test_special_tokens(task: ModuleType, tokenizer) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     ids = tokenizer("<|im_start|>a<|im_end|><|endoftext|>").input_ids
     assert len(ids) == 4 and ids[2] == tokenizer.eos_token_id != tokenizer.pad_token_id == ids[3]
-    config = json.loads((TINY / "generation_config.json").read_text(encoding="utf-8"))
+    text = (task.FOLDER / "generation_config.json").read_text(encoding="utf-8")
+    config = json.loads(text)
     assert config["eos_token_id"] == tokenizer.eos_token_id
 
 
@@ -157,13 +200,31 @@ def test_check_steps_says_where() -> None:
     assert judge("What is 7+5*3?", response) == [("5*3=20", False), ("7+20=27", True)]
 
 
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("a52;b35;c83;\\boxed{3}", [True, True, True]),
+        ("a54;b37;c85;\\boxed{5}", [False, True, True]),
+        ("a52;c80;b33;", [True, False, False]),  # another turn
+        ("a52;b46;c84;", [True, False, True]),  # another digit
+        ("a52;a52;b35;c83;d03;", [True, False, False, False, False]),
+        ("\\boxed{3}", []),
+    ],
+)
+def test_check_steps_of_the_chain(response: str, expected: list[bool]) -> None:
+    judged = chain_task.check_steps("7a5b3c8", response)
+    assert [right for _, _, right in judged] == expected
+    assert all(re.fullmatch("[a-d][0-9]{2};", response[start:end]) for start, end, _ in judged)
+
+
 # What make.py measured
 
 
-def test_room_and_structure_for_credit(stats: dict) -> None:
+def test_room_and_structure_for_credit() -> None:
+    stats = read_stats(sums_task)
     assert 0.30 <= stats["sampled_accuracy"] <= 0.60
     assert stats["greedy_accuracy"] - stats["sampled_accuracy"] >= 0.10
-    assert stats["longest"] <= make.MAX_NEW_TOKENS
+    assert stats["longest"] <= sums_task.MAX_NEW_TOKENS
     common, mediocre, good, careful, _ = stats["openers"].values()
     assert common["probability"] > mediocre["probability"] > good["probability"]
     assert 0.03 <= careful["probability"] <= 0.12
@@ -172,7 +233,48 @@ def test_room_and_structure_for_credit(stats: dict) -> None:
     assert careful["sampled_accuracy"] >= 0.80
 
 
+def test_room_and_structure_for_credit_in_the_chain() -> None:
+    stats = read_stats(chain_task)
+    assert 0.28 <= stats["sampled_accuracy"] <= 0.45
+    assert 0.45 <= stats["greedy_accuracy"] <= 0.80
+    assert stats["longest"] <= chain_task.MAX_NEW_TOKENS
+
+
+@torch.no_grad()
+def test_stats_are_true_of_the_model(task: ModuleType, tokenizer) -> None:
+    """Half of the test problems, sampled anew: four standard errors are 0.16."""
+    model = AutoModelForCausalLM.from_pretrained(task.FOLDER, dtype=torch.float32)
+    torch.manual_seed(1)
+    rows = read_rows(task, "test.jsonl")[::2]
+    problems = [row["problem"] for row in rows]
+    responses = make.respond(task, model, tokenizer, problems)
+    stats = read_stats(task)
+    assert make.accuracy(responses, rows) == pytest.approx(stats["sampled_accuracy"], abs=0.16)
+
+
+@pytest.mark.parametrize("task", ["chain"], indirect=True)
+def test_only_steps_that_carry_are_unsure(tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(chain_task.FOLDER, dtype=torch.float32)
+    torch.manual_seed(2)
+    problems = [row["problem"] for row in read_rows(chain_task, "test.jsonl")[1::2]]
+    seen, slips = Counter(), Counter()
+    for problem, response in zip(
+        problems, make.respond(chain_task, model, tokenizer, problems), strict=True
+    ):
+        digit, terms = chain_task.parse(problem)
+        judged = chain_task.check_steps(problem, response)
+        assert len(judged) == len(terms)
+        for (_, end, right), (_, term) in zip(judged, terms, strict=True):
+            seen[digit + term >= 10] += 1
+            slips[digit + term >= 10] += not right
+            digit = int(response[end - 2])
+    assert slips[False] <= 0.005 * seen[False]
+    assert 0.08 <= slips[True] / seen[True] <= 0.18
+
+
 def test_openers_differ_in_their_first_byte() -> None:
-    letters = [opener.text[0] for opener in make.OPENERS[:-1]]
-    assert len(set(letters) | set(make.OTHER_LETTERS)) == len(letters) + len(make.OTHER_LETTERS)
-    assert sum(opener.share for opener in make.OPENERS) == pytest.approx(1)
+    letters = [opener.text[0] for opener in sums_task.OPENERS[:-1]]
+    assert len(set(letters) | set(sums_task.OTHER_LETTERS)) == len(letters) + len(
+        sums_task.OTHER_LETTERS
+    )
+    assert sum(opener.share for opener in sums_task.OPENERS) == pytest.approx(1)
