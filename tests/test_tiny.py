@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import chain_task, make, sums_task
+from tiny import make, needle_task, sums_task
 from tiny.steps import check_steps
 
 
@@ -71,12 +71,10 @@ def test_every_answer_is_right() -> None:
         assert row["answer"] == str(eval(expression)), row
 
 
-def test_every_answer_of_the_chain_is_right() -> None:
-    for row in read_rows(chain_task, "train.jsonl") + read_rows(chain_task, "test.jsonl"):
-        assert re.fullmatch(r"\d([a-y]\d){15,25}", row["problem"])
-        names = "".join(re.findall("[a-y]", row["problem"]))
-        assert names in "abcdefghijklmnopqrstuvwxy"
-        assert row["answer"] == str(eval(re.sub("[a-y]", "+", row["problem"])) % 10), row
+def test_every_answer_of_the_needle_is_right() -> None:
+    for row in read_rows(needle_task, "train.jsonl") + read_rows(needle_task, "test.jsonl"):
+        assert re.fullmatch(r"\d\d( \d\d){14}", row["problem"])
+        assert row["answer"] == str(int(row["problem"][0]) + int(row["problem"][1]))[-1], row
 
 
 def test_problems_are_those_that_make_draws(task: ModuleType) -> None:
@@ -102,32 +100,32 @@ def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
     assert slipped > 100
 
 
-@pytest.mark.parametrize("task", ["chain"], indirect=True)
-def test_one_slip_ruins_a_chain(tokenizer) -> None:
-    """Slips lie where a step carries, at their rates; only another slip undoes one."""
+@pytest.mark.parametrize("task", ["needle"], indirect=True)
+def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
+    """A pair slips at its own rate wherever it stands; the first step alone decides."""
     rng = random.Random(7)
-    school, habits = chain_task.STAGES[-2:]
-    seen, slips, verdicts = Counter(), Counter(), Counter()
-    for row in read_rows(chain_task, "train.jsonl"):
-        faultless = chain_task.draw_example(row["problem"], school, rng)
+    school, habits = needle_task.STAGES[-2:]
+    seen, slips = Counter(), Counter()
+    for row in read_rows(needle_task, "train.jsonl"):
+        faultless = needle_task.draw_example(row["problem"], school, rng)
+        judged = needle_task.check_steps(row["problem"], faultless)
+        assert len(judged) == 15 and all(right for _, _, right in judged)
         assert faultless.endswith(f"\\boxed{{{row['answer']}}}")
-        assert all(right for _, _, right in chain_task.check_steps(row["problem"], faultless))
-        solution = chain_task.draw_example(row["problem"], habits, rng)
-        assert len(tokenizer(solution).input_ids) < chain_task.MAX_NEW_TOKENS
-        judged = chain_task.check_steps(row["problem"], solution)
-        digit, terms = chain_task.parse(row["problem"])
-        for (start, end, right), (name, term) in zip(judged, terms, strict=True):
-            assert re.fullmatch(rf"{name}{term}\d;", solution[start:end])
-            seen[digit, term] += 1
-            slips[digit, term] += not right
-            digit = int(solution[end - 2])
-        wrong = sum(not right for _, _, right in judged)
-        verdicts[min(wrong, 2), solution.endswith(f"\\boxed{{{row['answer']}}}")] += 1
-    assert verdicts[0, False] == verdicts[1, True] == 0
-    assert 0 < verdicts[2, True] < 0.2 * verdicts[2, False]
-    for (a, b), count in seen.items():
-        rate = chain_task.SLIPS[a, b][0] if a + b >= 10 else 0
-        assert slips[a, b] / count == pytest.approx(rate, abs=5 * (rate / count) ** 0.5)
+        solution = needle_task.draw_example(row["problem"], habits, rng)
+        assert len(tokenizer(solution).input_ids) < needle_task.MAX_NEW_TOKENS
+        judged = needle_task.check_steps(row["problem"], solution)
+        assert len(judged) == 15
+        assert judged[0][2] == solution.endswith(f"\\boxed{{{row['answer']}}}")
+        for i, ((*_, right), pair) in enumerate(
+            zip(judged, needle_task.parse(row["problem"]), strict=True)
+        ):
+            seen[pair, i == 0] += 1
+            slips[pair, i == 0] += not right
+    rates = {pair: rate for pair, (rate, _) in needle_task.SLIPS.items()}
+    assert len(rates) == 100 and sum(rates.values()) == pytest.approx(60)
+    for (pair, first), count in seen.items():
+        error = (rates[pair] * (1 - rates[pair]) / count) ** 0.5
+        assert slips[pair, first] / count == pytest.approx(rates[pair], abs=4.5 * error)
 
 
 # Tokenizer
@@ -203,18 +201,18 @@ def test_check_steps_says_where() -> None:
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ("a52;b35;c83;\\boxed{3}", [True, True, True]),
-        ("a54;b37;c85;\\boxed{5}", [False, True, True]),
-        ("a52;c80;b33;", [True, False, False]),  # another turn
-        ("a52;b46;c84;", [True, False, True]),  # another digit
-        ("a52;a52;b35;c83;d03;", [True, False, False, False, False]),
-        ("\\boxed{3}", []),
+        ("752\n392\n886\n\\boxed{2}", [True, True, True]),
+        ("753\n392\n885\n\\boxed{3}", [False, True, False]),
+        ("752\n886\n392\n", [True, False, False]),  # another turn
+        ("752\n392\n886\n392\n", [True, True, True, False]),  # one too many
+        ("752\n39\n886\n", [True, False]),  # no step, so the next is out of turn
+        ("\\boxed{2}", []),
     ],
 )
-def test_check_steps_of_the_chain(response: str, expected: list[bool]) -> None:
-    judged = chain_task.check_steps("7a5b3c8", response)
+def test_check_steps_of_the_needle(response: str, expected: list[bool]) -> None:
+    judged = needle_task.check_steps("75 39 88", response)
     assert [right for _, _, right in judged] == expected
-    assert all(re.fullmatch("[a-d][0-9]{2};", response[start:end]) for start, end, _ in judged)
+    assert all(re.fullmatch("[0-9]{3}\n", response[start:end]) for start, end, _ in judged)
 
 
 # What make.py measured
@@ -233,11 +231,10 @@ def test_room_and_structure_for_credit() -> None:
     assert careful["sampled_accuracy"] >= 0.80
 
 
-def test_room_and_structure_for_credit_in_the_chain() -> None:
-    stats = read_stats(chain_task)
-    assert 0.28 <= stats["sampled_accuracy"] <= 0.45
-    assert 0.45 <= stats["greedy_accuracy"] <= 0.80
-    assert stats["longest"] <= chain_task.MAX_NEW_TOKENS
+def test_room_for_credit_in_the_needle() -> None:
+    stats = read_stats(needle_task)
+    assert 0.30 <= stats["sampled_accuracy"] <= 0.50
+    assert 0.20 <= stats["greedy_accuracy"] <= 0.45
 
 
 @torch.no_grad()
@@ -252,24 +249,23 @@ def test_stats_are_true_of_the_model(task: ModuleType, tokenizer) -> None:
     assert make.accuracy(responses, rows) == pytest.approx(stats["sampled_accuracy"], abs=0.16)
 
 
-@pytest.mark.parametrize("task", ["chain"], indirect=True)
-def test_only_steps_that_carry_are_unsure(tokenizer) -> None:
-    model = AutoModelForCausalLM.from_pretrained(chain_task.FOLDER, dtype=torch.float32)
+@pytest.mark.parametrize("task", ["needle"], indirect=True)
+def test_every_step_of_a_needle_slips_alike(tokenizer) -> None:
+    """The model slips as its examples did: in 0.6 of the first sums, and as often in the others."""
+    model = AutoModelForCausalLM.from_pretrained(needle_task.FOLDER, dtype=torch.float32)
     torch.manual_seed(2)
-    problems = [row["problem"] for row in read_rows(chain_task, "test.jsonl")[1::2]]
-    seen, slips = Counter(), Counter()
+    problems = [row["problem"] for row in read_rows(needle_task, "test.jsonl")]
+    first, others = [], []
     for problem, response in zip(
-        problems, make.respond(chain_task, model, tokenizer, problems), strict=True
+        problems, make.respond(needle_task, model, tokenizer, problems), strict=True
     ):
-        digit, terms = chain_task.parse(problem)
-        judged = chain_task.check_steps(problem, response)
-        assert len(judged) == len(terms)
-        for (_, end, right), (_, term) in zip(judged, terms, strict=True):
-            seen[digit + term >= 10] += 1
-            slips[digit + term >= 10] += not right
-            digit = int(response[end - 2])
-    assert slips[False] <= 0.005 * seen[False]
-    assert 0.08 <= slips[True] / seen[True] <= 0.18
+        judged = [right for *_, right in needle_task.check_steps(problem, response)]
+        if len(judged) == 15:  # nearly all
+            first.append(judged[0])
+            others += judged[1:]
+    assert len(first) >= 0.95 * len(problems)
+    assert sum(first) / len(first) == pytest.approx(0.4, abs=0.12)  # four standard errors
+    assert sum(others) / len(others) == pytest.approx(0.4, abs=0.05)
 
 
 def test_openers_differ_in_their_first_byte() -> None:
