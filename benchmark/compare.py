@@ -7,13 +7,16 @@
         --results benchmark/results/compare-few.json --runs runs/compare-few
     python benchmark/compare.py --task needle --prompts 4 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
         --results benchmark/results/compare-needle.json --runs runs/compare-needle
+    python benchmark/compare.py --task needle --prompts 4 --steps 80 --rates 2e-4 --seeds 3 \\
+        --only GRPO,VinePPO --results benchmark/results/compare-needle-long.json \\
+        --runs runs/compare-needle-long
     python benchmark/compare.py --write       # puts the numbers into README.md and docs/compare.md
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
 measured on the test problems. It can be stopped and started again at any time. The second command
 trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
-step; the fourth trains all methods on the second task. See docs/compare.md.
+step; the fourth trains all methods on the second task, the fifth two of them for longer. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 GROUP = 8  # what the scripts take by default
 EQUAL_TOKENS, FEW_ROLLOUTS = RESULTS / "compare-tokens.json", RESULTS / "compare-few.json"
-NEEDLE = RESULTS / "compare-needle.json"
+NEEDLE, NEEDLE_LONG = RESULTS / "compare-needle.json", RESULTS / "compare-needle-long.json"
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 VALIDATION = 256  # the last rows of train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
@@ -412,7 +415,7 @@ def caption(results: dict) -> str:
 
 def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
-    few, needle = read_json(FEW_ROLLOUTS), read_json(NEEDLE)
+    few, needle, longer = map(read_json, (FEW_ROLLOUTS, NEEDLE, NEEDLE_LONG))
     return {
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
@@ -420,6 +423,7 @@ def blocks(results: dict) -> dict[str, str]:
         "compare-others": others_table(results),
         "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
         "compare-few": f"{table(few)}\n\n{caption(few)}",
+        "compare-needle-long": f"{table(longer)}\n\n{caption(longer)}",
         "compare-needle": f"{table(needle)}\n\n{caption(needle)}",
         "compare-needle-others": others_table(needle),
         "compare-needle-choice": choice_table(needle),

@@ -1,5 +1,6 @@
 """The comparison: its rules by hand, and two methods from end to end."""
 
+import itertools
 import json
 import math
 import re
@@ -108,6 +109,44 @@ def test_only_dynamic_sampling_saves_every_step():
 def test_a_run_has_the_problems_a_step_that_are_asked_for():
     command = compare.training_command(Job("GRPO", "2e-4", 1), Args(prompts=2))
     assert command[command.index("--prompts-per-step") + 1] == "2"
+
+
+def test_a_task_has_its_own_model_problems_and_settings():
+    sums, needle = Args(), Args(task="needle", runs=Path("r"))
+    assert "tiny" not in sums.settings
+    for method, own in (("GRPO", False), ("VinePPO", True)):
+        command = compare.training_command(Job(method, "2e-4", 1), needle)
+        flags = dict(itertools.pairwise(command))
+        assert (flags["--model"], flags["--max-new-tokens"]) == ("tiny/needle", "80")
+        assert (flags.get("--continuations") == "3") is own
+        assert "--continuations" not in compare.training_command(Job(method, "2e-4", 1), sums)
+    for task in compare.TASKS.values():
+        folder = ROOT / task.model
+        assert all((folder / name).exists() for name in ("config.json", "test.jsonl"))
+        assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * compare.VALIDATION
+
+
+def test_runs_of_one_task_are_not_added_to_those_of_another(tmp_path: Path, capsys: Any):
+    results = compare.read_results(Args(results=tmp_path / "compare.json"))
+    (tmp_path / "compare.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit):
+        compare.read_results(Args(task="needle", results=tmp_path / "compare.json"))
+    assert "error: --settings --model tiny/needle" in capsys.readouterr().err
+
+
+def test_other_rates_are_compared_with_grpo_but_its_own_are_not():
+    def row(method: str, lr: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy}
+
+    rows = [row("GRPO", "4e-4", 1, 0.5), row("GRPO", "4e-4", 2, 0.75)]
+    rows += [row("GRPO", "2e-4", 1, 0.75), row("GRPO", "2e-4", 2, 0.625)]
+    rows += [row("REFT", "2e-4", 1, 0.625), row("REFT", "2e-4", 2, 0.875)]
+    selection = [row("GRPO", "4e-4", 101, 0.5), row("REFT", "4e-4", 101, 0.5)]
+    results = {"rows": rows, "selection": selection, "rates": ["2e-4", "4e-4"]}
+    assert [line.split(" | ")[1:] for line in compare.others_table(results).splitlines()[2:]] == [
+        ["2e-4", "0.688", " |"],
+        ["2e-4", "0.750", "+0.125 [+0.125, +0.125] |"],
+    ]
 
 
 def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
