@@ -54,7 +54,7 @@ PARTS = ("sync", "rollout", "verify", "score", "update", "other", "step", "evalu
 
 @dataclass
 class Args:
-    steps: int = 30
+    steps: int = 60
     """training steps of each method, of 8 problems with 8 rollouts each"""
     minutes: float = math.inf
     """stop after that many, with a checkpoint; the same command goes on"""
@@ -204,6 +204,7 @@ def main(args: Args) -> None:
     methods = shared.chosen("--only", args.only, METHODS)
     shared.at_least(args, steps=1, minutes=1)
     results = read_json(args.results) if args.results.exists() else {"runs": {}}
+    results["runs"] = {name: results["runs"][name] for name in METHODS if name in results["runs"]}
     if args.write:
         shared.write_page(PAGE, blocks(results))
         return figures.draw_real(results["runs"])
