@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import engine
 import grpo
 from common import Group, Problem, Rollouts
 from engine import (
+    Engine,
     Reference,
     StopRun,
     autocast,
@@ -728,6 +730,19 @@ assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > 10, (awake, asle
 def test_an_engine_that_sleeps_gives_its_memory_back(tiny_model: Path):
     """In a process of its own, as every engine on CUDA; needs a card of 40 GB."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep nothing, or do not say")
+def test_freed_memory_goes_back_before_the_update():
+    """Pieces too small for a mapping of their own, freed with the last one still in use."""
+    pages = Path("/proc/self/statm")
+    pieces = [torch.ones(2**14) for _ in range(2**12)]  # 64 KiB each, 268 MB
+    last = pieces[-1]
+    del pieces
+    before = int(pages.read_text().split()[1])
+    Engine.sleep(None)
+    assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
+    assert last.sum() == 2**14
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
