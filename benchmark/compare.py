@@ -416,7 +416,7 @@ def caption(results: dict) -> str:
 
 def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
-    few, needle, longer = map(read_json, (FEW_ROLLOUTS, NEEDLE, NEEDLE_LONG))
+    few, needle = map(read_json, (FEW_ROLLOUTS, NEEDLE))
     return {
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
@@ -424,7 +424,6 @@ def blocks(results: dict) -> dict[str, str]:
         "compare-others": others_table(results),
         "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
         "compare-few": f"{table(few)}\n\n{caption(few)}",
-        "compare-needle-long": f"{table(longer)}\n\n{caption(longer)}",
         "compare-needle": f"{table(needle)}\n\n{caption(needle)}",
         "compare-needle-others": others_table(needle),
         "compare-needle-choice": choice_table(needle),
