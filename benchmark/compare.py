@@ -416,7 +416,7 @@ def caption(results: dict) -> str:
 
 def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
-    few, needle = map(read_json, (FEW_ROLLOUTS, NEEDLE))
+    few, needle, longer = map(read_json, (FEW_ROLLOUTS, NEEDLE, NEEDLE_LONG))
     return {
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
@@ -424,6 +424,7 @@ def blocks(results: dict) -> dict[str, str]:
         "compare-others": others_table(results),
         "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
         "compare-few": f"{table(few)}\n\n{caption(few)}",
+        "compare-needle-long": f"{table(longer)}\n\n{caption(longer)}",
         "compare-needle": f"{table(needle)}\n\n{caption(needle)}",
         "compare-needle-others": others_table(needle),
         "compare-needle-choice": choice_table(needle),
@@ -512,6 +513,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     also = TASKS[args.task].also
     for seed in range(1, 1 + args.seeds):  # each is measured and kept before the next begins
         jobs = [Job(m, lr, seed) for m in methods for lr in (best[m], also.get(m)) if lr]
+        jobs = list(dict.fromkeys(jobs))  # the other rate may be the chosen one
         run_phase("rows", jobs, data / "test.jsonl", results, args)
 
 

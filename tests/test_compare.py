@@ -126,6 +126,19 @@ def test_a_task_has_its_own_model_problems_and_settings():
         assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * compare.VALIDATION
 
 
+def test_the_other_rate_is_no_second_run_where_it_is_the_chosen_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    phases = []
+    monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
+    for rates in (("2e-4",), ("4e-4",)):
+        args = Args(task="needle", rates=rates, seeds=2, runs=tmp_path, results=tmp_path / "x.json")
+        compare.run_everything(args, compare.read_results(args), ["GRPO"])
+    once = [[Job("GRPO", "2e-4", seed)] for seed in (1, 2)]
+    twice = [[Job("GRPO", "4e-4", seed), Job("GRPO", "2e-4", seed)] for seed in (1, 2)]
+    assert phases == once + twice
+
+
 def test_runs_of_one_task_are_not_added_to_those_of_another(tmp_path: Path, capsys: Any):
     results = compare.read_results(Args(results=tmp_path / "compare.json"))
     (tmp_path / "compare.json").write_text(json.dumps(results))
