@@ -81,7 +81,7 @@ class Task(NamedTuple):
     flags: dict[str, str]
     """of methods that take other settings than by default"""
     also: dict[str, str]
-    """rates at which methods are measured too: close to the chosen one in its only seed"""
+    """rates at which methods are measured too: the next best in the choice, by little"""
 
 
 TASKS = {
@@ -131,7 +131,7 @@ class Args:
     def settings(self) -> str:
         """Flags of every run, whatever its method."""
         task = TASKS[self.task]
-        model = "" if self.task == "sums" else f"--model {task.model} "
+        model = "" if task.model == "tiny" else f"--model {task.model} "  # their default
         return f"{model}--max-new-tokens {task.max_new_tokens} --log-rollouts 0"
 
 
@@ -294,7 +294,7 @@ def chosen_rate(selection: list[dict], method: str, rates: list[str]) -> tuple[s
     it lies at an end of the grid, beyond which there may be a better one."""
     accuracy = validation_accuracy(selection, RATE_OF.get(method, method))
     best = max(accuracy, key=accuracy.get) if accuracy else rates[0]
-    return best, best in (min(rates, key=float), max(rates, key=float))
+    return best, len(rates) > 1 and best in (min(rates, key=float), max(rates, key=float))
 
 
 def split_rows(results: dict) -> tuple[list[dict], list[dict]]:
@@ -400,12 +400,14 @@ def caption(results: dict) -> str:
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
     budget = results["steps"] * results["prompts"] * GROUP
     runs = collections.Counter(row["method"] for row in rows)
+    choice = f"† The learning rate lies at an end of the grid {rates}: a better one may lie beyond."
+    if len(results["rates"]) == 1:
+        choice = f"All took the learning rate {rates}: none was chosen."
     fewer = "".join(f", {m}'s over {n}" for m, n in runs.items() if n < max(runs.values()))
     said = (
         f"Means over {max(runs.values())} seeds{fewer}; in brackets the 95% interval of "
-        "the mean paired difference (Student's t over seeds). † The learning rate lies at an end "
-        f"of the grid {rates}: a better one may lie beyond. Each run drew {budget} rollouts in "
-        f"{results['steps']} steps"
+        f"the mean paired difference (Student's t over seeds). {choice} "
+        f"Each run drew {budget} rollouts in {results['steps']} steps"
     )
     if dapo := [row for row in rows if row["method"] == "DAPO"]:
         steps = sorted(row["step"] for row in dapo)

@@ -204,7 +204,6 @@ def main(args: Args) -> None:
     methods = shared.chosen("--only", args.only, METHODS)
     shared.at_least(args, steps=1, minutes=1)
     results = read_json(args.results) if args.results.exists() else {"runs": {}}
-    results["runs"] = {name: results["runs"][name] for name in METHODS if name in results["runs"]}
     if args.write:
         shared.write_page(PAGE, blocks(results))
         return figures.draw_real(results["runs"])

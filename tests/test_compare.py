@@ -53,6 +53,18 @@ def test_choice_of_the_learning_rate(rows: list[dict[str, Any]], best: str, at_e
     assert compare.chosen_rate(rows + other, "M", RATES) == (best, at_end)
 
 
+def test_a_rate_that_was_not_chosen_is_not_called_an_end_of_the_grid():
+    rows = [{"method": "GRPO", "lr": "2e-4", "seed": 1, "step": 2, "rollouts": 64}]
+    results = {"rows": rows, "selection": [], "steps": 2, "prompts": 4}
+    results |= {"versions": {"vllm": "1"}, "command": "c", "machine": "m"}
+    one, two = ({**results, "rates": rates} for rates in (["2e-4"], ["1e-4", "2e-4"]))
+    assert compare.chosen_rate([], "GRPO", one["rates"]) == ("2e-4", False)
+    assert "All took the learning rate 2e-4: none was chosen." in compare.caption(one)
+    assert "†" not in compare.caption(one)
+    two["selection"] = [{"method": "GRPO", "lr": "2e-4", "seed": 101, "accuracy": 0.5}]
+    assert "† The learning rate lies at an end of the grid 1e-4, 2e-4" in compare.caption(two)
+
+
 def test_an_ablation_takes_the_rate_of_the_whole_method(monkeypatch: pytest.MonkeyPatch):
     assert set(compare.RATE_OF) | set(compare.RATE_OF.values()) <= set(compare.METHODS)
     monkeypatch.setitem(compare.RATE_OF, "half of M", "M")
