@@ -123,7 +123,7 @@ def vineppo_advantages(
     """
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
-    advantages = (after - values).gather(-1, steps) * mask  # Eq. advantage [code]
+    advantages = (after - values).gather(-1, steps) * mask  # Eq. 6 [code]
     if not whiten:
         return advantages
     together = advantages.flatten(0, 1), mask.flatten(0, 1)  # [P G, T]
@@ -172,7 +172,7 @@ def estimate_values(
     correct = torch.tensor(grader.grade(engine.decode(whole), golds), dtype=torch.float32)
     lengths = torch.tensor([len(row) for row in whole])
     rewards = correct + overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
-    means = rewards.view(-1, args.continuations).mean(-1)  # Eq. value [code]
+    means = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
     values = dict(zip(different, means.tolist(), strict=True))
     spent = dict.fromkeys(different, 0)
     for (p, prefix, _), tokens in zip(drawn, new, strict=True):
