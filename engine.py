@@ -426,12 +426,14 @@ class Transformers(Engine):
     ) -> list[Response]:
         """Each response draws from its own random numbers, one a token: it is the first token
         whose cumulative probability exceeds that number."""
-        from transformers import GenerationConfig
+        from transformers import DynamicCache, GenerationConfig
 
         model = base_model(self.policy.eval())
+        cache = DynamicCache(config=model.config)
         width, length = max(map(len, prompts)), max(lengths)
-        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        padded, real = padded.to(model.device), real.to(model.device)
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds]
         uniform = torch.stack(draws, dim=-1).to(model.device)[..., None]  # [T, n, 1]
         steps: list[Tensor] = []
@@ -450,9 +452,16 @@ class Transformers(Engine):
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
+                if width > 1:  # a prompt is computed once for all its responses, but its last token
+                    once, which = torch.cat([padded, real], 1).unique(dim=0, return_inverse=True)
+                    ids, mask = once[:, : width - 1], once[:, width:-1]
+                    start = {"max_new_tokens": 1, "pad_token_id": 0}
+                    model.generate(ids, attention_mask=mask, past_key_values=cache, **start)
+                    cache.batch_select_indices(which)
                 sequences = model.generate(
                     input_ids=padded,
-                    attention_mask=torch.tensor(real, device=model.device),
+                    attention_mask=real,
+                    past_key_values=cache,
                     logits_processor=[choose],
                     max_new_tokens=length,
                     eos_token_id=self.stops or None,

@@ -354,6 +354,24 @@ def test_transformers_draws_as_many_at_once_as_a_step_has_rollouts(
     assert sizes == [10, 10, 4] and [t for t, _ in parts] == [t for t, _ in whole]
 
 
+@pytest.mark.parametrize("name", ["tied"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[0, 120], [120]], [[120], [121]]])
+def test_transformers_computes_a_prompt_once_for_all_its_responses(
+    setup: Setup, prompts: list[list[int]]
+):
+    """All of it but the last token, from which each response starts. A prompt of one token more,
+    the token that pads the other, is another prompt."""
+    engine, computed = setup.engine("Transformers"), []
+    embedding = setup.policy.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape))
+    given, responses = sample(engine, prompts)
+    hook.remove()
+    assert gap(setup.policy, given, responses) < 1e-4
+    width, last = max(map(len, prompts)), (len(given), 1)
+    before = [(len(prompts), width - 1)] if width > 1 else []
+    assert computed[: len(before) + 2] == [*before, last, last]
+
+
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied"])
 def test_adapters_are_merged_once_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
