@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 from answers import last_boxed
-from engine import Engine, StopRun, autocast, base_model, precision, refuse, seed_for
+from engine import (
+    Engine,
+    StopRun,
+    autocast,
+    base_model,
+    is_recurrent,
+    precision,
+    prompt_cache,
+    refuse,
+    seed_for,
+)
 from run import RunArgs
 from verifier import Grader
 
@@ -233,8 +243,7 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     together = inputs.numel() + len(starts) * skipped.max()  # tokens to compute
     apart = len(inputs) * (skipped + lengths).max()
-    # Recurrent layers have a state in the place of keys and values, which rows cannot share.
-    shared = not args.gradient_checkpointing and not getattr(base_model(model), "_is_stateful", 0)
+    shared = not args.gradient_checkpointing and not is_recurrent(model)
     with autocast(args):
         if together < 0.75 * apart and shared:
             cache, real = prompt_cache(model, starts, which)
@@ -248,24 +257,6 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
         states = body(input_ids=pad_sequence(rows, batch_first=True), use_cache=False)[0]
         row, place = mask.nonzero().T
         return states[row, skipped[row] + place]
-
-
-def prompt_cache(
-    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
-) -> tuple[Any, Tensor]:
-    """Keys and values of prompts, each computed once, for n rows of which row i continues prompt
-    which[i]: transformers' cache, and which of its [n, L] places are no padding (on the left)."""
-    width = max(1, *map(len, prompts))
-    ids = [[-1] * (width - len(p)) + list(p) for p in prompts]
-    ids = torch.tensor(ids, device=which.device)
-    real = ids >= 0
-    places = (real.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
-    cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
-    for layer in cache.layers:  # not by x[which], whose gradient adds up in another order each time
-        layer.keys = layer.keys.index_select(0, which)
-        layer.values = layer.values.index_select(0, which)
-    return cache, real[which]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,6 +154,30 @@ def is_lora(policy: nn.Module) -> bool:
 def base_model(policy: nn.Module) -> nn.Module:
     """The transformers model: what peft wraps, or the policy itself."""
     return policy.get_base_model() if is_lora(policy) else policy
+
+
+def is_recurrent(policy: nn.Module) -> bool:
+    """Whether layers have a state in the place of keys and values, which rows cannot share."""
+    model = base_model(policy)
+    return model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
+
+
+def prompt_cache(
+    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
+) -> tuple[Any, Tensor]:
+    """Keys and values of prompts, each computed once, for n rows of which row i continues prompt
+    which[i]: transformers' cache, and which of its [n, L] places are no padding (on the left)."""
+    width = max(1, *map(len, prompts))
+    ids = [[-1] * (width - len(p)) + list(p) for p in prompts]
+    ids = torch.tensor(ids, device=which.device)
+    real = ids >= 0
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
+    cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
+    for layer in cache.layers:  # not by x[which], whose gradient adds up in another order each time
+        layer.keys = layer.keys.index_select(0, which)
+        layer.values = layer.values.index_select(0, which)
+    return cache, real[which]
 
 
 @torch.no_grad()
@@ -426,14 +450,12 @@ class Transformers(Engine):
     ) -> list[Response]:
         """Each response draws from its own random numbers, one a token: it is the first token
         whose cumulative probability exceeds that number."""
-        from transformers import DynamicCache, GenerationConfig
+        from transformers import GenerationConfig
 
-        model = base_model(self.policy.eval())
-        cache = DynamicCache(config=model.config)
-        width, length = max(map(len, prompts)), max(lengths)
-        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        padded, real = padded.to(model.device), real.to(model.device)
+        model, cache = base_model(self.policy.eval()), None
+        width, length = max(2, *map(len, prompts)), max(lengths)
+        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+        real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds]
         uniform = torch.stack(draws, dim=-1).to(model.device)[..., None]  # [T, n, 1]
         steps: list[Tensor] = []
@@ -452,15 +474,14 @@ class Transformers(Engine):
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
-                if width > 1:  # a prompt is computed once for all its responses, but its last token
-                    once, which = torch.cat([padded, real], 1).unique(dim=0, return_inverse=True)
-                    ids, mask = once[:, : width - 1], once[:, width:-1]
-                    start = {"max_new_tokens": 1, "pad_token_id": 0}
-                    model.generate(ids, attention_mask=mask, past_key_values=cache, **start)
-                    cache.batch_select_indices(which)
+                if not is_recurrent(model):  # the prompts' last tokens are left to start from
+                    different = list(dict.fromkeys(map(tuple, prompts)))
+                    which = [different.index(tuple(prompt)) for prompt in prompts]
+                    which = torch.tensor(which, device=model.device)
+                    cache, _ = prompt_cache(model, [p[:-1] for p in different], which)
                 sequences = model.generate(
                     input_ids=padded,
-                    attention_mask=real,
+                    attention_mask=torch.tensor(real, device=model.device),
                     past_key_values=cache,
                     logits_processor=[choose],
                     max_new_tokens=length,
@@ -497,6 +518,8 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
         return "vLLM is not installed; see README.md"
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, which vLLM computes otherwise after a sync"
+    if is_recurrent(policy):
+        return "the model is recurrent in part, which was not tried with vLLM"
     from vllm.platforms import current_platform
 
     runs_on = current_platform.device_type
