@@ -159,7 +159,9 @@ def base_model(policy: nn.Module) -> nn.Module:
 def is_recurrent(policy: nn.Module) -> bool:
     """Whether layers have a state in the place of keys and values, which rows cannot share."""
     model = base_model(policy)
-    return model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    states = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}
+    return model._is_stateful or not states.isdisjoint(kinds)
 
 
 def prompt_cache(
@@ -174,9 +176,8 @@ def prompt_cache(
     places = (real.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids * real, "attention_mask": real, "position_ids": places}
     cache = base_model(model).base_model(**inputs, use_cache=True).past_key_values
-    for layer in cache.layers:  # not by x[which], whose gradient adds up in another order each time
-        layer.keys = layer.keys.index_select(0, which)
-        layer.values = layer.values.index_select(0, which)
+    # By index_select: the gradient of x[which] adds up in another order each time.
+    cache.reorder_cache(which)
     return cache, real[which]
 
 
@@ -475,8 +476,8 @@ class Transformers(Engine):
         try:
             with autocast(self.args):
                 if not is_recurrent(model):  # the prompts' last tokens are left to start from
-                    different = list(dict.fromkeys(map(tuple, prompts)))
-                    which = [different.index(tuple(prompt)) for prompt in prompts]
+                    different: dict[tuple[int, ...], int] = {}
+                    which = [different.setdefault(tuple(p), len(different)) for p in prompts]
                     which = torch.tensor(which, device=model.device)
                     cache, _ = prompt_cache(model, [p[:-1] for p in different], which)
                 sequences = model.generate(
@@ -519,7 +520,7 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, which vLLM computes otherwise after a sync"
     if is_recurrent(policy):
-        return "the model is recurrent in part, which was not tried with vLLM"
+        return "the model's layers keep a state, not keys and values: not tried with vLLM"
     from vllm.platforms import current_platform
 
     runs_on = current_platform.device_type
