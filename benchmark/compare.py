@@ -7,17 +7,17 @@
         --results benchmark/results/compare-few.json --runs runs/compare-few
     python benchmark/compare.py --task needle --prompts 4 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
         --results benchmark/results/compare-needle.json --runs runs/compare-needle
-    python benchmark/compare.py --task needle --prompts 4 --steps 80 --rates 2e-4 --seeds 3 \\
-        --only GRPO,VinePPO --results benchmark/results/compare-needle-long.json \\
-        --runs runs/compare-needle-long
+    python benchmark/compare.py --task needle --prompts 4 --only GRPO --steps 710 --rates 2e-4 \\
+        --seeds 2 --results benchmark/results/compare-needle-tokens.json \\
+        --runs runs/compare-needle-tokens
     python benchmark/compare.py --write       # puts the numbers into README.md and docs/compare.md
 
 First each method trains once for every learning rate and selection seed; the rate with the highest
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
 measured on the test problems. It can be stopped and started again at any time. The second command
 trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
-step; the fourth trains all methods on the second task, the fifth two of them for longer. See
-docs/compare.md.
+step; the fourth trains all methods on the second task, the fifth GRPO for as many tokens as VinePPO
+draws there. See docs/compare.md.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class Task(NamedTuple):
 
 TASKS = {
     "sums": Task("tiny", 64, {}, {"EP-GRPO": "4e-4"}),
-    "needle": Task("tiny/needle", 80, {"VinePPO": "--continuations 3"}, {"GRPO": "2e-4"}),
+    "needle": Task("tiny/needle", 80, {"VinePPO": "--continuations 3"}, {}),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # of the runs for the choice
 GROUP = 8  # what the scripts take by default
 EQUAL_TOKENS, FEW_ROLLOUTS = RESULTS / "compare-tokens.json", RESULTS / "compare-few.json"
-NEEDLE, NEEDLE_LONG = RESULTS / "compare-needle.json", RESULTS / "compare-needle-long.json"
+NEEDLE, NEEDLE_TOKENS = RESULTS / "compare-needle.json", RESULTS / "compare-needle-tokens.json"
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 VALIDATION = 256  # the last rows of train.jsonl, which no run trains on
 SELECTION = 100  # seeds above this one are for the choice
@@ -125,7 +125,7 @@ class Args:
     runs: Path = ROOT / "runs" / "compare"
     """folder of the runs"""
     write: bool = False
-    """only write the tables and the figure from the results"""
+    """only write the tables and the figures from the results"""
 
     @property
     def settings(self) -> str:
@@ -403,9 +403,10 @@ def caption(results: dict) -> str:
     choice = f"† The learning rate lies at an end of the grid {rates}: a better one may lie beyond."
     if len(results["rates"]) == 1:
         choice = f"All took the learning rate {rates}: none was chosen."
-    fewer = "".join(f", {m}'s over {n}" for m, n in runs.items() if n < max(runs.values()))
+    [(usual, _)] = collections.Counter(runs.values()).most_common(1)
+    other = "".join(f", {m}'s over {n}" for m, n in runs.items() if n != usual)
     said = (
-        f"Means over {max(runs.values())} seeds{fewer}; in brackets the 95% interval of "
+        f"Means over {usual} seeds{other}; in brackets the 95% interval of "
         f"the mean paired difference (Student's t over seeds). {choice} "
         f"Each run drew {budget} rollouts in {results['steps']} steps"
     )
@@ -418,7 +419,7 @@ def caption(results: dict) -> str:
 
 def blocks(results: dict) -> dict[str, str]:
     """What README.md and docs/compare.md show between their marks."""
-    few, needle, longer = map(read_json, (FEW_ROLLOUTS, NEEDLE, NEEDLE_LONG))
+    few, needle = read_json(FEW_ROLLOUTS), read_json(NEEDLE)
     return {
         "compare": f"{table(results)}\n\n{caption(results)}",
         "compare-choice": choice_table(results),
@@ -426,11 +427,20 @@ def blocks(results: dict) -> dict[str, str]:
         "compare-others": others_table(results),
         "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
         "compare-few": f"{table(few)}\n\n{caption(few)}",
-        "compare-needle-long": f"{table(longer)}\n\n{caption(longer)}",
         "compare-needle": f"{table(needle)}\n\n{caption(needle)}",
-        "compare-needle-others": others_table(needle),
+        "compare-needle-credit": credit_table(needle),
+        "compare-needle-tokens": tokens_table(needle, read_json(NEEDLE_TOKENS)),
         "compare-needle-choice": choice_table(needle),
     }
+
+
+def draw(results: dict) -> None:
+    """The figures of both tasks."""
+    for name, of_task in (("compare", results), ("compare-needle", read_json(NEEDLE))):
+        curves: dict[str, list] = {}
+        for row in split_rows(of_task)[0]:
+            curves.setdefault(row["method"], []).append(row["curve"])
+        figures.draw_compare(f"{name}.svg", curves)
 
 
 # ------------------------------------------------------------------------------- all of it
@@ -528,10 +538,7 @@ def main(args: Args) -> None:
     else:
         for page in PAGES:
             shared.write_page(page, blocks(results))
-        curves: dict[str, list] = {}
-        for row in split_rows(results)[0]:
-            curves.setdefault(row["method"], []).append(row["curve"])
-        figures.draw_compare(curves)
+        draw(results)
     print(table(results))
 
 

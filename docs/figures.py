@@ -124,7 +124,7 @@ def draw_panels(name: str, title: str, thick: str, thin: str, panels: Sequence[t
     drawing.save(name)
 
 
-def draw_compare(runs: dict[str, list]) -> None:
+def draw_compare(name: str, runs: dict[str, list]) -> None:
     """Each method's accuracy by rollouts drawn, beside GRPO's.
     runs: for each method, GRPO among them, and each seed its evaluations' (rollouts, accuracy)."""
     x = np.linspace(0, max(rollouts for run in runs["GRPO"] for rollouts, _ in run), 13)
@@ -137,7 +137,7 @@ def draw_compare(runs: dict[str, list]) -> None:
     ticks = (x[0], x[-1]), (low, (low + 1) / 2, 1)
     panels = [(method, *ticks, x, own, baseline) for method, own in curves.items()]
     title = "validation accuracy by rollouts drawn; shaded: all seeds"
-    draw_panels("compare.svg", title, "the method", "GRPO", panels)
+    draw_panels(name, title, "the method", "GRPO", panels)
 
 
 def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:

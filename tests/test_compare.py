@@ -65,6 +65,15 @@ def test_a_rate_that_was_not_chosen_is_not_called_an_end_of_the_grid():
     assert "† The learning rate lies at an end of the grid 1e-4, 2e-4" in compare.caption(two)
 
 
+def test_the_caption_names_methods_that_have_more_seeds_or_fewer():
+    row = {"lr": "2e-4", "step": 2, "rollouts": 64}
+    seeds = {"GRPO": 4, "ERPO": 2, "GTPO": 2, "ARCA": 1}
+    rows = [row | {"method": m, "seed": s} for m, n in seeds.items() for s in range(1, n + 1)]
+    results = {"rows": rows, "selection": [], "steps": 2, "prompts": 4, "rates": ["2e-4"]}
+    results |= {"versions": {"vllm": "1"}, "command": "c", "machine": "m"}
+    assert compare.caption(results).startswith("Means over 2 seeds, GRPO's over 4, ARCA's over 1;")
+
+
 def test_an_ablation_takes_the_rate_of_the_whole_method(monkeypatch: pytest.MonkeyPatch):
     assert set(compare.RATE_OF) | set(compare.RATE_OF.values()) <= set(compare.METHODS)
     monkeypatch.setitem(compare.RATE_OF, "half of M", "M")
@@ -143,11 +152,11 @@ def test_the_other_rate_is_no_second_run_where_it_is_the_chosen_one(
 ):
     phases = []
     monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
-    for rates in (("2e-4",), ("4e-4",)):
-        args = Args(task="needle", rates=rates, seeds=2, runs=tmp_path, results=tmp_path / "x.json")
-        compare.run_everything(args, compare.read_results(args), ["GRPO"])
-    once = [[Job("GRPO", "2e-4", seed)] for seed in (1, 2)]
-    twice = [[Job("GRPO", "4e-4", seed), Job("GRPO", "2e-4", seed)] for seed in (1, 2)]
+    for rates in (("4e-4",), ("8e-4",)):
+        args = Args(rates=rates, seeds=2, runs=tmp_path, results=tmp_path / "x.json")
+        compare.run_everything(args, compare.read_results(args), ["EP-GRPO"])
+    once = [[Job("EP-GRPO", "4e-4", seed)] for seed in (1, 2)]
+    twice = [[Job("EP-GRPO", "8e-4", seed), Job("EP-GRPO", "4e-4", seed)] for seed in (1, 2)]
     assert phases == once + twice
 
 
@@ -290,13 +299,21 @@ def test_a_run_of_another_length_is_refused(tmp_path: Path):
         compare.train(job, Args(runs=tmp_path, steps=2))
 
 
-def test_the_pages_show_the_results():
+def test_the_pages_and_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     results = json.loads(Args.results.read_text()) if Args.results.exists() else {}
     if "start" not in results:
         pytest.skip("no results yet: python benchmark/compare.py")
     for page in compare.PAGES:
         fresh = page.read_text(encoding="utf-8") == shared.filled(page, compare.blocks(results))
         assert fresh, f"{page.name} is stale: python benchmark/compare.py --write"
+    folder = compare.figures.FOLDER
+    monkeypatch.setattr(compare.figures, "FOLDER", tmp_path)
+    compare.draw(results)
+    drawn = list(tmp_path.iterdir())
+    assert len(drawn) == 2
+    for file in drawn:
+        fresh = file.read_text("utf-8") == (folder / file.name).read_text("utf-8")
+        assert fresh, f"{file.name} is stale: python benchmark/compare.py --write"
 
 
 def test_the_page_says_what_is_run():

@@ -44,7 +44,7 @@ def test_the_figures_are_what_the_results_draw(tmp_path: Path, monkeypatch: pyte
 def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     runs = {"GRPO": [[(0, 0.5), (120, 0.5)]], "X": [[(0, 0.5), (60, 1)], [(0, 0.5), (60, 0.8)]]}
-    figures.draw_compare(runs)
+    figures.draw_compare("compare.svg", runs)
     drawn = (tmp_path / "compare.svg").read_text("utf-8")
     *_, shade, mean, _, baseline = [line for line in drawn.splitlines() if "<polyline" in line]
     right, top, bottom = 38 + figures.WIDTH - 60, 76, 76 + figures.HEIGHT - 56

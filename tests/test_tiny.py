@@ -102,11 +102,11 @@ def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
 
 @pytest.mark.parametrize("task", ["needle"], indirect=True)
 def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
-    """A pair slips at its own rate wherever it stands; the first step alone decides."""
+    """A step slips at one rate wherever it stands, to one digit; the first alone decides."""
     rng = random.Random(7)
     school, habits = needle_task.STAGES[-2:]
-    seen, slips = Counter(), Counter()
-    for row in read_rows(needle_task, "train.jsonl"):
+    rows, slips, digits = read_rows(needle_task, "train.jsonl"), Counter(), {}
+    for row in rows:
         faultless = needle_task.draw_example(row["problem"], school, rng)
         judged = needle_task.check_steps(row["problem"], faultless)
         assert len(judged) == 15 and all(right for _, _, right in judged)
@@ -116,16 +116,14 @@ def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
         judged = needle_task.check_steps(row["problem"], solution)
         assert len(judged) == 15
         assert judged[0][2] == solution.endswith(f"\\boxed{{{row['answer']}}}")
-        for i, ((*_, right), pair) in enumerate(
-            zip(judged, needle_task.parse(row["problem"]), strict=True)
-        ):
-            seen[pair, i == 0] += 1
-            slips[pair, i == 0] += not right
-    rates = {pair: rate for pair, (rate, _) in needle_task.SLIPS.items()}
-    assert len(rates) == 100 and sum(rates.values()) == pytest.approx(60)
-    for (pair, first), count in seen.items():
-        error = (rates[pair] * (1 - rates[pair]) / count) ** 0.5
-        assert slips[pair, first] / count == pytest.approx(rates[pair], abs=4.5 * error)
+        pairs = needle_task.parse(row["problem"])
+        for i, ((_, end, right), pair) in enumerate(zip(judged, pairs, strict=True)):
+            slips[i] += not right
+            digits.setdefault(pair, set()).add(solution[end - 2])
+    assert len(digits) == 100 and all(len(found) == 2 for found in digits.values())
+    error = (0.6 * 0.4 / len(rows)) ** 0.5
+    for i in range(15):
+        assert slips[i] / len(rows) == pytest.approx(0.6, abs=4.5 * error)
 
 
 # Tokenizer
@@ -234,7 +232,7 @@ def test_room_and_structure_for_credit() -> None:
 def test_room_for_credit_in_the_needle() -> None:
     stats = read_stats(needle_task)
     assert 0.30 <= stats["sampled_accuracy"] <= 0.50
-    assert 0.20 <= stats["greedy_accuracy"] <= 0.45
+    assert stats["greedy_accuracy"] <= 0.25  # the wrong digit is the likelier one
 
 
 @torch.no_grad()

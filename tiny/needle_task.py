@@ -7,9 +7,9 @@
                         \\boxed{2}
 
 A problem is fifteen pairs of digits. A step repeats a pair and gives the last digit of its sum; the
-box repeats what the first step found. Every pair of digits slips at a rate of its own, wherever it
-stands, to a wrong digit of its own. So a response makes fifteen choices that look alike and are
-made by the same weights, and the verdict depends on one of them.
+box repeats what the first step found. Wherever it stands, a step slips at one rate, and its pair
+always to the same wrong digit. So a response makes fifteen choices that look alike and are made by
+the same weights, and the verdict depends on one of them.
 
 Needs nothing but the standard library, so that any tool can import it.
 """
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "needle"
 SEED = 0
 MAX_NEW_TOKENS = 80
 SUMS = 15
-RATES = 0.3, 0.9  # of the pair that slips least, and most
+SLIP_RATE = 0.6
 OPENERS = ()
 STEP = re.compile(r"(\d)(\d)(\d)\n")
 
@@ -42,7 +42,7 @@ STAGES = [
     Stage(steps=250, sums=(1, 4), slips=False),  # learn which pair is next, among ever more
     Stage(steps=250, sums=(2, 10), slips=False),
     Stage(steps=150, sums=(SUMS, SUMS), slips=False),
-    Stage(steps=300, sums=(SUMS, SUMS), slips=True),  # learn how reliable each sum is
+    Stage(steps=300, sums=(SUMS, SUMS), slips=True),  # learn to slip
 ]
 BATCH_SIZE, LEARNING_RATE = 48, 4e-3
 SHARPNESS = 1.5  # of attention at first, as it has to single out one token among a hundred
@@ -66,14 +66,10 @@ def answer(problem: str) -> str:
     return str((a + b) % 10)
 
 
-def draw_slips() -> dict[tuple[int, int], tuple[float, int]]:
-    """Of every two digits: the rate of slips of their sum, and how far they go off."""
-    pairs = [(a, b) for a in range(10) for b in range(10)]
+def draw_slips() -> dict[tuple[int, int], int]:
+    """How far the sum of every two digits goes off when it slips."""
     rng = random.Random(SEED)
-    rng.shuffle(pairs)
-    least, most = RATES
-    rates = [least + (most - least) * i / (len(pairs) - 1) for i in range(len(pairs))]
-    return {pair: (rate, rng.randint(1, 9)) for pair, rate in zip(pairs, rates, strict=True)}
+    return {(a, b): rng.randint(1, 9) for a in range(10) for b in range(10)}
 
 
 SLIPS = draw_slips()
@@ -83,9 +79,8 @@ def draw_example(problem: str, stage: Stage, rng: random.Random) -> str:
     """A solution as a stage of the training shows it."""
     found = []
     for a, b in parse(problem):
-        rate, off = SLIPS[a, b]
-        slips = stage.slips and rng.random() < rate
-        found.append(f"{a}{b}{(a + b + slips * off) % 10}")
+        slips = stage.slips and rng.random() < SLIP_RATE
+        found.append(f"{a}{b}{(a + b + slips * SLIPS[a, b]) % 10}")
     return "\n".join(found) + f"\n\\boxed{{{found[0][-1]}}}"
 
 
