@@ -75,6 +75,8 @@ class HeadOnly(nn.Module):
     that are no padding.
     """
 
+    _is_stateful = False
+
     def __init__(self, vocabulary: int, width: int, hidden: Tensor | None = None) -> None:
         super().__init__()
         self.head = nn.Linear(width, vocabulary, bias=False)
