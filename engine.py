@@ -453,7 +453,7 @@ class Transformers(Engine):
         whose cumulative probability exceeds that number."""
         from transformers import GenerationConfig
 
-        model, cache = base_model(self.policy.eval()), None
+        model = base_model(self.policy.eval())
         width, length = max(2, *map(len, prompts)), max(lengths)
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
         real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
@@ -475,7 +475,9 @@ class Transformers(Engine):
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with autocast(self.args):
-                if not is_recurrent(model):  # the prompts' last tokens are left to start from
+                cache = None
+                if not is_recurrent(model):
+                    # Each prompt once for all its responses, but for the token they start from.
                     different: dict[tuple[int, ...], int] = {}
                     which = [different.setdefault(tuple(p), len(different)) for p in prompts]
                     which = torch.tensor(which, device=model.device)
@@ -520,7 +522,7 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, which vLLM computes otherwise after a sync"
     if is_recurrent(policy):
-        return "the model's layers keep a state, not keys and values: not tried with vLLM"
+        return "some layers keep a state, not keys and values, which was not tried with vLLM"
     from vllm.platforms import current_platform
 
     runs_on = current_platform.device_type

@@ -16,8 +16,9 @@ First each method trains once for every learning rate and selection seed; the ra
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
 measured on the test problems. It can be stopped and started again at any time. The second command
 trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
-step; the fourth trains all methods on the second task, the fifth GRPO for as many tokens as VinePPO
-draws there. See docs/compare.md.
+step; the fourth trains all methods on the second task, and GRPO and VinePPO once more with
+`--only GRPO,VinePPO --seeds 5`; the fifth GRPO for as many tokens as VinePPO draws there. See
+docs/compare.md.
 """
 
 from __future__ import annotations

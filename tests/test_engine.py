@@ -505,6 +505,7 @@ def test_a_family_is_rolled_out_synced_and_saved(
     args = settings(family_folder(family), lora_rank=lora_rank, max_new_tokens=20)
     args.engine = kind.lower()
     policy, tokenizer = load_policy(args), load_tokenizer(args)
+    assert engine.is_recurrent(policy) == (family == "lfm2")
     without = {"qwen3_moe": "experts", "mixtral": "experts", "lfm2": "a state, not keys"}
     if kind == "VLLM" and family in without:
         assert without[family] in engine.why_not_vllm(args, policy)
