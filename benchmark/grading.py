@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import random
@@ -140,14 +141,17 @@ def ordinary_pairs(count: int, seed: int) -> list[tuple[str, str, bool]]:
 
 
 def memory_mb() -> float:
-    """Resident memory of this process and all below it."""
-    me, pages = psutil.Process(), 0
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            pages += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return pages / 2**20
+    """Resident memory of this process and all below it.
+
+    A child that is about to become another program still has this one's pages, and its command.
+    """
+    me = psutil.Process()
+    command, size = me.cmdline(), me.memory_info().rss
+    for process in me.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline() != command:
+                size += process.memory_info().rss
+    return size / 2**20
 
 
 class PeakMemory:

@@ -595,6 +595,18 @@ def test_close_ends_the_workers() -> None:
     assert gone(pid, 5) and not grader._idle
 
 
+def test_a_fork_is_not_counted_twice() -> None:
+    """Between fork and exec a worker is a copy of its parent, with all of the parent's pages."""
+    before, pid = memory_mb(), os.fork()
+    if not pid:
+        signal.pause()
+    try:
+        assert memory_mb() < 1.2 * before
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_hostile_answers_between_ordinary_ones() -> None:
     hostile, golds = hostile_answers(120, seed=0), ["5", r"\frac{\pi}{2}"]
     responses = [text for one in hostile for text in (one, *[pair[0] for pair in ORDINARY])]
