@@ -5,10 +5,10 @@
         --results benchmark/results/compare-tokens.json --runs runs/compare-tokens
     python benchmark/compare.py --only GRPO,VinePPO --prompts 2 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
         --results benchmark/results/compare-few.json --runs runs/compare-few
-    python benchmark/compare.py --task needle --prompts 4 --rates 1e-4 2e-4 4e-4 --seeds 3 \\
+    python benchmark/compare.py --task needle --prompts 4 --rates 5e-5 1e-4 2e-4 4e-4 8e-4 \\
         --results benchmark/results/compare-needle.json --runs runs/compare-needle
     python benchmark/compare.py --task needle --prompts 4 --only GRPO --steps 710 --rates 2e-4 \\
-        --seeds 2 --results benchmark/results/compare-needle-tokens.json \\
+        --seeds 3 --results benchmark/results/compare-needle-tokens.json \\
         --runs runs/compare-needle-tokens
     python benchmark/compare.py --write       # puts the numbers into README.md and docs/compare.md
 
@@ -16,9 +16,8 @@ First each method trains once for every learning rate and selection seed; the ra
 accuracy on the validation problems is its own. Then it trains at that rate with other seeds, and is
 measured on the test problems. It can be stopped and started again at any time. The second command
 trains GRPO for as many tokens as VinePPO draws in the first, the third both with few rollouts a
-step; the fourth trains all methods on the second task, and GRPO and VinePPO once more with
-`--only GRPO,VinePPO --seeds 5`; the fifth GRPO for as many tokens as VinePPO draws there. See
-docs/compare.md.
+step; the fourth trains all methods on the second task, the fifth GRPO for as many tokens as VinePPO
+draws there. See docs/compare.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a step of grpo.py costs, and what the same step costs in TRL's GRPOTrainer.
 
-    python benchmark/speed.py                # ten minutes on two cores; on a GPU, a larger shape
+    python benchmark/speed.py                # twenty minutes on two cores; on a GPU, a larger shape
     python benchmark/speed.py --only "ours: tiny: vllm,trl: tiny: transformers"
     python benchmark/speed.py --write        # puts the numbers into docs/speed.md
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -332,7 +333,7 @@ def test_the_page_says_what_is_run():
 def test_two_methods_from_end_to_end(tmp_path: Path):
     """One learning rate, one seed, two steps; then again, which trains nothing."""
     results, runs = tmp_path / "compare.json", tmp_path / "runs"
-    flags = "--only GRPO,DAPO --seeds 1 --rates 2e-4 --steps 2 --samples 8 --jobs 1"
+    flags = "--only GRPO,DAPO --seeds 1 --rates 2e-4 --steps 2 --samples 8"
     command = [sys.executable, "benchmark/compare.py", *flags.split()]
     command += ["--results", str(results), "--runs", str(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -341,7 +342,8 @@ def test_two_methods_from_end_to_end(tmp_path: Path):
     rows = {row["method"]: row for row in found["rows"]}
     assert set(rows) == {"GRPO", "DAPO"}
     assert found["command"].startswith(f"python benchmark/compare.py {flags} --results ")
-    assert found["machine"].startswith("1 core, ")
+    cores = min(2, len(os.sched_getaffinity(0)))
+    assert found["machine"] == f"{shared.cores(cores)}, one run on each"
     assert rows["GRPO"]["rollouts"] == 256 and rows["GRPO"]["step"] == 2
     assert rows["DAPO"]["rollouts"] <= 256
     assert found["start"] != {k: rows["DAPO"][k] for k in found["start"]}
