@@ -400,7 +400,9 @@ def caption(results: dict) -> str:
     rows, rates = split_rows(results)[0], ", ".join(results["rates"])
     budget = results["steps"] * results["prompts"] * GROUP
     runs = collections.Counter(row["method"] for row in rows)
-    choice = f"† The learning rate lies at an end of the grid {rates}: a better one may lie beyond."
+    choice = f"The learning rates were chosen from {rates}."
+    if any(chosen_rate(results["selection"], method, results["rates"])[1] for method in runs):
+        choice += " †: at an end of these, so a better one may lie beyond."
     if len(results["rates"]) == 1:
         choice = f"All took the learning rate {rates}: none was chosen."
     [(usual, _)] = collections.Counter(runs.values()).most_common(1)

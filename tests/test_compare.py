@@ -58,12 +58,16 @@ def test_a_rate_that_was_not_chosen_is_not_called_an_end_of_the_grid():
     rows = [{"method": "GRPO", "lr": "2e-4", "seed": 1, "step": 2, "rollouts": 64}]
     results = {"rows": rows, "selection": [], "steps": 2, "prompts": 4}
     results |= {"versions": {"vllm": "1"}, "command": "c", "machine": "m"}
-    one, two = ({**results, "rates": rates} for rates in (["2e-4"], ["1e-4", "2e-4"]))
+    grids = ["2e-4"], ["1e-4", "2e-4"], ["1e-4", "2e-4", "4e-4"]
+    one, two, three = ({**results, "rates": rates} for rates in grids)
     assert compare.chosen_rate([], "GRPO", one["rates"]) == ("2e-4", False)
     assert "All took the learning rate 2e-4: none was chosen." in compare.caption(one)
     assert "†" not in compare.caption(one)
-    two["selection"] = [{"method": "GRPO", "lr": "2e-4", "seed": 101, "accuracy": 0.5}]
-    assert "† The learning rate lies at an end of the grid 1e-4, 2e-4" in compare.caption(two)
+    chosen = [{"method": "GRPO", "lr": "2e-4", "seed": 101, "accuracy": 0.5}]
+    two["selection"] = three["selection"] = chosen
+    said = "The learning rates were chosen from 1e-4, 2e-4"
+    assert f"{said}. †: at an end of these" in compare.caption(two)
+    assert f"{said}, 4e-4. Each run" in compare.caption(three)
 
 
 def test_the_caption_names_methods_that_have_more_seeds_or_fewer():
