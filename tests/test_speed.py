@@ -1,6 +1,7 @@
 """That benchmark/speed.py measures real steps; and what a step costs beside wall time."""
 
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def test_the_page_shows_the_results_file():
     fresh = shared.filled(speed.PAGE, {"speed": speed.table(results)})
     stale = "docs/speed.md is stale: python benchmark/speed.py --write"
     assert speed.PAGE.read_text(encoding="utf-8") == fresh, stale
+
+
+def test_the_page_quotes_the_slower_day():
+    table = speed.table(shared.read_json(shared.RESULTS / "speed-slower-day.json"))
+    row = next(line for line in table.splitlines() if "transformers on both sides: TRL's" in line)
+    tiny, gsm8k, half_b = re.findall(r"= (\d\.\d\d)", row)
+    said = f"gave {tiny} on tiny, {gsm8k} at GSM8K's lengths and {half_b} at 0.5B"
+    assert said in " ".join(speed.PAGE.read_text(encoding="utf-8").split())
 
 
 def test_a_section_that_is_missing_or_unequal_is_said():
