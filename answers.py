@@ -67,7 +67,7 @@ UNITS = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km ki
 UNIT = {name: names.split()[0] for names in UNITS.split("|") for name in names.split()}
 NO_UNIT = re.compile(  # what may follow a number and is no unit
     r"\b(?:or|and|to|mod|modulo|dozen|if|when|for|plus|minus|times|over|base|sin|cos|tan|log|exp"
-    r"|sqrt|alpha|beta|gamma|delta|theta|lambda|omega|phi)\b|\\|^ *[/^\d]"
+    r"|sqrt|alpha|beta|gamma|delta|theta|lambda|omega|phi)\b|\\|^ *[/^\d]|[a-z] +\d"
 )
 UNIT_REWRITES = [
     (r"\^ *\{? *\\circ|\\degree", " degree "),

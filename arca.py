@@ -9,7 +9,8 @@ compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs
         my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \\
         --lr 5e-6 --lr-schedule cosine --warmup-steps 10 --lora-dropout 0.05
 
-Left out beside grpo.py: the clip, the KL penalty, several updates, training all weights.
+Left out beside grpo.py: the clip, the KL penalty, several updates, other averages of the loss,
+training all weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -283,7 +283,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(

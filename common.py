@@ -27,6 +27,7 @@ from engine import (
     autocast,
     base_model,
     is_recurrent,
+    lm_head,
     precision,
     prompt_cache,
     refuse,
@@ -132,10 +133,10 @@ class Rollouts:
     problems: list[Problem]
     tokens: Tensor  # [P, G, T] token ids
     mask: Tensor  # [P, G, T] true on response tokens, the end-of-sequence token included
-    engine_logp: Tensor  # [P, G, T] NaN where the engine did not sample the token
+    engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample, 0 in the padding
     truncated: Tensor  # [P, G] true where a response reached --max-new-tokens
     texts: list[list[str]]
-    graph: tuple[Tensor, Tensor] | None = None  # scores that the update can go back from
+    graph: tuple[Tensor, Tensor] | None = None  # log-probabilities and entropy with their graph
 
 
 def roll_out(
@@ -211,7 +212,7 @@ def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> It
     group_size = rollouts.mask.shape[1]
     lengths = rollouts.mask.sum(-1).tolist()
     order = sorted(
-        (len(rollouts.problems[p].prompt) + int(lengths[p][g]), p, g)
+        (len(rollouts.problems[p].prompt) + lengths[p][g], p, g)
         for p in problems.tolist()
         for g in range(group_size)
     )
@@ -234,8 +235,8 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     lengths = rollouts.mask[index].sum(-1)  # [n]
     longest = slice(lengths.max())
     tokens, mask = rollouts.tokens[index][:, longest], rollouts.mask[index][:, longest]  # [n, T]
-    problems, which = (x.to(mask.device) for x in index[0].unique(return_inverse=True))
-    prompts = [rollouts.problems[p].prompt for p in problems]
+    problems, which = index[0].unique(return_inverse=True)
+    prompts, which = [rollouts.problems[p].prompt for p in problems], which.to(mask.device)
     # The prompt's last token predicts the response's first, which predicts the second, and so on.
     starts, last = [p[:-1] for p in prompts], tokens.new_tensor([p[-1] for p in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
@@ -335,13 +336,9 @@ def token_logp(
         return tuple(values[index] for values in scores)
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
-    head = base_model(model).get_output_embeddings()
-    config = base_model(model).config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma 2
-    divided = getattr(config, "logits_scaling", 1.0) * args.temperature  # Granite
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    weight, scale, cap = lm_head(model)
     targets = rollouts.tokens[index][mask]
-    scores = HeadLogp.apply(hidden, head.weight, targets, scale / divided, cap)
+    scores = HeadLogp.apply(hidden, weight, targets, scale / args.temperature, cap)
     nothing = torch.zeros(mask.shape, device=mask.device)
     return tuple(nothing.masked_scatter(mask, values) for values in scores)
 
@@ -391,7 +388,7 @@ def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[st
         raise StopRun("the policy's log-probabilities are not finite")
     sampled = rollouts.mask & rollouts.engine_logp.isfinite()
     gap = (rollouts.engine_logp - old_logp)[sampled].abs()
-    mean, most = gap.mean().item(), max(gap.tolist(), default=math.nan)
+    mean, most = gap.mean().item(), gap.max().item()
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
     far = f"engine and trainer differ by {mean:.2g} nats a token on average, {most:.2g} at most"

@@ -99,8 +99,7 @@ def load_policy(args: Any) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if importlib.util.find_spec("vllm") is None:  # which switches it off as well
-        torch.backends.cuda.enable_cudnn_sdp(False)  # gives NaN gradients at some lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gives NaN gradients at some lengths
     load = {"dtype": precision(args) if args.lora_rank else torch.float32}
     load |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
     try:
@@ -118,6 +117,13 @@ def load_policy(args: Any) -> nn.Module:
     if getattr(policy.config.get_text_config(), "attn_logit_softcapping", None):
         policy.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     policy.to(device(args))
+    weight, scale, cap = lm_head(policy)
+    some = torch.tensor([[0, 1]], device=weight.device)
+    with torch.no_grad():
+        logits, own = policy.base_model(some)[0] @ weight.T, policy(some).logits
+        logits = scale * (cap * (logits / cap).tanh() if cap else logits)
+    if not torch.allclose(logits, own, rtol=0.1, atol=0.1 * own.abs().max().item()):
+        refuse("--model", args.model, "computes its logits in a way that is not supported")
     try:
         policy.generation_config.validate(strict=True)
     except ValueError:  # a temperature without sampling, say: it can be loaded but not be saved
@@ -154,6 +160,17 @@ def is_lora(policy: nn.Module) -> bool:
 def base_model(policy: nn.Module) -> nn.Module:
     """The transformers model: what peft wraps, or the policy itself."""
     return policy.get_base_model() if is_lora(policy) else policy
+
+
+def lm_head(policy: nn.Module) -> tuple[Tensor, float, float]:
+    """The LM head's weight, [V, D]; what logits are multiplied by; and what they are softly kept
+    below before that, 0: nothing."""
+    config = base_model(policy).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", 1.0)  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma 2
+    return base_model(policy).get_output_embeddings().weight, scale, cap
 
 
 def is_recurrent(policy: nn.Module) -> bool:
@@ -314,8 +331,8 @@ class VLLM(Engine):
             seed=args.seed,
             **(for_cuda if on_cuda else for_cpu),
         )
-        # A transformers class that vLLM runs itself, it makes compile when it is made and called.
-        # The policy may be of that class, and is not to be compiled.
+        # Where vLLM has no class of its own for a model it runs transformers', changed so that what
+        # is made of it compiles. The policy may be of that class, and is not to be compiled.
         body.__init__, body.do_not_compile = init, True
         # Some weights vLLM stores under other names or in another order. It has just loaded those
         # of --model, as the policy has: what is equal now must be equal after every sync.

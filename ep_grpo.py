@@ -26,7 +26,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -137,18 +136,17 @@ def ep_grpo_advantages(
     ref_logp of the frozen initial policy. The scale of the log-ratio (the paper's λ) cancels.
     Progress has mean 0 in each bucket of a group, and is 0 for a token alone there [open].
     """
-    outcome = grpo_advantages(rewards, eps=eps)[..., None]  # [P, G, 1]
+    outcome = grpo_advantages(rewards, eps=eps)  # [P, G]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)
     bucket = entropy_buckets(entropy, mask, buckets)
 
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    anchor = torch.where(
-        varied, outcome[..., 0], rewards - reward_threshold
-    ).sign()  # Eq. 21 [paper]
+    anchor = torch.where(varied, outcome, rewards - reward_threshold).sign()  # Eq. 21 [paper]
     signal = anchor[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
     parts = [mask & (bucket == k) for k in range(buckets)]
     z_scores = sum(standardize(signal, part, eps, correction=0) for part in parts)  # Eq. 24 [paper]
-    return torch.where(mask, gate * outcome + eta * z_scores, 0.0)  # Eq. 19, 25, 26 [paper]
+    advantages = gate * outcome[..., None] + eta * z_scores  # Eq. 19, 25, 26 [paper]
+    return torch.where(mask, advantages, 0.0)
 
 
 # </method>
@@ -243,7 +241,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(
@@ -260,13 +258,9 @@ def main(args: Args) -> None:
         gap = common.check_engine(rollouts, old_logp, args)
 
         # <method>
-        advantages = ep_grpo_advantages(  # [P, G, T]
-            *(rewards, entropy, old_logp, ref_logp, mask),
-            gamma=args.gamma,
-            eta=args.eta,
-            buckets=args.buckets,
-            reward_threshold=args.reward_threshold,
-        )
+        shaping = {"gamma": args.gamma, "eta": args.eta, "buckets": args.buckets}
+        shaping["reward_threshold"] = args.reward_threshold
+        advantages = ep_grpo_advantages(rewards, entropy, old_logp, ref_logp, mask, **shaping)
         # </method>
 
         # Update on shares of the problems, each in micro-batches that fit the memory.

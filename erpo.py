@@ -26,7 +26,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -242,7 +241,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(
@@ -259,13 +258,9 @@ def main(args: Args) -> None:
         gap = common.check_engine(rollouts, old_logp, args)
 
         # <method>
-        advantages = erpo_advantages(  # [P, G, T]
-            *(rewards, entropy, old_logp, ref_logp, mask),
-            gamma=args.gamma,
-            eta=args.eta,
-            buckets=args.buckets,
-            sigma_target=args.sigma_target,
-        )
+        shaping = {"gamma": args.gamma, "eta": args.eta, "buckets": args.buckets}
+        shaping["sigma_target"] = args.sigma_target
+        advantages = erpo_advantages(rewards, entropy, old_logp, ref_logp, mask, **shaping)
         # </method>
 
         # Update on shares of the problems, each in micro-batches that fit the memory.

@@ -2,7 +2,7 @@
 
 Roll out G responses to each problem, verify them, and give every token of a response the z-score
 of its reward within the group as its advantage. Then take a clipped policy-gradient step.
-The other scripts are this file with other advantages: read `diff grpo.py ep_grpo.py`.
+The other scripts are this file with another credit: read `diff grpo.py ep_grpo.py`.
 
     python grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
@@ -26,7 +26,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -190,7 +189,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(

@@ -26,7 +26,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -51,7 +50,7 @@ class Args(RunArgs):
     entropy_clamp: tuple[float, float] | None = None
     """LOW HIGH: bounds on the entropy before shaping (another reading: 0.2 0.28) [open]"""
     overlong_gamma: float = 0.0
-    """γ₁: accuracy from which long correct rollouts are punished, such as 0.75; 0: off [paper]"""
+    """γ₁: accuracy from which long correct rollouts are punished, such as 0.75; 0: off [open]"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.28
@@ -114,20 +113,6 @@ class Args(RunArgs):
 
 
 # <method>
-def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """Each reward's z-score within its group (DeepSeekMath, section 4.1.2).
-
-    rewards: [P, G]. Returns [P, G]: the advantage of every token of that rollout.
-    scale: divide by the unbiased standard deviation (Dr. GRPO does not).
-    A group of equal rewards, or of one rollout, gives exact zeros.
-    """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
-    if scale and rewards.shape[-1] > 1:
-        advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
-    varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    return torch.where(varied, advantages, 0.0)
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the live tokens of each rollout. Both are [..., T]; the result is [..., 1]."""
     return torch.where(mask, x, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
@@ -168,11 +153,13 @@ def gtpo_advantages(
     """
     right = mask & (correct > 0)[..., None]
     sets = {"with-zeros": (mask, mask), "own-set": (right, mask & ~right), "joint": (mask, mask)}
-    rewards = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
-    rewards = [sum(rewards)] * 2 if normalize == "joint" else rewards
-    scores = [standardize(r, over, eps) for r, over in zip(rewards, sets[normalize], strict=True)]
-    contrast = (grpo_advantages((correct > 0).float()) != 0)[..., None]
-    return torch.where(mask & contrast, torch.where(right, *scores), 0.0)  # Eq. 6 [paper]
+    over_right, over_wrong = sets[normalize]
+    positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
+    if normalize == "joint":
+        positive = negative = positive + negative
+    plus, minus = standardize(positive, over_right, eps), standardize(negative, over_wrong, eps)
+    varied = ((correct > 0).any(-1) & (correct <= 0).any(-1))[..., None, None]  # [P, 1, 1]
+    return torch.where(mask & varied, torch.where(right, plus, minus), 0.0)  # Eq. 6 [paper]
 
 
 def grpo_s_advantages(
@@ -312,7 +299,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(

@@ -25,7 +25,6 @@ import common
 from engine import (
     Engine,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -289,7 +288,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(

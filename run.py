@@ -188,7 +188,7 @@ def lock(folder: Path) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in [*folder.rglob(f"*{UNFINISHED}")]:
+        for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"checkpoints/*{UNFINISHED}")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     except BlockingIOError:
         refuse("--run-dir", folder, "another run is writing here")
@@ -218,7 +218,8 @@ def whole(path: Path) -> Iterator[Path]:
             handle = os.open(written, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        remove(path)
+        if partial.is_dir():
+            remove(path)
         partial.rename(path)
     except Exception as error:  # torch and safetensors have kinds of their own
         remove(partial)

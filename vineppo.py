@@ -29,7 +29,6 @@ from engine import (
     Engine,
     Reference,
     device,
-    eos_ids,
     load_policy,
     load_tokenizer,
     make_engine,
@@ -178,6 +177,7 @@ def estimate_values(
     for (p, prefix, _), tokens in zip(drawn, new, strict=True):
         spent[p, prefix] += len(tokens)
 
+    # Rollouts that share a prefix share its value; its tokens are counted with one of them alone.
     for (p, row), of_row, starts in zip(rollouts, ends, prefixes, strict=True):
         steps = [bisect.bisect_right(of_row, t) for t in range(len(row))]
         before = [values[start] for start in starts]
@@ -285,7 +285,7 @@ def main(args: Args) -> None:
             engine.sync(policy)
         groups = collect(args, step, train, engine, grader, run)
         engine.sleep()
-        rollouts = common.stack(groups, eos_ids(policy, tokenizer), device(args))
+        rollouts = common.stack(groups, engine.stops, device(args))
         mask = rollouts.mask  # [P, G, T]
         correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
         rewards = correct + overlong_penalty(

@@ -46,7 +46,7 @@ from verifier import Grader
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft, "vineppo": vineppo}
 NOT_HERE = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
-NOT_HERE += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
+NOT_HERE += ("dynamic_sampling", "generation_rounds", "keep_checkpoints", "adamw_8bit")
 
 
 @dataclass

@@ -492,6 +492,19 @@ def test_reft_draws_anew_each_step(run: Callable):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+def test_reft_evaluates_without_openers(run: Callable, monkeypatch: pytest.MonkeyPatch):
+    calls, roll_out = {}, common.roll_out
+
+    def spy(engine: Any, problems: Any, args: Any, seed: tuple, **more: Any) -> Any:
+        calls[seed[1]] = more.get("openers")
+        return roll_out(engine, problems, args, seed, **more)
+
+    monkeypatch.setattr(common, "roll_out", spy)
+    run(reft)
+    assert calls[1] is not None
+    assert calls["evaluation"] is calls["greedy"] is None
+
+
 @pytest.mark.parametrize("loss_average", ["token", "sequence"])
 def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average: str, run: Callable):
     settings = {"candidates": 6, "openers": 2, "loss_average": loss_average}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
+from damage import cut_off, empty, pointer, without_one_weight, without_tokenizer, without_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -462,6 +463,7 @@ SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GROUPED = SIZES | {"num_key_value_heads": 1}
 EXPERTS = GROUPED | {"num_experts_per_tok": 2}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 GEMMA = {"head_dim": 32, "final_logit_softcapping": 3.0, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256} | NO_DROPOUT),
@@ -472,8 +474,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", GROUPED | {"logits_scaling": 8.0}),
     "cohere": ("Cohere", GROUPED | {"logit_scale": 0.25}),
     "lfm2": ("Lfm2", GROUPED | {"layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": ("FalconH1", GROUPED | MAMBA | {"head_dim": 32, "lm_head_multiplier": 0.3}),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 32, "num_experts": 4}),
     "mixtral": ("Mixtral", EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
+}
+REFUSED = {
+    "phi": ("Phi", SIZES),  # a bias in its LM head
+    "hyperclovax": ("HyperCLOVAX", GROUPED | {"logits_scaling": 0.3}),  # multiplies by it
+    "recurrent_gemma": ("RecurrentGemma", GROUPED | {"lru_width": 64, "logits_soft_cap": 3.0}),
 }
 
 
@@ -483,7 +491,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     def build(family: str) -> Path:
         folder = tmp_path_factory.mktemp("families") / family
-        name, sizes = (FAMILIES | {"phi": ("Phi", SIZES)})[family]
+        name, sizes = (FAMILIES | REFUSED)[family]
         tokenizer = byte_tokenizer("<|endoftext|>")
         ends = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
         config = getattr(transformers, f"{name}Config")
@@ -496,8 +504,10 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return build
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("family", "lora_rank"),
+    [(f, rank) for f in FAMILIES for rank in (0, 4) if (f, rank) != ("falcon_h1", 4)],
+)
 @both_engines
 def test_a_family_is_rolled_out_synced_and_saved(
     family: str, lora_rank: int, kind: str, family_folder: Callable, tmp_path: Path
@@ -505,8 +515,9 @@ def test_a_family_is_rolled_out_synced_and_saved(
     args = settings(family_folder(family), lora_rank=lora_rank, max_new_tokens=20)
     args.engine = kind.lower()
     policy, tokenizer = load_policy(args), load_tokenizer(args)
-    assert engine.is_recurrent(policy) == (family == "lfm2")
-    without = {"qwen3_moe": "experts", "mixtral": "experts", "lfm2": "a state, not keys"}
+    assert engine.is_recurrent(policy) == (family in ("lfm2", "falcon_h1"))
+    without = {"qwen3_moe": "experts", "mixtral": "experts"}
+    without |= {"lfm2": "a state, not keys", "falcon_h1": "a state, not keys"}
     if kind == "VLLM" and family in without:
         assert without[family] in engine.why_not_vllm(args, policy)
         args.engine = "auto"
@@ -527,7 +538,7 @@ def test_a_family_is_rolled_out_synced_and_saved(
     assert all(torch.equal(weight, mine[name]) for name, weight in fresh.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1", "gpt2"])
 def test_the_tiled_head_is_the_models_own(
     family: str, family_folder: Callable, monkeypatch: pytest.MonkeyPatch
 ):
@@ -601,31 +612,6 @@ def quantised(folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
 
 
-def pointer(folder: Path) -> None:
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    (folder / "model.safetensors").write_text(text)
-
-
-def cut_off(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def without_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
-def without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def without_one_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
 def not_finite(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 3] = torch.nan
@@ -634,11 +620,6 @@ def not_finite(folder: Path) -> None:
 
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-
-
-def empty(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -675,8 +656,9 @@ def test_a_model_that_cannot_be_trained_is_refused(
 @pytest.mark.parametrize(
     ("family", "changes", "flag"),
     [
-        ("phi", {}, "--model"),  # a bias in its LM head
+        *[(family, {}, "--model") for family in REFUSED],
         ("mixtral", {"lora_rank": 4, "lora_dropout": 0.1}, "--lora-rank 4"),
+        ("falcon_h1", {"lora_rank": 4}, "--lora-rank 4"),
     ],
 )
 def test_a_family_that_cannot_be_trained_is_refused(

@@ -167,15 +167,12 @@ def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
     assert metrics[3]["grad_norm"] == 0
 
 
-@pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
-def test_the_loss_has_a_kl_term_of_weight_0_001(
-    run: Callable,
-    script: ModuleType,
-    tied_model: Path,
-    moved_reference: None,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """With advantages of zero it is the whole loss: k3 at each token, from full logits."""
+@pytest.fixture
+def first_update(
+    run: Callable, tied_model: Path, moved_reference: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[dict[str, float], float]]:
+    """Runs one step of a script and holds its gradient to the plain one, of the mean over all
+    tokens of -A log π + β k3, from full logits; A: as logged. Returns the metrics and that mean."""
     seen, stack, update = [], common.stack, Run.update
 
     def keep_rollouts(*call: Any) -> common.Rollouts:
@@ -186,33 +183,59 @@ def test_the_loss_has_a_kl_term_of_weight_0_001(
         seen.extend(weight.grad.clone() for weight in optimizer.param_groups[0]["params"])
         return update(self, optimizer, *call)
 
-    monkeypatch.setattr(grpo.Grader, "grade", all_wrong)
     monkeypatch.setattr(common, "stack", keep_rollouts)
     monkeypatch.setattr(Run, "update", keep_gradient)
-    metrics, _ = run(script, steps=1, eta=0.0)
-    rollouts, *gradients = seen
 
-    policy = AutoModelForCausalLM.from_pretrained(tied_model)
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    for weight in reference.parameters():
-        weight.mul_(1.1)
-    terms = []
-    for p, problem in enumerate(rollouts.problems):
-        for tokens, live in zip(rollouts.tokens[p], rollouts.mask[p], strict=True):
-            whole = torch.tensor([problem.prompt + tokens[live].tolist()])
-            places = torch.arange(len(problem.prompt), whole.shape[1])
-            new, old = (model(whole).logits[0].log_softmax(-1) for model in (policy, reference))
-            gap = (old - new)[places - 1, whole[0, places]]  # log(π_ref / π)
-            terms.append(gap.exp() - gap - 1)
-    loss = 0.001 * torch.cat(terms).mean()
-    loss.backward()
+    def first_update(script: ModuleType, kl: float, **settings: Any) -> tuple[dict, float]:
+        metrics, folder = run(script, steps=1, log_rollouts=99, **settings)
+        rollouts, *gradients = seen
+        lines = (folder / "rollouts.jsonl").read_text().splitlines()
+        advantages = iter([json.loads(line)["advantage"] for line in lines])
+        policy = AutoModelForCausalLM.from_pretrained(tied_model)
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        for weight in reference.parameters():
+            weight.mul_(1.1)
+        terms = []
+        for p, problem in enumerate(rollouts.problems):
+            for tokens, live in zip(rollouts.tokens[p], rollouts.mask[p], strict=True):
+                whole = torch.tensor([problem.prompt + tokens[live].tolist()])
+                places = torch.arange(len(problem.prompt), whole.shape[1])
+                logps = [model(whole).logits[0].log_softmax(-1) for model in (policy, reference)]
+                new, old = (logp[places - 1, whole[0, places]] for logp in logps)
+                k3 = (old - new).exp() - (old - new) - 1
+                terms.append(kl * k3 - torch.tensor(next(advantages)) * new)
+        loss = torch.cat(terms).mean()
+        loss.backward()
+        for ours, weight in zip(gradients, policy.parameters(), strict=True):
+            assert weight.grad.norm() > 0
+            assert (ours - weight.grad).norm() <= 1e-3 * weight.grad.norm()
+        return metrics[1], loss.item()
+
+    return first_update
+
+
+@pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda script: script.__name__)
+def test_the_loss_has_a_kl_term_of_weight_0_001(
+    run: Callable, first_update: Callable, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """With advantages of zero it is the whole loss."""
+    monkeypatch.setattr(grpo.Grader, "grade", all_wrong)
+    metrics, loss = first_update(script, kl=0.001, eta=0.0)
     assert loss > 1e-5
-    assert metrics[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    for ours, weight in zip(gradients, policy.parameters(), strict=True):
-        assert (ours - weight.grad).norm() <= 1e-3 * weight.grad.norm()
-
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     metrics, _ = run(script, "without", steps=1, eta=0.0, kl=0.0)
     assert metrics[1]["loss"] == metrics[1]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "kl"),
+    [(ep_grpo, 0.001), (erpo, 0.001), (gtpo, 0.0)],
+    ids=["ep_grpo", "erpo", "gtpo"],
+)
+def test_the_gradient_is_the_plain_one(first_update: Callable, script: ModuleType, kl: float):
+    """Of advantages that differ from token to token, and the KL term of the defaults."""
+    metrics, _ = first_update(script, kl)
+    assert metrics["grad_norm"] > 0.01
 
 
 # ------------------------------------------------------------------------------- metrics by hand

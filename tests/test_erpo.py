@@ -88,10 +88,11 @@ def test_an_affine_change_of_the_signal_inside_a_bucket_cancels(scale: float, sh
         group = slow.random_group(seed)
         rewards, entropy, logp, ref_logp, mask = tensors(group)
         once = erpo_advantages(rewards, entropy, logp, ref_logp, mask, eps=0)
+        bucket = pad(slow.position_buckets(group.entropy, 10), fill=-1)
         changed = ref_logp + scale * (logp - ref_logp)
         if (logp != ref_logp).any():  # a shift of nothing is rounding, not a constant
-            bucket = pad(slow.position_buckets(group.entropy, 10), fill=-1)
-            changed = torch.where(bucket == 0, changed + shift, changed)
+            changed = changed + shift
+        changed = torch.where(bucket == 0, changed, logp)
         again = erpo_advantages(rewards, entropy, changed, ref_logp, mask, eps=0)
         torch.testing.assert_close(again, once, atol=1e-6, rtol=0)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, SHARED_DATA, needs_vllm
+from damage import cut_off, empty, pointer, without_one_weight, without_tokenizer, without_weights
 
 from answers import last_boxed
 from common import bootstrap_interval, evaluate, load_problems
@@ -326,6 +327,9 @@ def test_a_second_writer_is_refused(run: Callable, capsys: pytest.CaptureFixture
         ("--k 0", "--k 0: must be from 1 to --samples 64"),
         ("--samples 0", "--samples 0: must be at least 1"),
         ("--batch 0", "--batch 0: must be at least 1"),
+        ("--gpu-memory 1.5", "--gpu-memory 1.5: must be above 0 and at most 1"),
+        ("--output tests", "--output tests: is a folder; name a file"),
+        ("--output .", "--output .: is a folder; name a file"),
         ("--problems -1", "--problems -1: must be at least 0"),
         ("--temperature 0", "--temperature 0.0: must be above 0"),
         ("--models", "--models : name at least one"),
@@ -346,6 +350,36 @@ def test_flags_that_cannot_work(
     monkeypatch.chdir(ROOT)
     args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
     assert refused(capsys, tool.main, args).startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (pointer, "cannot be loaded"),
+        (cut_off, "cannot be loaded"),
+        (without_tokenizer, "has no tokenizer"),
+        (without_weights, "cannot be loaded"),
+        (without_one_weight, "lacks the weights"),
+        (empty, "cannot be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(
+    damage: Callable[[Path], None],
+    why: str,
+    run: Callable,
+    tied_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tied_model, folder)
+    damage(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(models=(str(folder),))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert said.startswith(f"error: --models {folder}: ") and why in said
 
 
 def test_known_names(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -360,6 +360,24 @@ def test_a_disk_too_small_for_a_checkpoint_is_refused(
     assert "a checkpoint and model/ need 0.0 GB, and 0.0 GB are free" in line
 
 
+def test_the_folder_of_all_runs_is_not_tidied(tmp_path: Path) -> None:
+    """What another run is writing at the moment stays, where its parent folder is named."""
+    other = tmp_path / "other" / "checkpoints" / "step-000001.unfinished"
+    other.mkdir(parents=True)
+    run_module.lock(tmp_path).close()
+    assert other.exists()
+    run_module.lock(tmp_path / "other").close()
+    assert not other.exists()
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    taken = run_module.whole(tmp_path / "a")
+    with pytest.raises(engine.StopRun, match="cannot be written"), taken as partial:
+        partial.write_text("a file")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_a_kill_at_any_operation_on_files(
     small_run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ from engine import (
     eos_ids,
     first_line,
     make_engine,
+    memory_ran_out,
     precision,
     refuse,
     seed_for,
@@ -201,7 +202,9 @@ def base_of(model: str) -> str:
 def loading(model: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a dozen kinds, for what is one mistake here
+        if memory_ran_out(error):
+            raise
         refuse("--models", model, f"cannot be loaded: {first_line(error)}")
 
 
@@ -220,7 +223,10 @@ def load_tokenizer(model: str, trust: bool) -> Any:
 
     name = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     with loading(model):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    if not tokenizer.encode("1"):  # transformers makes an empty one where there is none
+        refuse("--models", model, "has no tokenizer")
+    return tokenizer
 
 
 def load_model(model: str, args: RunArgs) -> Any:
@@ -230,10 +236,13 @@ def load_model(model: str, args: RunArgs) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    load = {"dtype": precision(args), "trust_remote_code": args.trust_remote_code}
     with loading(model):
-        policy = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=precision(args), trust_remote_code=args.trust_remote_code
+        policy, found = AutoModelForCausalLM.from_pretrained(
+            args.model, **load, output_loading_info=True
         )
+        if found["missing_keys"]:
+            refuse("--models", model, f"lacks the weights {sorted(found['missing_keys'])[:3]}")
         return policy if args.model == model else PeftModel.from_pretrained(policy, model)
 
 
@@ -359,6 +368,10 @@ def check(args: Args) -> None:
             refuse(flag, getattr(args, name), f"must be at least {minimum}")
     if not args.temperature > 0:
         refuse("--temperature", args.temperature, "must be above 0")
+    if not 0 < args.gpu_memory <= 1:
+        refuse("--gpu-memory", args.gpu_memory, "must be above 0 and at most 1")
+    if args.output and Path(args.output).is_dir():
+        refuse("--output", args.output, "is a folder; name a file")
     args.k = args.k or tuple(k for k in (1, 8, 64) if k <= args.samples)
     for k in args.k:
         if not 1 <= k <= args.samples:
