@@ -4,7 +4,8 @@
     python benchmark/compare.py --only GRPO --steps 360 --rates 4e-4 --seeds 3 \\
         --results benchmark/results/compare-tokens.json --runs runs/compare-tokens
     python benchmark/compare.py --only 'GRPO,VinePPO,VinePPO by token' --prompts 2 \\
-        --rates 1e-4 2e-4 4e-4 --results benchmark/results/compare-few.json --runs runs/compare-few
+        --rates 1e-4 2e-4 4e-4 --seeds 4 --results benchmark/results/compare-few.json \\
+        --runs runs/compare-few
     python benchmark/compare.py --task needle --prompts 4 --rates 5e-5 1e-4 2e-4 4e-4 8e-4 \\
         --results benchmark/results/compare-needle.json --runs runs/compare-needle
     python benchmark/compare.py --task needle --prompts 4 --only GRPO --steps 710 --rates 2e-4 \\
@@ -70,8 +71,9 @@ METHODS = {
     "divergence credit": "arca.py --credit divergence",
 }
 COSTLY = {"VinePPO by token"}  # only where --only names them
-# Ablations: they take another method's learning rate.
+# Variants that take another method's learning rate.
 RATE_OF = {"EP-GRPO gate alone": "EP-GRPO", "EP-GRPO progress alone": "EP-GRPO"}
+RATE_OF |= {"VinePPO by token": "VinePPO"}
 
 
 class Task(NamedTuple):

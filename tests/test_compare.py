@@ -86,6 +86,11 @@ def test_an_ablation_takes_the_rate_of_the_whole_method(monkeypatch: pytest.Monk
     assert compare.chosen_rate(rows, "half of M", RATES) == ("2e-4", False)
 
 
+def test_what_is_costly_runs_only_where_it_is_named():
+    assert set(compare.check(Args())) == set(compare.METHODS) - {"VinePPO by token"}
+    assert compare.check(Args(only="GRPO,VinePPO by token")) == ["GRPO", "VinePPO by token"]
+
+
 def test_paired_interval_by_hand():
     # Differences 1, 2, 3, 4, 5: mean 3, variance 2.5, standard error sqrt(2.5 / 5) = sqrt(0.5).
     low, high = compare.t_interval([1, 2, 3, 4, 5])
