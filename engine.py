@@ -117,7 +117,7 @@ def load_policy(args: Any) -> nn.Module:
     if getattr(policy.config.get_text_config(), "attn_logit_softcapping", None):
         policy.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     policy.to(device(args))
-    weight, scale, cap = lm_head(policy)
+    weight, scale, cap = lm_head(policy)  # are they all that the model does to its logits?
     some = torch.tensor([[0, 1]], device=weight.device)
     with torch.no_grad():
         logits, own = policy.base_model(some)[0] @ weight.T, policy(some).logits

@@ -260,7 +260,9 @@ def main(args: Args) -> None:
         # <method>
         shaping = {"gamma": args.gamma, "eta": args.eta, "buckets": args.buckets}
         shaping["reward_threshold"] = args.reward_threshold
-        advantages = ep_grpo_advantages(rewards, entropy, old_logp, ref_logp, mask, **shaping)
+        advantages = ep_grpo_advantages(  # [P, G, T]
+            rewards, entropy, old_logp, ref_logp, mask, **shaping
+        )
         # </method>
 
         # Update on shares of the problems, each in micro-batches that fit the memory.

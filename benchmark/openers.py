@@ -1,6 +1,6 @@
 """What REFT's choice of openers costs: rollouts that begin with them against plain ones, in turn.
 
-    python benchmark/openers.py              # a minute on two cores; fills in docs/reft.md
+    python benchmark/openers.py              # three minutes on two cores; fills in docs/reft.md
     python benchmark/openers.py --write      # fills in the page from the results
 
 The tiny model on vLLM: 16 prompts, 8 rollouts each, every one of exactly 256 tokens. Both sides

@@ -33,3 +33,13 @@ def without_one_weight(folder: Path) -> None:
 def empty(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
+
+
+BROKEN = [  # what is said of each
+    (pointer, "cannot be loaded"),
+    (cut_off, "cannot be loaded"),
+    (without_tokenizer, "has no tokenizer"),
+    (without_weights, "cannot be loaded"),
+    (without_one_weight, "lacks the weights"),
+    (empty, "cannot be loaded"),
+]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
-from damage import cut_off, empty, pointer, without_one_weight, without_tokenizer, without_weights
+from damage import BROKEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -626,14 +626,9 @@ def adapter(folder: Path) -> None:
     ("damage", "why"),
     [
         (quantised, "is quantised (awq)"),
-        (pointer, "cannot be loaded"),
-        (cut_off, "cannot be loaded"),
-        (without_tokenizer, "has no tokenizer"),
-        (without_weights, "cannot be loaded"),
-        (without_one_weight, "lacks the weights"),
+        *BROKEN,
         (not_finite, "holds weights that are not finite"),
         (adapter, "is a LoRA adapter"),
-        (empty, "cannot be loaded"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(

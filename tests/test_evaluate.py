@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, SHARED_DATA, needs_vllm
-from damage import cut_off, empty, pointer, without_one_weight, without_tokenizer, without_weights
+from damage import BROKEN
 
 from answers import last_boxed
 from common import bootstrap_interval, evaluate, load_problems
@@ -352,17 +352,7 @@ def test_flags_that_cannot_work(
     assert refused(capsys, tool.main, args).startswith(f"error: {line}")
 
 
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (pointer, "cannot be loaded"),
-        (cut_off, "cannot be loaded"),
-        (without_tokenizer, "has no tokenizer"),
-        (without_weights, "cannot be loaded"),
-        (without_one_weight, "lacks the weights"),
-        (empty, "cannot be loaded"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "why"), BROKEN)
 def test_a_model_that_cannot_be_loaded_is_refused(
     damage: Callable[[Path], None],
     why: str,
