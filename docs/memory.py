@@ -77,7 +77,7 @@ class Model:
 
     @cached_property
     def reference(self) -> int:
-        """Bytes of a frozen copy: linear modules in bfloat16, the rest (a tied head too) in float32."""
+        """Bytes of a frozen copy: linear modules in bfloat16, others and tied heads in float32."""
         copy = self.build(lora=False)
         linear = {module.weight for module in copy.modules() if isinstance(module, nn.Linear)}
         linear.discard(copy.get_input_embeddings().weight)
