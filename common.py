@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from answers import last_boxed
 from engine import (
     Engine,
     StopRun,
@@ -33,8 +32,8 @@ from engine import (
     refuse,
     seed_for,
 )
+from grading import Grader, last_boxed
 from run import RunArgs
-from verifier import Grader
 
 # ------------------------------------------------------------------------------- problems
 

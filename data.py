@@ -18,8 +18,8 @@ from typing import Any
 
 import fsspec
 
-from answers import NO_ANSWERS, is_prose, last_boxed
 from engine import first_line, refuse
+from grading.answers import NO_ANSWERS, is_prose, last_boxed
 
 COLUMNS = {
     "question": "problem question prompt messages",

@@ -31,8 +31,8 @@ from engine import (
     make_engine,
     seed_for,
 )
+from grading import Grader
 from run import Run, RunArgs, launch, learning_rate, make_optimizer
-from verifier import Grader
 
 
 @dataclass
