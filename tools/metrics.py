@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from answers import in_box, plain_number
 from common import bootstrap_interval
-from verifier import Grader
+from grading import Grader
+from grading.answers import in_box, plain_number
 
 Record = dict[str, Any]
 Estimate = dict[str, float]  # value, low, high
