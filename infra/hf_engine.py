@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from infra.cli import progress_bar
-from infra.models import autocast, base_model, is_recurrent
+from infra.models import TokenIds, autocast, base_model, is_recurrent
 from infra.shared_prefix import left_pad, positions, prompt_cache
 from infra.vllm_engine import Engine, Response
 
@@ -26,7 +26,7 @@ class HFEngine(Engine):
         self.policy = policy
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """As VLLMEngine.generate, in batches of as many responses as a step has rollouts."""
         responses = []
@@ -42,7 +42,7 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """Forward, sample, append, until every response has ended.
 
@@ -85,7 +85,7 @@ class HFEngine(Engine):
             responses.append((row[:end], logp[:end]))
         return responses
 
-    def prefill(self, model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Any]:
+    def prefill(self, model: nn.Module, prompts: list[TokenIds]) -> tuple[Tensor, Tensor, Any]:
         """The first inputs, which positions are tokens, and the cache of what comes before.
 
         Each different prompt is computed once, except its last token, which is the first input.
@@ -94,15 +94,15 @@ class HFEngine(Engine):
         if is_recurrent(model):
             inputs, is_token, _ = left_pad(prompts, model.device)
             return inputs, is_token, None
-        rows: dict[tuple[int, ...], int] = {}
-        which = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        which = [distinct.index(tuple(prompt)) for prompt in prompts]
         which = torch.tensor(which, device=model.device)
-        cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in rows], which)
+        cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in distinct], which)
         inputs = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
         is_token = pad(is_token, (0, 1), value=True)
         return inputs, is_token, cache
 
-    def end_of(self, tokens: list[int]) -> int:
+    def end_of(self, tokens: TokenIds) -> int:
         """The length of a response: up to its first stop token, that token included."""
         for position, token in enumerate(tokens):
             if token in self.stop_tokens:

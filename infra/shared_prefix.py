@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infra.models import base_model
+from infra.models import TokenIds, base_model
 
 
-def left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def left_pad(prompts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids padded on the left to length L, which are tokens, their positions: three [n, L]."""
     longest = max(1, *map(len, prompts))
     rows = []
@@ -27,9 +26,7 @@ def positions(is_token: Tensor) -> Tensor:
     return (is_token.cumsum(-1) - 1).clamp(min=0)
 
 
-def prompt_cache(
-    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
-) -> tuple[Any, Tensor]:
+def prompt_cache(model: nn.Module, prompts: list[TokenIds], which: Tensor) -> tuple[Any, Tensor]:
     """Keys and values of prompts, each computed once, for n rows.
 
     which: [n], the prompt that each row continues. Prompts are padded on the left to length L.
@@ -46,7 +43,7 @@ def prompt_cache(
     return outputs.past_key_values, is_token[which]
 
 
-def saves_tokens(prompts: list[Sequence[int]], which: Tensor, lengths: Tensor) -> bool:
+def saves_tokens(prompts: list[TokenIds], which: Tensor, lengths: Tensor) -> bool:
     """Whether sharing prompts computes less than three quarters of the padded batch's tokens.
 
     which: [n], the prompt of each row; lengths: [n], response tokens of each row.
@@ -59,7 +56,7 @@ def saves_tokens(prompts: list[Sequence[int]], which: Tensor, lengths: Tensor) -
 
 
 def shared_hidden_states(
-    model: nn.Module, prompts: list[list[int]], which: Tensor, tokens: Tensor, mask: Tensor
+    model: nn.Module, prompts: list[TokenIds], which: Tensor, tokens: Tensor, mask: Tensor
 ) -> Tensor:
     """As `common.padded_hidden_states`, with each prompt computed once."""
     # A prompt's last token is an input of its rows: it predicts the first response token.

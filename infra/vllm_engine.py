@@ -15,9 +15,17 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from infra.cli import StopRun, progress_bar, reject, require
-from infra.models import base_model, device, eos_ids, is_recurrent, merged_weights, precision
+from infra.models import (
+    TokenIds,
+    base_model,
+    device,
+    eos_ids,
+    is_recurrent,
+    merged_weights,
+    precision,
+)
 
-Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
+Response = tuple[TokenIds, list[float]]  # token ids, and their log-probabilities
 
 # vLLM reads these when it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -33,7 +41,7 @@ class Engine:
         self.stop_tokens = eos_ids(policy, tokenizer)
         self.vocab_size = base_model(policy).config.get_text_config().vocab_size
 
-    def decode(self, responses: list[list[int]]) -> list[str]:
+    def decode(self, responses: list[TokenIds]) -> list[str]:
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     def sleep(self) -> None:
@@ -131,7 +139,7 @@ class VLLMEngine(Engine):
                     )
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """One response to each prompt, of at most that many tokens, sampled with its own seed."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
