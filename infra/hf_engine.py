@@ -50,20 +50,22 @@ class HFEngine(Engine):
         """
         model = base_model(self.policy.eval())
         longest = max(lengths)
-        uniform = torch.stack([uniform_numbers(seed, longest) for seed in seeds], dim=1)
-        uniform = uniform.to(model.device)  # [T, n]
+        uniform = [uniform_numbers(seed, longest) for seed in seeds]
+        uniform = torch.stack(uniform, dim=1).to(model.device)  # [T, n]
         limits = torch.tensor(lengths, device=model.device)
         stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.long, device=model.device)
 
-        sampled, logps = [], []
+        sampled: list[Tensor] = []
+        logps: list[Tensor] = []
         ended = torch.zeros_like(limits, dtype=torch.bool)
         with autocast(self.args):
             inputs, is_token, cache = self.prefill(model, prompts)
             while not ended.all():
+                position_ids = positions(is_token)
                 outputs = model(
                     input_ids=inputs,
                     attention_mask=is_token,
-                    position_ids=positions(is_token)[:, -inputs.shape[1] :],
+                    position_ids=position_ids[:, -inputs.shape[1] :],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,

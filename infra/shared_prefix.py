@@ -18,7 +18,8 @@ def left_pad(prompts: list[TokenIds], device: torch.device) -> tuple[Tensor, Ten
         rows.append([-1] * (longest - len(prompt)) + list(prompt))
     ids = torch.tensor(rows, device=device)
     is_token = ids >= 0
-    return ids.clamp(min=0), is_token, positions(is_token)
+    ids = ids.clamp(min=0)
+    return ids, is_token, positions(is_token)
 
 
 def positions(is_token: Tensor) -> Tensor:
@@ -50,8 +51,9 @@ def saves_tokens(prompts: list[TokenIds], which: Tensor, lengths: Tensor) -> boo
     """
     prompt_lengths = which.new_tensor(list(map(len, prompts))) - 1
     row_lengths = prompt_lengths[which]
-    shared = len(prompts) * row_lengths.max() + len(which) * lengths.max()
-    padded = len(which) * (row_lengths + lengths).max()
+    rows, longest = len(which), lengths.max()
+    shared = len(prompts) * row_lengths.max() + rows * longest
+    padded = rows * (row_lengths + lengths).max()
     return bool(shared < 0.75 * padded)
 
 
@@ -64,12 +66,14 @@ def shared_hidden_states(
     last = tokens.new_tensor([prompt[-1] for prompt in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
     is_token = torch.cat([is_prompt, torch.ones_like(mask)], dim=1)  # [n, L + T]
+    position_ids = positions(is_token)
+    position_ids = position_ids[:, is_prompt.shape[1] :]  # [n, T]
 
     body = base_model(model).base_model
     outputs = body(
         input_ids=inputs,
         attention_mask=is_token,
-        position_ids=positions(is_token)[:, -inputs.shape[1] :],
+        position_ids=position_ids,
         past_key_values=cache,
     )
     return outputs[0][mask]
