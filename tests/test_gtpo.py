@@ -1,7 +1,5 @@
 """GTPO's and GRPO-S's advantages: docs/gtpo.md, by hand, token by token, and at the edges."""
 
-import math
-
 import pytest
 import slow
 import torch
@@ -30,15 +28,6 @@ def verdicts(group: slow.Group) -> list[bool]:
 def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """correct [1, G]; entropy and mask [1, G, T]."""
     return torch.tensor([verdicts(group)]), pad(group.entropy, fill), pad_mask(group.entropy)
-
-
-def float32_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """64 groups of 8 rollouts with entropies from (just below) 0 to the largest."""
-    grid = torch.tensor([-1e-7, 0.0, 1e-45, 1e-30, 1e-6, 1.0, slow.LARGEST_ENTROPY])
-    generator = torch.Generator().manual_seed(0)
-    entropy = grid[torch.randint(len(grid), (64, 8, 16), generator=generator)]
-    mask = torch.arange(16) < torch.randint(1, 17, (64, 8, 1), generator=generator)
-    return torch.randint(2, (64, 8), generator=generator).bool(), entropy, mask
 
 
 def test_worked_example_rewards():
@@ -147,17 +136,6 @@ def test_a_group_without_contrast_gives_exact_zeros(verdict: bool, normalize: st
     assert torch.equal(rollouts, torch.zeros_like(rollouts))
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_finite_in_float32(normalize: str):
-    batch = float32_batch()
-    advantages = gtpo_advantages(*batch, normalize=normalize)
-    assert advantages.dtype == torch.float32
-    assert advantages.isfinite().all()
-    rollouts = grpo_s_advantages(*batch)
-    assert rollouts.dtype == torch.float32
-    assert rollouts.isfinite().all()
-
-
 def test_a_certain_token_takes_the_whole_share():
     rows = [[0.0], [2.0], [0.0], [2.0]]
     positive, negative = shaped_rewards(example.correct, pad(rows), pad_mask(rows), 1, 0.2)
@@ -167,47 +145,12 @@ def test_a_certain_token_takes_the_whole_share():
     torch.testing.assert_close(negative[0], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_nothing_outside_the_mask_is_read(garbage: float):
-    for seed in range(20):
-        group = slow.random_group(seed)
-        clean, dirty = tensors(group), tensors(group, garbage)
-        for normalize in NORMALIZATIONS:
-            advantages = gtpo_advantages(*dirty, normalize=normalize)
-            assert torch.equal(advantages, gtpo_advantages(*clean, normalize=normalize))
-            assert not advantages[~pad_mask(group.entropy)].any()
-        assert torch.equal(grpo_s_advantages(*dirty), grpo_s_advantages(*clean))
-
-
-def test_no_gradient():
-    entropy = example.entropy.clone().requires_grad_()
-    assert not gtpo_advantages(example.correct, entropy, example.mask).requires_grad
-    assert not grpo_s_advantages(example.correct, entropy, example.mask).requires_grad
-
-
 def test_verdicts_may_be_rewards():
     for rewards in (example.rewards, 2 * example.rewards - 1):
         assert torch.equal(
             gtpo_advantages(rewards, example.entropy, example.mask),
             gtpo_advantages(example.correct, example.entropy, example.mask),
         )
-
-
-def test_inputs_are_left_alone():
-    inputs = tensors(slow.random_group(1), fill=7.0)
-    before = [x.clone() for x in inputs]
-    gtpo_advantages(*inputs)
-    grpo_s_advantages(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("function", [gtpo_advantages, grpo_s_advantages])
-def test_groups_do_not_mix(function):
-    first = example.correct, example.entropy, example.mask
-    second = ~example.correct, example.entropy.square(), example.mask
-    both = function(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
-    apart = torch.cat([function(*first), function(*second)])
-    torch.testing.assert_close(both, apart, atol=1e-12, rtol=0)
 
 
 # GRPO-S: one clipped ratio per rollout
@@ -321,28 +264,6 @@ def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising
 
 
 # Settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"alpha2": -0.1}, "--alpha2 -0.1"),
-        ({"alpha2": math.nan}, "--alpha2 nan"),
-        ({"overlong_buffer": 8}, "--overlong-buffer 8"),
-        ({"alpha2": 0.0, "entropy_clamp": (0.2, 0.28)}, "--entropy-clamp (0.2, 0.28)"),
-        ({"level": "sequence", "normalize": "own-set"}, "--normalize own-set"),
-        ({"level": "sequence", "normalize": "joint"}, "--normalize joint"),
-        ({"level": "sequence", "loss_average": "constant"}, "--loss-average constant"),
-    ],
-)
-def test_settings_that_would_change_nothing_are_refused(
-    settings: dict, named: str, capsys: pytest.CaptureFixture
-):
-    with pytest.raises(SystemExit) as stop:
-        Args(**settings)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: {named}: ") and message.count("\n") == 1
 
 
 def test_grpo_s_is_averaged_over_rollouts():

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+import worked_example as example
+from torch import Tensor
 
 from holderpo import (
     anneal_p,
@@ -19,13 +21,8 @@ LENGTHS = [7, 1, 4, 2]
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
 ADVANTAGES = torch.tensor([1.5, -0.5, -1.0, 0.75], dtype=torch.float64)
 
-# The worked group of methods/README.md, with ref_logp as the old policy.
-WORKED_MASK = torch.arange(3) < torch.tensor([3, 2, 3, 1])[:, None]
-WORKED_LOGP = torch.tensor([[-0.1, -0.5, -0.2], [-0.3, -0.1, 0], [-0.2, -0.9, -0.4], [-1.2, 0, 0]])
-WORKED_OLD = torch.tensor([[-0.2, -0.4, -0.3], [-0.3, -0.3, 0], [-0.1, -1.0, -0.2], [-1.0, 0, 0]])
 
-
-def random_logp(spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+def random_logp(spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Log-probabilities [4, 7] of the new (a leaf with gradient) and the old policy."""
     generator = torch.Generator().manual_seed(3)
     old_logp = -torch.rand(4, 7, generator=generator, dtype=torch.float64) - 0.1
@@ -33,7 +30,7 @@ def random_logp(spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
     return logp.requires_grad_(), old_logp
 
 
-def token_ratios(logp: torch.Tensor, old_logp: torch.Tensor) -> list[list[float]]:
+def token_ratios(logp: Tensor, old_logp: Tensor) -> list[list[float]]:
     """The live token ratios of each rollout, as Python floats."""
     difference = (logp - old_logp).tolist()
     return [[math.exp(d) for d in row[:n]] for row, n in zip(difference, LENGTHS, strict=True)]
@@ -45,7 +42,7 @@ def slow_mean(ratios: list[float], p: float) -> float:
     return (sum(r**p for r in ratios) / len(ratios)) ** (1 / p)
 
 
-def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+def gradient(value: Tensor, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(value, leaf)[0]
 
 
@@ -63,9 +60,11 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_worked_example(p, expected):
-    ratio = holder_ratio(WORKED_LOGP, WORKED_OLD, WORKED_MASK, p)
+    """With ref_logp as the old policy."""
+    logp, old_logp = example.logp[0].float(), example.ref_logp[0].float()
+    ratio = holder_ratio(logp, old_logp, example.mask[0], p)
     torch.testing.assert_close(ratio, torch.tensor(expected), atol=6e-5, rtol=0)
-    assert ratio.dtype == WORKED_LOGP.dtype
+    assert ratio.dtype == logp.dtype
 
 
 @pytest.mark.parametrize("p", POWERS)

@@ -5,10 +5,9 @@ from itertools import combinations
 from types import SimpleNamespace
 from typing import ClassVar
 
-import openers
 import pytest
-import shared
 import torch
+from torch import Tensor
 
 from reft import check_openers, choose_openers, opener_metrics, pick_first_tokens
 
@@ -17,7 +16,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_logits(prompts: int = 50, vocabulary: int = 100) -> torch.Tensor:
+def random_logits(prompts: int = 50, vocabulary: int = 100) -> Tensor:
     return 3 * torch.randn(prompts, vocabulary, generator=seeded(1))
 
 
@@ -138,7 +137,7 @@ class StubEngine:
         return top.indices, top.values
 
 
-def chosen(engine: StubEngine, **numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen(engine: StubEngine, **numbers: int) -> tuple[Tensor, Tensor]:
     args = SimpleNamespace(candidates=20, openers=4, group_size=8, temperature=1.0)
     vars(args).update(numbers)
     problems = [SimpleNamespace(prompt=[5])] * 50
@@ -219,12 +218,3 @@ def test_metrics_by_hand():
     correct[1] = torch.tensor([1.0, 0, 0, 0])
     assert opener_metrics(tokens, ranks, logp, correct, openers=2)["opener/same_winner"] == 0.5
     assert "opener/same_winner" not in opener_metrics(tokens, ranks, logp, correct * 0, openers=2)
-
-
-def test_the_page_says_what_openers_cost():
-    found = openers.sentence(shared.read_json(openers.FILE))
-    page = openers.PAGE.read_text(encoding="utf-8")
-    assert page == shared.filled(openers.PAGE, {"openers": found}), (
-        "docs/reft.md is stale: python benchmark/openers.py --write"
-    )
-    assert shared.read_json(openers.FILE)["ratio_quartiles"][1] <= 1.03

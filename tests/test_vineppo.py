@@ -2,18 +2,20 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_aggregation_scripts import assert_same, gradient, make, plain_logp, run  # noqa: F401
+from one_step import assert_same_gradient, gradient_of, plain_logp
 from torch import Tensor
 from worked_example import mask, pad, rewards
 
 import common
 import vineppo
 from common import Group, Problem
+from engine import Transformers, load_policy, load_tokenizer
 from vineppo import Args, estimate_values, step_ends, token_texts, vineppo_advantages
 
 STEP_END = Args.step_end
@@ -225,54 +227,40 @@ def test_values_hold_the_overlong_penalty():
         assert after == pytest.approx([value - n / 8 for n, value in enumerate(before)])
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"continuations": 0}, "--continuations 0"), ({"step_end": "("}, "--step-end (")],
-)
-def test_refusals(settings: dict, named: str, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as stop:
-        Args(**settings)
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------- a run
 
 
-def test_a_run_takes_the_policy_gradient_of_its_advantages(run: Callable):  # noqa: F811
-    seen = run(vineppo, continuations=2, step_end="[a-z]", kl=0.0, log_rollouts=4)
-    rollouts, policy = seen.rollouts[0], seen.policies[0]
-    ours = gradient(policy)
-    notes = [note for group in seen.groups[0] for note in group.notes]
+def test_a_run_takes_the_policy_gradient_of_its_advantages(record: Callable):
+    settings = {"continuations": 2, "step_end": "[a-z]", "kl": 0.0, "log_rollouts": 4}
+    recording = record(vineppo, **settings)
+    rollouts, update = recording.rollouts[0], recording.updates[0]
+    notes = [note for group in recording.groups[0] for note in group.notes]
+    correct = [verdict for group in recording.groups[0] for verdict in group.correct]
     assert len({len(values) for _, values, _ in notes}) > 1  # several steps
+
     advantages = []
-    rows = [row for group in seen.groups[0] for row in zip(group.notes, group.correct, strict=True)]
-    for (steps, values, _), reward in rows:
-        gains = [b - a for a, b in zip(values, [*values[1:], reward], strict=True)]
-        advantages.append([gains[step] for step in steps])
-    flat = torch.tensor([a for row in advantages for a in row])
-    policy.zero_grad()
+    for (steps, values, _), reward in zip(notes, correct, strict=True):
+        gains = [after - before for before, after in pairwise([*values, reward])]
+        advantages.append(torch.tensor([gains[step] for step in steps]))
+    flat = torch.cat(advantages)
     loss = 0.0
     for number, row in enumerate(advantages):
-        scores = (torch.tensor(row) - flat.mean()) / flat.std()
-        assert seen.log[number]["advantage"] == pytest.approx(scores.tolist(), abs=1e-4)
-        logp = plain_logp(policy, rollouts, *divmod(number, 4))
-        loss = loss - (scores * logp).sum() / len(flat)
-    loss.backward()
-    assert_same(ours, gradient(policy), 1e-3)
-    metrics = seen.metrics[1]
-    assert metrics["value/tokens"] == sum(note[2] for note in notes)
-    assert metrics["value/prompt"] == pytest.approx(sum(v[0] for _, v, _ in notes) / 16)
-    assert metrics["value/steps"] == pytest.approx(sum(len(v) for _, v, _ in notes) / 16)
+        z_scores = (row - flat.mean()) / flat.std()
+        logged = recording.lines[number]["advantage"]
+        assert logged == pytest.approx(z_scores.tolist(), abs=1e-4)
+        logp = plain_logp(update.policy, rollouts, *divmod(number, 4))
+        loss = loss - (z_scores * logp).sum() / len(flat)
+    assert_same_gradient(update.gradient, gradient_of(loss, update.policy), 1e-3)
+    metrics = recording.metrics[1]
+    assert metrics["value/tokens"] == sum(spent for *_, spent in notes)
+    assert metrics["value/prompt"] == pytest.approx(sum(values[0] for _, values, _ in notes) / 16)
+    assert metrics["value/steps"] == pytest.approx(sum(len(values) for _, values, _ in notes) / 16)
 
 
-def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
-    """A continuation is a function of the weights, the step, the problem and its prefix."""
-    from engine import Transformers, load_policy, load_tokenizer
-    from verifier import Grader
-
-    args = make(vineppo, continuations=3, step_end="[a-z]")
-    policy, tokenizer, grader = load_policy(args), load_tokenizer(args), Grader()
+def test_values_do_not_depend_on_the_batch(short_args: Callable):
+    """A continuation depends only on the weights, the step, the problem and its prefix."""
+    args = short_args(vineppo, continuations=3, step_end="[a-z]")
+    policy, tokenizer, grader = load_policy(args), load_tokenizer(args), common.Grader()
     engine = Transformers(args, policy, tokenizer, 64)
     problems = common.load_problems(args, "--dataset", tokenizer, grader)[:2]
     both, one = (common.roll_out(engine, problems[:n], args, (1, 1, 0)) for n in (2, 1))
@@ -281,5 +269,6 @@ def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
     estimate_values(engine, grader, both, args, (1, 1, 0))
     estimate_values(engine, grader, one, args, (1, 1, 0))
     grader.close()
-    assert [tokens for tokens, _ in drawn[1]] == [tokens for tokens, _ in drawn[0]][: len(drawn[1])]
+    of_both, of_one = ([tokens for tokens, _ in responses] for responses in drawn)
+    assert of_one == of_both[: len(of_one)]
     assert [note[0] for note in both[0].notes] == [note[0] for note in one[0].notes]
