@@ -172,7 +172,7 @@ def test_groups_do_not_mix(name: str):
     """VinePPO whitens over all groups of a step."""
     method = METHODS[name]
     other = Batch(
-        1 - example.rewards,
+        torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64),
         example.entropy.flip(1).square(),
         example.ref_logp,
         example.logp,

@@ -249,7 +249,7 @@ def test_arca_base_states_are_the_models_own(short_args: Callable, rollouts: com
 
 
 def tensor_bytes() -> int:
-    """Memory of all live tensors, each storage once."""
+    """Memory of all tensors in use, each storage once."""
     gc.collect()
     alive = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
@@ -406,7 +406,7 @@ def test_reft_openers_follow_a_reasoning_marker(
         assert prompt[-1] == opener
 
 
-def test_reft_refuses_more_candidates_than_tokens(
+def test_reft_rejects_more_candidates_than_tokens(
     short_args: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     import transformers

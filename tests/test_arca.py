@@ -137,7 +137,7 @@ def test_padding_changes_nothing(garbage):
     )
 
 
-def test_a_row_without_live_tokens_has_no_weight():
+def test_a_row_without_response_tokens_has_no_weight():
     mask = MASK.clone()
     mask[2] = False
     weights = arca_weights(*hidden_states(), mask)
@@ -159,13 +159,13 @@ def test_half_precision_states_are_compared_in_single_precision():
 
 
 def test_signals_of_the_worked_group():
-    live = WORKED_MASK
+    mask = WORKED_MASK
     expected = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.1, 0], [0.2, 0.9, 0.4], [1.2, 0, 0]])
-    torch.testing.assert_close(surprisal(WORKED_LOGP)[live], expected[live])
+    torch.testing.assert_close(surprisal(WORKED_LOGP)[mask], expected[mask])
     expected = torch.tensor([[2.0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
-    torch.testing.assert_close(entropy_reduction(WORKED_ENTROPY, live)[live], expected[live])
+    torch.testing.assert_close(entropy_reduction(WORKED_ENTROPY, mask)[mask], expected[mask])
     expected = torch.tensor([[0.1, 0.1, 0.1], [0, 0.2, 0], [0.1, 0.1, 0.2], [0.2, 0, 0]])
-    torch.testing.assert_close(divergence(WORKED_LOGP, WORKED_REF)[live], expected[live])
+    torch.testing.assert_close(divergence(WORKED_LOGP, WORKED_REF)[mask], expected[mask])
 
 
 def test_weights_of_the_worked_group():

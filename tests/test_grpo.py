@@ -144,10 +144,10 @@ def test_token_weights_by_hand(average: str):
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_token_weights_of_a_share_of_the_problems(average: str):
     """An update counts its own tokens and responses, not those of the whole step."""
-    live = MASK.clone()
-    live[0] = False
+    share = MASK.clone()
+    share[0] = False
     alone = token_weights(MASK[1:], average, 5)
-    torch.testing.assert_close(token_weights(live, average, 5), torch.cat([0 * alone, alone]))
+    torch.testing.assert_close(token_weights(share, average, 5), torch.cat([0 * alone, alone]))
 
 
 def test_overlong_penalty_by_hand():

@@ -1,4 +1,4 @@
-"""REFT's choice of first tokens: what is chosen, how evenly, and what is refused."""
+"""REFT's choice of first tokens: which tokens, how evenly, and which numbers are rejected."""
 
 from collections import Counter
 from itertools import combinations
@@ -20,18 +20,17 @@ def random_logits(prompts: int = 50, vocabulary: int = 100) -> Tensor:
     return 3 * torch.randn(prompts, vocabulary, generator=seeded(1))
 
 
+def pick(logits: Tensor, candidates: int, openers: int, group_size: int, seed: int = 0) -> Tensor:
+    numbers = {"candidates": candidates, "openers": openers, "group_size": group_size}
+    return pick_first_tokens(logits, **numbers, generator=seeded(seed))
+
+
 @pytest.mark.parametrize(
     ("candidates", "openers", "group_size"), [(20, 4, 8), (20, 8, 8), (5, 5, 10), (7, 1, 4)]
 )
 def test_each_group_holds_its_openers_equally_often(candidates, openers, group_size):
     logits = random_logits()
-    tokens = pick_first_tokens(
-        logits,
-        candidates=candidates,
-        openers=openers,
-        group_size=group_size,
-        generator=seeded(),
-    )
+    tokens = pick(logits, candidates, openers, group_size)
     assert tokens.shape == (50, group_size) and tokens.dtype == torch.int64
     for row, prompt_logits in zip(tokens.tolist(), logits.tolist(), strict=True):
         by_logit = sorted(range(100), key=prompt_logits.__getitem__, reverse=True)
@@ -43,10 +42,7 @@ def test_each_group_holds_its_openers_equally_often(candidates, openers, group_s
 
 def test_defaults_are_four_of_twenty_for_eight():
     tokens = pick_first_tokens(random_logits(), generator=seeded())
-    same = pick_first_tokens(
-        random_logits(), candidates=20, openers=4, group_size=8, generator=seeded()
-    )
-    assert torch.equal(tokens, same)
+    assert torch.equal(tokens, pick(random_logits(), 20, 4, 8))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])  # equal, graded and all but certain
@@ -60,13 +56,7 @@ def test_subsets_are_uniform_whatever_the_probabilities(scale, candidates, opene
     logits = (-scale * torch.arange(vocabulary).float()).flip(0)
     if scale == 0.0:
         logits[:3] = -1.0  # the top N stay apart from the rest
-    tokens = pick_first_tokens(
-        logits.expand(draws, -1),
-        candidates=candidates,
-        openers=openers,
-        group_size=openers,
-        generator=seeded(7),
-    )
+    tokens = pick(logits.expand(draws, -1), candidates, openers, group_size=openers, seed=7)
     observed = Counter(tuple(sorted(row)) for row in tokens.tolist())
     subsets = list(combinations(range(3, vocabulary), openers))
     assert set(observed) == set(subsets)
@@ -77,13 +67,7 @@ def test_subsets_are_uniform_whatever_the_probabilities(scale, candidates, opene
 def test_every_rollout_is_as_likely_to_get_every_candidate():
     """No place in the group is tied to a rank: 5 candidates, 4 degrees of freedom at 0.001."""
     draws = 20_000
-    tokens = pick_first_tokens(
-        torch.arange(5.0).expand(draws, -1),
-        candidates=5,
-        openers=4,
-        group_size=8,
-        generator=seeded(7),
-    )
+    tokens = pick(torch.arange(5.0).expand(draws, -1), 5, 4, 8, seed=7)
     for place in range(8):
         counts = torch.bincount(tokens[:, place], minlength=5)
         assert ((counts - draws / 5).square() / (draws / 5)).sum() < 18.47
@@ -92,9 +76,7 @@ def test_every_rollout_is_as_likely_to_get_every_candidate():
 def test_one_candidate_is_the_likeliest_token():
     logits = random_logits()
     for seed in range(3):
-        tokens = pick_first_tokens(
-            logits, candidates=1, openers=1, group_size=8, generator=seeded(seed)
-        )
+        tokens = pick(logits, 1, 1, 8, seed)
         assert torch.equal(tokens, logits.argmax(-1, keepdim=True).expand(-1, 8))
 
 
@@ -169,7 +151,7 @@ def test_special_and_unknown_tokens_never_open():
         (20, 16, 8, "--openers 16 --group-size 8: --group-size must be a multiple"),
     ],
 )
-def test_impossible_numbers_are_refused(candidates, openers, group_size, named):
+def test_impossible_numbers_are_rejected(candidates, openers, group_size, named):
     numbers = {"candidates": candidates, "openers": openers, "group_size": group_size}
     with pytest.raises(ValueError, match=named):
         check_openers(**numbers)  # no model needed
@@ -177,15 +159,14 @@ def test_impossible_numbers_are_refused(candidates, openers, group_size, named):
         pick_first_tokens(random_logits(), **numbers)
 
 
-def test_more_candidates_than_tokens_are_refused():
+def test_more_candidates_than_tokens_are_rejected():
     with pytest.raises(ValueError, match="--candidates 101 exceeds the vocabulary of 100"):
         pick_first_tokens(random_logits(), candidates=101)
     pick_first_tokens(random_logits(), candidates=100)
-    with pytest.raises(ValueError, match=r"--candidates 100: .*fewer allowed tokens"):
-        pick_first_tokens(
-            random_logits().index_fill(-1, torch.tensor([0]), -torch.inf), candidates=100
-        )
     logits = random_logits()
+    one_forbidden = logits.index_fill(-1, torch.tensor([0]), -torch.inf)
+    with pytest.raises(ValueError, match=r"--candidates 100: .*fewer allowed tokens"):
+        pick_first_tokens(one_forbidden, candidates=100)
     logits[7, 19:] = -torch.inf
     with pytest.raises(ValueError, match=r"--candidates 20: .*fewer allowed tokens"):
         pick_first_tokens(logits)
@@ -197,7 +178,7 @@ def test_more_candidates_than_tokens_are_refused():
 
 
 def test_metrics_by_hand():
-    """Two prompts, two openers of two rollouts each; then a tie, which nobody wins."""
+    """Two prompts with two openers of two rollouts each, then a tie, which no opener wins."""
     tokens = torch.tensor([[7, 7, 8, 8], [9, 9, 7, 7], [7, 7, 8, 8]])
     ranks = torch.tensor([[1, 1, 2, 2], [1, 1, 3, 3], [1, 1, 2, 2]])
     logp = torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.6, 0.6, 0.1, 0.1], [0.4, 0.4, 0.2, 0.2]]).log()

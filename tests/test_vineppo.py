@@ -33,7 +33,7 @@ def test_worked_example():
 
 
 def test_worked_example_whitened():
-    # In ninths: mean 8/9, sum of squares 114, so variance (114 - 64/9) / 8, deviation 3.6553.
+    # In ninths: mean 8/9, sum of squares 114; the variance (114 - 64/9) / 8 is 3.6553 squared.
     expected = [[0.8511, 0.0304, 0.0304], [1.1247, 1.1247], [0.3040, -1.6111, -0.5168], [-1.3375]]
     advantages = vineppo_advantages(VALUES, STEPS, rewards, mask)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
@@ -55,25 +55,25 @@ def tensors(values: list, lengths: list) -> tuple[Tensor, Tensor, Tensor]:
     steps = [
         [[s for s, n in enumerate(row) for _ in range(n)] for row in group] for group in lengths
     ]
-    live = [[[t < len(row) for t in range(longest)] for row in group] for group in steps]
+    inside = [[[t < len(row) for t in range(longest)] for row in group] for group in steps]
     filled = [[row + [7.0] * (most - len(row)) for row in group] for group in values]
     steps = [[row + [0] * (longest - len(row)) for row in group] for group in steps]
-    return torch.tensor(filled), torch.tensor(steps), torch.tensor(live)
+    return torch.tensor(filled), torch.tensor(steps), torch.tensor(inside)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_advantages_equal_a_slow_loop(seed: int):
     values, lengths, outcome = random_steps(seed)
-    padded, steps, live = tensors(values, lengths)
-    advantages = vineppo_advantages(padded, steps, outcome, live, whiten=False)
+    padded, steps, inside = tensors(values, lengths)
+    advantages = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
     for p, group in enumerate(values):
         for g, row in enumerate(group):
             expected = []
             for s, length in enumerate(lengths[p][g]):
                 after = row[s + 1] if s + 1 < len(row) else outcome[p, g].item()
                 expected += [after - row[s]] * length
-            assert advantages[p, g][live[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
-            assert not advantages[p, g][~live[p, g]].any()
+            assert advantages[p, g][inside[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
+            assert not advantages[p, g][~inside[p, g]].any()
             # A step each: from the prompt's value to the reward.
             firsts = [sum(lengths[p][g][:s]) for s in range(len(row))]
             total = outcome[p, g].item() - row[0]
@@ -82,19 +82,21 @@ def test_advantages_equal_a_slow_loop(seed: int):
 
 def test_whitened_over_all_live_tokens_of_the_step():
     values, lengths, outcome = random_steps(1)
-    padded, steps, live = tensors(values, lengths)
-    plain = vineppo_advantages(padded, steps, outcome, live, whiten=False)
-    white = vineppo_advantages(padded, steps, outcome, live)
-    torch.testing.assert_close(white[live], (plain[live] - plain[live].mean()) / plain[live].std())
-    assert not white[~live].any()
+    padded, steps, inside = tensors(values, lengths)
+    plain = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
+    white = vineppo_advantages(padded, steps, outcome, inside)
+    torch.testing.assert_close(
+        white[inside], (plain[inside] - plain[inside].mean()) / plain[inside].std()
+    )
+    assert not white[~inside].any()
 
 
 def test_nothing_learnt_where_nothing_changes():
     values = torch.full((2, 3, 4), 0.5)
     steps = torch.arange(4).expand(2, 3, 4)
-    live = torch.ones(2, 3, 4, dtype=torch.bool)
+    inside = torch.ones(2, 3, 4, dtype=torch.bool)
     for whiten in (True, False):
-        none = vineppo_advantages(values, steps, torch.full((2, 3), 0.5), live, whiten=whiten)
+        none = vineppo_advantages(values, steps, torch.full((2, 3), 0.5), inside, whiten=whiten)
         assert torch.equal(none, torch.zeros(2, 3, 4))
 
 
@@ -167,8 +169,8 @@ class FakeEngine:
 
 
 class FakeGrader:
-    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
-        assert set(golds) <= {"gold 0", "gold 1"}
+    def grade(self, texts: list[str], references: list[str]) -> list[bool]:
+        assert set(references) <= {"reference 0", "reference 1"}
         return [text.endswith("right") for text in texts]
 
 
@@ -176,7 +178,9 @@ def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
     """Two groups: of the first, two rollouts begin alike; no text is shared by both groups."""
     args = Args(continuations=5, max_new_tokens=6, temperature=0.7, **settings)
     rows = [[[1, 2, 8, END], [1, 2, 3, 9, END], [2, 9, END]], [[1, 8, END], [1, 8, END], [9, END]]]
-    groups = [Group(Problem("", f"gold {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)]
+    groups = [
+        Group(Problem("", f"reference {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)
+    ]
     engine = FakeEngine()
     estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0))
     return groups, engine
