@@ -240,7 +240,7 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
         return record_run(script, args)
 
 
-def collect_counts(
+def collect(
     script: ModuleType, args: Any, rounds: list[list[int]]
 ) -> tuple[list[common.Group], int, list[Any]]:
     """Call `collect` on 20 problems, with a given count of right rollouts for each group of each

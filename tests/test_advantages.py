@@ -194,11 +194,11 @@ def test_no_gradient(name: str):
 
 @ALL
 def test_inputs_are_left_alone(method: Method):
-    batch = random_batch(1, fill=7.0)
-    before = batch.change(torch.clone)
-    method(batch)
-    for item in fields(batch):
-        assert torch.equal(getattr(batch, item.name), getattr(before, item.name))
+    for batch in (random_batch(1, fill=7.0), float32_batch()):
+        before = batch.change(torch.clone)
+        method(batch)
+        for item in fields(batch):
+            assert torch.equal(getattr(batch, item.name), getattr(before, item.name))
 
 
 @ALL

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import untimed
-from one_step import Recording, assert_same_gradient, collect_counts, gradient_of, plain_logp
+from one_step import Recording, assert_same_gradient, collect, gradient_of, plain_logp
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -359,7 +359,7 @@ def counts(groups: list[common.Group]) -> list[int]:
 
 def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable):
     args = short_args(grpo, dynamic_sampling=True)
-    groups, taken, seeds = collect_counts(grpo, args, [[0, 2, 4, 3], [4, 1], [2]])
+    groups, taken, seeds = collect(grpo, args, [[0, 2, 4, 3], [4, 1], [2]])
     assert counts(groups) == [2, 3, 1, 2]
     assert taken == 7
     assert len(set(seeds)) == 3
@@ -368,13 +368,13 @@ def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable)
 
 def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
     args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
-    groups, taken, _ = collect_counts(grpo, args, [[0, 2, 4, 0], [4, 1, 0]])
+    groups, taken, _ = collect(grpo, args, [[0, 2, 4, 0], [4, 1, 0]])
     assert counts(groups) == [2, 1, 4, 0]
     assert taken == 7
 
 
 def test_without_dynamic_sampling_every_group_stays(short_args: Callable):
-    groups, taken, _ = collect_counts(grpo, short_args(grpo), [[0, 2, 4, 0]])
+    groups, taken, _ = collect(grpo, short_args(grpo), [[0, 2, 4, 0]])
     assert counts(groups) == [0, 2, 4, 0]
     assert taken == 4
 
