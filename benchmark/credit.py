@@ -38,8 +38,8 @@ import vineppo
 from common import Rollouts
 from docs.figures import BLUE, GREY, ORANGE, Drawing
 from engine import Reference, device, load_policy, load_tokenizer, load_weights, make_engine
+from grading import Grader
 from tiny.steps import check_steps
-from verifier import Grader
 
 PAGE, FIGURE = ROOT / "docs" / "credit.md", ROOT / "docs" / "credit.svg"
 POLICIES = ("starting", "half-trained")

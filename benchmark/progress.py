@@ -34,9 +34,9 @@ import ep_grpo
 import erpo
 import grpo
 from ep_grpo import ep_grpo_advantages
+from grading import Grader
 from grpo import grpo_advantages, token_weights
 from run import parse_args, read_lines
-from verifier import Grader
 
 RESULTS = shared.RESULTS / "progress.json"
 PAGE = ROOT / "docs" / "ep_grpo.md"

@@ -32,7 +32,7 @@ from shared import RESULTS, ROOT, markdown, read_json, write_json
 from trl_side import peak_bytes
 
 import grpo
-from verifier import Grader
+from grading import Grader
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all else is this project's

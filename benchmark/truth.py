@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import common
 from engine import Engine, base_model, seed_for
+from grading import Grader
 from run import RunArgs
-from verifier import Grader
 
 CERTAIN = 1e-4  # no continuations where other tokens are rarer: the advantage is smaller than this
 ESTIMATES = 2  # independent ones: how far they agree says how good the truth is

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
-from run import Run
+from infra.run import Run
 
 # ------------------------------------------------------------------------------- recording
 
@@ -47,13 +47,6 @@ class Recording:
     updates: list[Update] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)  # of each step, from 0
     lines: list[dict[str, Any]] = field(default_factory=list)  # of rollouts.jsonl
-
-
-def replace(patch: pytest.MonkeyPatch, script: ModuleType, name: str, function: Any) -> None:
-    """Replace a shared function wherever the script or common.py looks it up."""
-    for module in (script, common):
-        if hasattr(module, name):
-            patch.setattr(module, name, function)
 
 
 def short_settings(script: ModuleType, grpo_args: Any, **settings: Any) -> Any:
@@ -87,7 +80,7 @@ def record_run(
     recording = Recording(args)
     policies: list[nn.Module] = []
     shares: list[list[int]] = []
-    load_policy, make_engine = script.load_policy, script.make_engine
+    load_policy, make_engine = common.load_policy, common.make_engine
     stack, micro_batches = common.stack, common.micro_batches
 
     def keep_policy(*call: Any) -> nn.Module:
@@ -118,10 +111,10 @@ def record_run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Grader, "grade", grade)
-        replace(patch, script, "load_policy", keep_policy)
-        replace(patch, script, "make_engine", keep_engine)
-        replace(patch, script, "stack", keep_rollouts)
-        replace(patch, script, "micro_batches", keep_share)
+        patch.setattr(common, "load_policy", keep_policy)
+        patch.setattr(common, "make_engine", keep_engine)
+        patch.setattr(common, "stack", keep_rollouts)
+        patch.setattr(common, "micro_batches", keep_share)
         hook = register_optimizer_step_pre_hook(keep_update)
         try:
             script.main(args)
@@ -222,27 +215,26 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
             tokens=torch.full(example.mask.shape, 65),
             mask=example.mask,
             engine_logp=logp,
+            correct=torch.tensor([groups[0].correct]),
             truncated=torch.zeros(1, size, dtype=torch.bool),
             texts=[[""] * size],
         )
 
-    def score(*_: Any, reuse: bool = False) -> tuple[Tensor, Tensor]:
-        return (logp if reuse else ref_logp), example.entropy.float()
+    def score(*_: Any, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
+        return (logp if keep_graph else ref_logp), example.entropy.float()
 
     def verify(_: Any, groups: list[common.Group]) -> None:
         for group in groups:
             group.correct = list(correct)[: len(group.texts)]
 
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, script, "stack", stack)
-        replace(patch, script, "score", score)
-        replace(patch, script, "verify", verify)
+        patch.setattr(common, "stack", stack)
+        patch.setattr(common, "score", score)
+        patch.setattr(common, "verify", verify)
         return record_run(script, args)
 
 
-def collect(
-    script: ModuleType, args: Any, rounds: list[list[int]]
-) -> tuple[list[common.Group], int, list[Any]]:
+def collect(args: Any, rounds: list[list[int]]) -> tuple[list[common.Group], int, list[Any]]:
     """Call `collect` on 20 problems, with a given count of right rollouts for each group of each
     round. Returns the groups, the number of problems taken and the seeds of the rounds."""
     seeds: list[Any] = []
@@ -259,7 +251,6 @@ def collect(
     problems = common.Problems(common.Problem(str(i), "", []) for i in range(20))
     timer = type("Timer", (), {"time": Run.time, "seconds": {}})()
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, script, "roll_out", roll_out)
-        replace(patch, script, "verify", verify)
-        groups = script.collect(args, 5, problems, None, None, timer)
+        patch.setattr(common, "verify", verify)
+        groups = common.collect(args, 5, problems, None, None, timer, roll_out)
     return groups, problems.position, seeds

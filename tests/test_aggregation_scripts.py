@@ -19,7 +19,6 @@ from one_step import (
     plain_outputs,
     predicting,
     record_run,
-    replace,
     response,
 )
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ import common
 import grpo
 import holderpo
 import reft
-from engine import Reference, Transformers, base_model, load_policy, load_tokenizer
-from run import parse_args
+from infra.cli import parse_args
+from infra.hf_engine import HFEngine
+from infra.models import Reference, base_model, load_policy, load_tokenizer
 
 
 def plain_advantages(recording: Recording, step: int = 1) -> Tensor:
@@ -294,7 +294,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
         verify(grader, groups)
         graded.append((groups, [group.texts for group in groups]))
 
-    replace(monkeypatch, reft, "verify", keep_texts)
+    monkeypatch.setattr(common, "verify", keep_texts)
     recording = record(reft, candidates=6, openers=2, log_rollouts=4)
     groups, rollouts = recording.groups[0], recording.rollouts[0]
     texts = next(texts for of_call, texts in graded if of_call[0] is groups[0])
@@ -348,10 +348,10 @@ def test_reft_evaluates_without_openers(record: Callable, monkeypatch: pytest.Mo
     calls, roll_out = {}, common.roll_out
 
     def spy(engine: Any, problems: Any, args: Any, seed: tuple, **more: Any) -> Any:
-        calls[seed[1]] = more.get("openers")
+        calls[seed[1]] = more.get("first_tokens")
         return roll_out(engine, problems, args, seed, **more)
 
-    replace(monkeypatch, reft, "roll_out", spy)
+    monkeypatch.setattr(common, "roll_out", spy)
     record(reft)
     assert calls[1] is not None
     assert calls["evaluation"] is calls["greedy"] is None
@@ -390,13 +390,13 @@ def test_reft_openers_follow_a_reasoning_marker(
     template = (folder / "chat_template.jinja").read_text()
     reasoning = template.replace("assistant\n", "assistant\n<think>\n")
     (folder / "chat_template.jinja").write_text(reasoning)
-    prompts, generate = [], Transformers.generate
+    prompts, generate = [], HFEngine.generate
 
-    def keep_prompts(self: Transformers, batch: list[list[int]], *call: Any) -> Any:
+    def keep_prompts(self: HFEngine, batch: list[list[int]], *call: Any) -> Any:
         prompts.append(batch)
         return generate(self, batch, *call)
 
-    monkeypatch.setattr(Transformers, "generate", keep_prompts)
+    monkeypatch.setattr(HFEngine, "generate", keep_prompts)
     recording = record(reft, model=str(folder))
     decode = recording.engine.tokenizer.decode
     openers = [token for group in recording.groups[0] for token in first_tokens(group)]
@@ -424,7 +424,7 @@ def test_reft_rejects_more_candidates_than_tokens(
 def test_top_tokens_are_the_policys(short_args: Callable):
     args = short_args(reft, temperature=0.7)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
-    engine = Transformers(args, policy, tokenizer, 64)
+    engine = HFEngine(args, policy, tokenizer, 64)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     tokens, logp = engine.top_tokens(prompts, 30, 0.7)
     for row, values, prompt in zip(tokens, logp, prompts, strict=True):

@@ -20,6 +20,7 @@ from one_step import (
 )
 from torch import Tensor, nn
 
+import common
 import ep_grpo
 import erpo
 import grpo
@@ -112,8 +113,7 @@ def test_progress_is_exactly_zero_until_the_policy_has_moved(
 
 @pytest.fixture
 def with_moved_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (ep_grpo, erpo):
-        monkeypatch.setattr(script, "Reference", moved_reference)
+    monkeypatch.setattr(common, "Reference", moved_reference)
 
 
 def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
-from engine import load_policy
-from grpo import clipped_loss, grpo_advantages, kl_to_reference, overlong_penalty, token_weights
+from common import overlong_penalty, token_weights
+from grpo import clipped_loss, grpo_advantages, kl_estimate
+from infra.models import load_policy
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -112,7 +113,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 def test_kl_by_hand():
     logp = torch.log(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)).requires_grad_()
     ref_logp = torch.log(torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))
-    kl = kl_to_reference(logp, ref_logp)
+    kl = kl_estimate(logp, ref_logp)
     expected = [0.5 - math.log(0.5) - 1, 0.0, 2 - math.log(2) - 1]  # 0.1931, 0, 0.3069
     torch.testing.assert_close(kl.detach(), torch.tensor(expected, dtype=torch.float64))
     kl.sum().backward()
@@ -123,7 +124,7 @@ def test_kl_by_hand():
 def test_kl_estimate_has_the_kl_as_its_mean():
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
-    mean = (policy.exp() * kl_to_reference(policy, reference)).sum()
+    mean = (policy.exp() * kl_estimate(policy, reference)).sum()
     torch.testing.assert_close(mean, (policy.exp() * (policy - reference)).sum())
 
 
@@ -359,7 +360,7 @@ def counts(groups: list[common.Group]) -> list[int]:
 
 def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable):
     args = short_args(grpo, dynamic_sampling=True)
-    groups, taken, seeds = collect(grpo, args, [[0, 2, 4, 3], [4, 1], [2]])
+    groups, taken, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]])
     assert counts(groups) == [2, 3, 1, 2]
     assert taken == 7
     assert len(set(seeds)) == 3
@@ -368,13 +369,13 @@ def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable)
 
 def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
     args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
-    groups, taken, _ = collect(grpo, args, [[0, 2, 4, 0], [4, 1, 0]])
+    groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
     assert counts(groups) == [2, 1, 4, 0]
     assert taken == 7
 
 
 def test_without_dynamic_sampling_every_group_stays(short_args: Callable):
-    groups, taken, _ = collect(grpo, short_args(grpo), [[0, 2, 4, 0]])
+    groups, taken, _ = collect(short_args(grpo), [[0, 2, 4, 0]])
     assert counts(groups) == [0, 2, 4, 0]
     assert taken == 4
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_step import replace
 
-from run import parse_args
+import common
+from infra.cli import parse_args
 
 SYMBOLS = {
     "ep_grpo": ["γ", "η", "K: ", "θ", "(paper: 0.001)"],
@@ -95,7 +95,7 @@ def test_rejected_before_anything_is_loaded(
     module = importlib.import_module(script)
     monkeypatch.chdir(tmp_path)
     for name in ("Grader", "load_tokenizer", "load_policy"):
-        replace(monkeypatch, module, name, lambda *_: pytest.fail("something is loaded"))
+        monkeypatch.setattr(common, name, lambda *_: pytest.fail("something is loaded"))
     with pytest.raises(SystemExit) as stop:
         module.main(module.Args(**settings))
     assert stop.value.code == 2

@@ -94,7 +94,7 @@ def test_the_generator_decides():
 class StubEngine:
     """Ranks the tokens of `random_logits`; 2 ends a response, 90 to 99 are not the tokenizer's."""
 
-    stops: ClassVar = [2]
+    stop_tokens: ClassVar = [2]
     vocabulary = 100
 
     class tokenizer:

@@ -15,7 +15,8 @@ from worked_example import mask, pad, rewards
 import common
 import vineppo
 from common import Group, Problem
-from engine import Transformers, load_policy, load_tokenizer
+from infra.hf_engine import HFEngine
+from infra.models import load_policy, load_tokenizer
 from vineppo import Args, estimate_values, step_ends, token_texts, vineppo_advantages
 
 STEP_END = Args.step_end
@@ -265,7 +266,7 @@ def test_values_do_not_depend_on_the_batch(short_args: Callable):
     """A continuation depends only on the weights, the step, the problem and its prefix."""
     args = short_args(vineppo, continuations=3, step_end="[a-z]")
     policy, tokenizer, grader = load_policy(args), load_tokenizer(args), common.Grader()
-    engine = Transformers(args, policy, tokenizer, 64)
+    engine = HFEngine(args, policy, tokenizer, 64)
     problems = common.load_problems(args, "--dataset", tokenizer, grader)[:2]
     both, one = (common.roll_out(engine, problems[:n], args, (1, 1, 0)) for n in (2, 1))
     drawn, generate = [], engine.generate
