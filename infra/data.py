@@ -22,7 +22,8 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from grading import NO_ANSWERS, Grader, is_prose, last_boxed
+from grading import Grader
+from grading.answers import NO_ANSWERS, is_prose, last_boxed
 
 from infra.cli import first_line, reject
 from infra.models import seed_for
