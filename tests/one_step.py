@@ -50,10 +50,11 @@ class Recording:
 
 
 def short_settings(script: ModuleType, grpo_args: Any, **settings: Any) -> Any:
-    """A script's settings: those of a short run that all methods share, then `settings`."""
-    shared = {item.name: getattr(grpo_args, item.name) for item in fields(common.RunArgs)}
-    unclipped = {"lr": 1e-3, "max_grad_norm": 1e9}
-    return script.Args(**shared | unclipped | settings)
+    """A script's settings: what makes a run of grpo.py short, then `settings`."""
+    shared = fields(common.RunArgs)
+    short = {item.name: getattr(grpo_args, item.name) for item in shared}
+    short = {item.name: short[item.name] for item in shared if short[item.name] != item.default}
+    return script.Args(**short | {"max_grad_norm": 1e9} | settings)
 
 
 def unchanged(_: Any) -> None:

@@ -139,16 +139,15 @@ WEIGHTS = {  # of a token of each response; 8 tokens in 4 responses, T = 5
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_token_weights_by_hand(average: str):
     expected = torch.tensor(WEIGHTS[average]).view(2, 2, 1) * MASK
-    torch.testing.assert_close(token_weights(MASK, average, 5), expected)
+    torch.testing.assert_close(token_weights(MASK, torch.arange(2), average, 5), expected)
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_token_weights_of_a_share_of_the_problems(average: str):
     """An update counts its own tokens and responses, not those of the whole step."""
-    share = MASK.clone()
-    share[0] = False
-    alone = token_weights(MASK[1:], average, 5)
-    torch.testing.assert_close(token_weights(share, average, 5), torch.cat([0 * alone, alone]))
+    alone = token_weights(MASK[1:], torch.tensor([0]), average, 5)
+    of_share = token_weights(MASK, torch.tensor([1]), average, 5)
+    torch.testing.assert_close(of_share, torch.cat([0 * alone, alone]))
 
 
 def test_overlong_penalty_by_hand():

@@ -124,7 +124,7 @@ def test_with_zeros_reinforces_correct_rollouts_and_own_set_does_not():
 
 
 def test_unknown_normalization():
-    with pytest.raises(KeyError, match="batch"):
+    with pytest.raises(ValueError, match=r"--normalize.*'batch'"):
         gtpo_advantages(*EXAMPLE, normalize="batch")
 
 

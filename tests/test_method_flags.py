@@ -38,7 +38,8 @@ def test_help(
     for word in [*symbols, f"docs/{script}.md"]:
         assert word in printed.out
     for field in dataclasses.fields(args):
-        assert "--" + field.name.replace("_", "-") in printed.out
+        prefix = "--no-" if field.default is True else "--"
+        assert prefix + field.name.replace("_", "-") in printed.out
     assert "Traceback" not in printed.err and "Warning" not in printed.err
 
 

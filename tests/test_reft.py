@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reft
 from reft import check_openers, choose_openers, opener_metrics, pick_first_tokens
 
 
@@ -91,52 +92,47 @@ def test_the_generator_decides():
     assert not torch.equal(pick_first_tokens(logits, generator=generator), first)
 
 
-class StubEngine:
-    """Ranks the tokens of `random_logits`; 2 ends a response, 90 to 99 are not the tokenizer's."""
+class Tokenizer:
+    """0 and 1 are special ids, 3 is a special added token, and 90 to 99 are not its tokens."""
 
-    stop_tokens: ClassVar = [2]
-    vocabulary = 100
+    all_special_ids: ClassVar = [0, 1]
+    added_tokens_decoder: ClassVar = {
+        1: SimpleNamespace(special=True),
+        3: SimpleNamespace(special=True),
+        4: SimpleNamespace(special=False),
+    }
 
-    class tokenizer:
-        all_special_ids: ClassVar = [0, 1]
-        added_tokens_decoder: ClassVar = {
-            1: SimpleNamespace(special=True),
-            3: SimpleNamespace(special=True),
-            4: SimpleNamespace(special=False),
-        }
-
-        def __len__(self) -> int:
-            return 90
-
-    def __init__(self) -> None:
-        self.tokenizer = StubEngine.tokenizer()
-        self.logits = random_logits()
-        self.logits[:, [0, 1, 2, 3, 4, 90, 91]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
-
-    def top_tokens(self, prompts, count, temperature):
-        assert len(prompts) == 50
-        top = self.logits.log_softmax(-1).topk(count)
-        return top.indices, top.values
+    def __len__(self) -> int:
+        return 90
 
 
-def chosen(engine: StubEngine, **numbers: int) -> tuple[Tensor, Tensor]:
-    args = SimpleNamespace(candidates=20, openers=4, group_size=8, temperature=1.0)
+FORBIDDEN = [0, 1, 3, *range(90, 100)]
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The policy's logits of first tokens: forbidden tokens are the likeliest, then 4."""
+    logits = random_logits()
+    logits[:, [0, 1, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15])
+    monkeypatch.setattr(reft, "first_token_logits", lambda *_: logits.clone())
+    return logits
+
+
+def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
+    args = SimpleNamespace(candidates=20, openers=4, group_size=8)
     vars(args).update(numbers)
-    problems = [SimpleNamespace(prompt=[5])] * 50
-    return choose_openers(engine, problems, args, seeded())
+    return choose_openers(None, Tokenizer(), [[5]] * 50, args, seeded())
 
 
-def test_special_and_unknown_tokens_never_open():
-    engine = StubEngine()
-    tokens, ranks = chosen(engine, candidates=10)
-    assert not torch.isin(tokens, torch.tensor([0, 1, 2, 3, *range(90, 100)])).any()
-    # The next-likeliest tokens take their places, and ranks count those that may open.
-    allowed = engine.logits.clone()
-    allowed[:, [0, 1, 2, 3, *range(90, 100)]] = -torch.inf
+def test_special_and_unknown_tokens_never_open(logits: Tensor):
+    tokens, ranks = chosen(candidates=10)
+    assert not torch.isin(tokens, torch.tensor(FORBIDDEN)).any()
+    # The next-likeliest tokens take their places, and ranks count only the allowed ones.
+    allowed = logits.index_fill(-1, torch.tensor(FORBIDDEN), -torch.inf)
     order = allowed.argsort(-1, descending=True)
     assert torch.equal(order.gather(-1, ranks - 1), tokens)
     assert ranks.min() == 1 and ranks.max() == 10
-    one, ranks = chosen(engine, candidates=1, openers=1)
+    one, ranks = chosen(candidates=1, openers=1)
     assert (one == 4).all() and (ranks == 1).all()
 
 
