@@ -125,9 +125,11 @@ def gtpo_advantages(
         minus = standardize(negative, wrong, eps)
     elif normalize == "joint":
         plus = minus = standardize(positive + negative, mask, eps)
-    else:
+    elif normalize == "with-zeros":
         plus = standardize(positive, mask, eps)
         minus = standardize(negative, mask, eps)
+    else:
+        raise ValueError(f"--normalize cannot be {normalize!r}")
     mixed = (correct > 0).any(-1) & (correct <= 0).any(-1)  # [P]
     learns = mask & mixed[..., None, None]
     return torch.where(learns, torch.where(right, plus, minus), 0.0)  # Eq. 6 [paper]

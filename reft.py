@@ -237,6 +237,8 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
+    why = f"the tokenizer has {len(tokenizer)} tokens"
+    common.require(args.candidates <= len(tokenizer), "--candidates", args.candidates, why)
     # </method>
 
     weights = [weight for weight in policy.parameters() if weight.requires_grad]

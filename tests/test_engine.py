@@ -12,17 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
 from damage import BROKEN
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-import common
-import engine
-import grpo
-from common import Group, Problem, Rollouts
 from engine import (
     Engine,
     Reference,
@@ -35,6 +29,12 @@ from engine import (
     merged_weights,
     save_model,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import common
+import grpo
+from common import Group, Problem, Rollouts
 
 PROMPTS = [list(b"1+1"), list(b"What is 12 + 34?"), list(b"x"), list(b"so\nthe answer is ")]
 NAMES = ["tied", "untied", "tiny"]

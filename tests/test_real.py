@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import data
 import pytest
 import real
 import shared
-
-import data
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))

@@ -19,17 +19,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import engine
 import pytest
+import run as run_module
 import torch
 from conftest import ROOT, needs_vllm, read_metrics
+from run import Run, parse_args
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
-import engine
 import grpo
-import run as run_module
-from run import Run, parse_args
 
 SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 FULL = {"dynamic_sampling": True, "updates_per_rollout": 2}
