@@ -5,9 +5,7 @@ from itertools import combinations
 from types import SimpleNamespace
 from typing import ClassVar
 
-import openers
 import pytest
-import shared
 import torch
 
 from reft import check_openers, choose_openers, opener_metrics, pick_first_tokens
@@ -219,12 +217,3 @@ def test_metrics_by_hand():
     correct[1] = torch.tensor([1.0, 0, 0, 0])
     assert opener_metrics(tokens, ranks, logp, correct, openers=2)["opener/same_winner"] == 0.5
     assert "opener/same_winner" not in opener_metrics(tokens, ranks, logp, correct * 0, openers=2)
-
-
-def test_the_page_says_what_openers_cost():
-    found = openers.sentence(shared.read_json(openers.FILE))
-    page = openers.PAGE.read_text(encoding="utf-8")
-    assert page == shared.filled(openers.PAGE, {"openers": found}), (
-        "docs/reft.md is stale: python benchmark/openers.py --write"
-    )
-    assert shared.read_json(openers.FILE)["ratio_quartiles"][1] <= 1.03
