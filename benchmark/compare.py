@@ -78,6 +78,7 @@ TASKS = {
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
+RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
 EQUAL_TOKENS = RESULTS / "compare-tokens.json"
 FEW_ROLLOUTS = RESULTS / "compare-few.json"
@@ -95,30 +96,18 @@ for core in sorted(os.sched_getaffinity(0)):
 
 @dataclass
 class Args:
-    task: Literal["sums", "needle"] = "sums"
-    """the task in tiny/, or the task in tiny/needle"""
-    seeds: int = 5
-    """runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)"""
-    selection_seeds: int = 1
-    """runs of each method at each learning rate, with seeds 101, 102, ..."""
-    rates: tuple[str, ...] = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
-    """learning rates of the selection; a single rate is used without selection"""
-    steps: int = 40
-    """training steps; DAPO's runs are cut earlier, see docs/compare.md"""
-    prompts: int = 16
-    """problems per training step, with 8 rollouts each"""
-    samples: int = 8
-    """sampled answers to each of the 256 problems of an evaluation"""
-    only: str = ""
-    """methods to run, separated by commas; empty: all except VinePPO by token"""
-    jobs: int = 2
-    """parallel runs, each on its own core; at most the number of available cores"""
-    results: Path = RESULTS / "compare.json"
-    """file of the results"""
-    runs: Path = ROOT / "runs" / "compare"
-    """folder of the runs"""
-    write: bool = False
-    """only write the tables and figures from the results"""
+    task: Literal["sums", "needle"] = "sums"  # the task in tiny/, or the task in tiny/needle
+    seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)
+    selection_seeds: int = 1  # runs of each method at each learning rate, with seeds 101, 102, ...
+    rates: tuple[str, ...] = RATES  # learning rates to select from; a single one is not selected
+    steps: int = 40  # training steps; DAPO's runs are cut earlier, see docs/compare.md
+    prompts: int = 16  # problems per training step, with 8 rollouts each
+    samples: int = 8  # sampled answers to each of the 256 problems of an evaluation
+    only: str = ""  # methods to run, separated by commas; empty: all except VinePPO by token
+    jobs: int = 2  # parallel runs, each on its own core; at most the number of available cores
+    results: Path = RESULTS / "compare.json"  # file of the results
+    runs: Path = ROOT / "runs" / "compare"  # folder of the runs
+    write: bool = False  # only write the tables and figures from the results
 
     @property
     def settings(self) -> str:
@@ -171,13 +160,8 @@ def run_on_free_core(command: list[str]) -> str:
     core = FREE_CORES.get()
     os.sched_setaffinity(0, {core})  # affinity of this thread; the script inherits it
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | threads,
-        capture_output=True,
-        text=True,
-    )
+    settings = {"cwd": ROOT, "env": os.environ | threads, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *command], **settings)
     FREE_CORES.put(core)
     if done.returncode == 0:
         return ""
@@ -228,7 +212,7 @@ def cut(folder: Path, args: Args) -> Cut:
     for checkpoint in sorted(folder.glob("checkpoints/step-*")):
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
         step = int(checkpoint.name.removeprefix("step-"))
-        sampled[step] = state["position"] * GROUP
+        sampled[step] = state["problems"]["position"] * GROUP
         if sampled[step] <= args.steps * args.prompts * GROUP:
             last = step
     if last == args.steps:
@@ -260,24 +244,18 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     lines = (args.runs / job.folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines[: part.step + 1]]
     steps = metrics[1:]  # the first line is the evaluation before training
-    rollouts = part.sampled[part.step]
-    length = mean(steps, "length")
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
+    tokens = part.sampled[part.step] * mean(steps, "length") + continuation_tokens
     curve = []  # validation accuracy by rollouts sampled
     for row in metrics:
         if "eval/accuracy" in row:
-            by_default = row["step"] * args.prompts * GROUP
-            curve.append((part.sampled.get(row["step"], by_default), row["eval/accuracy"]))
-    rounded = {name: round(value, 4) for name, value in evaluated.items()}
-    return {
-        **job._asdict(),
-        "step": part.step,
-        "rollouts": rollouts,
-        **rounded,
-        "entropy": round(mean(steps[-10:], "entropy"), 4),
-        "tokens": round(rollouts * length + continuation_tokens),
-        "curve": curve,
-    }
+            without_resampling = row["step"] * args.prompts * GROUP
+            sampled = part.sampled.get(row["step"], without_resampling)
+            curve.append((sampled, row["eval/accuracy"]))
+    found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
+    found |= {name: round(value, 4) for name, value in evaluated.items()}
+    entropy = round(mean(steps[-10:], "entropy"), 4)
+    return found | {"entropy": entropy, "tokens": round(tokens), "curve": curve}
 
 
 # ------------------------------------------------------------------------------- statistics
@@ -331,11 +309,8 @@ def t_interval(values: list[float]) -> tuple[float, float]:
 def differences(rows: list[dict], method: str, baseline: str) -> list[float]:
     """Accuracy of a method minus accuracy of the baseline with the same seed, for each seed."""
     accuracy = {row["seed"]: row["accuracy"] for row in select(rows, method=baseline)}
-    found = []
-    for row in sorted(select(rows, method=method), key=lambda row: row["seed"]):
-        if row["seed"] in accuracy:
-            found.append(row["accuracy"] - accuracy[row["seed"]])
-    return found
+    own = {row["seed"]: row["accuracy"] for row in select(rows, method=method)}
+    return [own[seed] - accuracy[seed] for seed in sorted(own.keys() & accuracy.keys())]
 
 
 # ------------------------------------------------------------------------------- pages
@@ -355,23 +330,16 @@ def table(results: dict) -> str:
     head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "tokens, M"]
     head.append("accuracy minus GRPO's")
     start = results["start"]
-    accuracy, pass_8 = f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}"
-    lines = [["before training", "", accuracy, pass_8, "", f"{start['length']:.1f}", "", ""]]
+    cells = f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"
+    lines = [["before training", "", *cells, "", ""]]
     rows, _ = split_rows(results)
     for method in methods_of(rows):
         own = select(rows, method=method)
         rate, at_end = selected_rate(results["selection"], method, results["rates"])
-        line = [
-            method,
-            f"{rate} †" if at_end else rate,
-            f"{mean(own, 'accuracy'):.3f}",
-            f"{mean(own, 'pass@8'):.3f}",
-            f"{mean(own, 'entropy'):.3f}",
-            f"{mean(own, 'length'):.1f}",
-            f"{mean(own, 'tokens') / 1e6:.2f}",
-            versus(rows, method, "GRPO"),
-        ]
-        lines.append(line)
+        cells = [f"{mean(own, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
+        cells += [f"{mean(own, 'length'):.1f}", f"{mean(own, 'tokens') / 1e6:.2f}"]
+        mark = " †" if at_end else ""
+        lines.append([method, rate + mark, *cells, versus(rows, method, "GRPO")])
     return markdown(head, lines)
 
 
@@ -511,9 +479,8 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
 def read_results(args: Args) -> dict:
     """The results so far. Rejects settings that differ from those of the results."""
-    fixed: dict[str, Any] = {}
-    for name in ("steps", "prompts", "samples", "selection_seeds"):
-        fixed[name] = getattr(args, name)
+    names = ("steps", "prompts", "samples", "selection_seeds")
+    fixed: dict[str, Any] = {name: getattr(args, name) for name in names}
     fixed["rates"] = sorted(args.rates, key=float)
     fixed["settings"] = f"{args.settings} {CURVE}"
     if not args.results.exists():

@@ -36,9 +36,8 @@ import holderpo
 import vineppo
 from common import Rollouts
 from docs import figures
-from engine import Reference, device, load_policy, load_tokenizer, load_weights, make_engine
+from infra.models import load_weights
 from tiny.steps import check_steps
-from verifier import Grader
 
 PAGE = ROOT / "docs" / "credit.md"
 POLICIES = ("starting", "half-trained")
@@ -49,44 +48,29 @@ Signals = dict[str, Tensor]  # [P, G, T] each
 
 @dataclass
 class Args:
-    prompts: int = 32
-    """held-out problems, the first ones of tiny/test.jsonl"""
-    group_size: int = 8
-    """G: rollouts per problem"""
-    continuations: int = 64
-    """continuations of each prefix, for each of two independent estimates of the truth"""
-    train_steps: int = 15
-    """steps of GRPO for the half-trained policy"""
-    policies: str = ",".join(POLICIES)
-    """policies to measure"""
-    seed: int = 1
-    """random seed"""
-    run_dir: Path = ROOT / "runs" / "credit"
-    """folder of the half-trained policy's run and of the measurements"""
-    results: Path = RESULTS / "credit.json"
-    """summary, from which the tables and the figure are made"""
-    write: bool = False
-    """only write the tables and the figure from the results"""
+    prompts: int = 32  # held-out problems, the first ones of tiny/test.jsonl
+    group_size: int = 8  # G: rollouts per problem
+    continuations: int = 64  # of each prefix, for each of two independent estimates of the truth
+    train_steps: int = 15  # steps of GRPO for the half-trained policy
+    policies: str = ",".join(POLICIES)  # policies to measure
+    seed: int = 1  # random seed
+    run_dir: Path = ROOT / "runs" / "credit"  # the half-trained policy's run, the measurements
+    results: Path = RESULTS / "credit.json"  # summary, source of the tables and the figure
+    write: bool = False  # only write the tables and the figure from the results
 
 
 # ------------------------------------------------------------------------------- credit
 
 
 def method_credits(
-    policy: nn.Module,
-    rollouts: Rollouts,
-    correct: Tensor,
-    steps: Tensor,
-    values: Tensor,
-    args: vineppo.Args,
+    policy: nn.Module, rollouts: Rollouts, steps: Tensor, values: Tensor, args: vineppo.Args
 ) -> tuple[Signals, Signals]:
     """Each method's advantage of every token, and the signals that methods weight tokens by.
 
-    correct: [P, G]; steps: [P, G, T] and values: [P, G, S] are VinePPO's. Both results are 0
-    outside the mask.
+    steps: [P, G, T] and values: [P, G, S] are VinePPO's. Both results are 0 outside the mask.
     """
-    mask = rollouts.mask
-    reference = Reference(policy, args)
+    mask, correct = rollouts.mask, rollouts.correct
+    reference = common.Reference(policy, args)
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
@@ -246,18 +230,13 @@ def step_sums(group: common.Group, true: Truth) -> Credit:
 
 
 def summarise(
-    rows: list[Row],
-    groups: list[common.Group],
-    policy: nn.Module,
-    args: vineppo.Args,
-    count: int,
+    rows: list[Row], groups: list[common.Group], policy: nn.Module, args: vineppo.Args, count: int
 ) -> dict[str, Any]:
-    """All results for one policy."""
-    rollouts = common.stack(groups, [], device(args))
+    """All results for one policy. count: continuations of each estimate."""
+    rollouts = common.stack(groups, [], common.device(args))
     mask = rollouts.mask
-    correct = torch.tensor([row["correct"] for row in rows], device=mask.device)
     steps, values = vineppo.stack_values(groups, mask.device)
-    given, signals = method_credits(policy, rollouts, correct, steps, values, args)
+    given, signals = method_credits(policy, rollouts, steps, values, args)
     credits, signals = as_lists(given, mask), as_lists(signals, mask)
     truths = [read_truth(row, [0, 1], count)[0] for row in rows]
     first = [read_truth(row, [0], count)[0] for row in rows]
@@ -367,12 +346,12 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         seed=args.seed,
     )
     summaries = {}
-    with Grader() as grader:
-        tokenizer = load_tokenizer(settings)
-        policy = load_policy(settings)
+    with common.Grader() as grader:
+        tokenizer = common.load_tokenizer(settings)
+        policy = common.load_policy(settings)
         problems = common.load_problems(settings, "--eval-dataset", tokenizer, grader)
         problems = problems[: args.prompts]
-        engine = make_engine(settings, policy, tokenizer, problems)
+        engine = common.make_engine(settings, policy, tokenizer, problems)
         # The starting policy comes first, because the other weights are loaded over its own.
         for name in sorted(names, key=POLICIES.index):
             if name == "half-trained":
@@ -387,7 +366,9 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
                 rows.append(row)
                 # Nothing below reads the engine's log-probabilities: any floats do.
-                groups.append(common.Group(problem, row["tokens"], row["others"], texts=[]))
+                groups.append(
+                    common.Group(problem, row["tokens"], row["others"], [], row["correct"])
+                )
             write_json(args.run_dir / f"{name}.json", rows)
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
             summaries[name] = summarise(rows, groups, policy, settings, args.continuations)

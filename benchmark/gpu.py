@@ -1,4 +1,4 @@
-"""Check the CUDA path on one GPU: memory, seconds, errors. Takes about ten minutes.
+"""Measure grpo.py with a 1.5B model on one GPU: memory and seconds, in about ten minutes.
 
     python benchmark/gpu.py
 
@@ -27,23 +27,19 @@ from shared import ROOT
 from speed import Shape, model_folder, problem_file
 
 import grpo
-from engine import VLLM
-from run import launch
+from infra.cli import launch
+from infra.vllm_engine import VLLMEngine
 
 BOUNDS = {
-    "tiny: exit code": (0, 0),
-    "tiny: largest logp_gap/mean": (0, 2e-3),
-    "tiny: logp_gap/mean of the last 10 steps, over that of the first": (0, 1.5),
-    "tiny: reward of the last 10 steps": (0.6, 1),
-    "1.5B: exit code": (0, 0),
-    "1.5B: seconds of sync": (0, 1),
-    "1.5B: seconds of rollout": (0, 4),
-    "1.5B: seconds of score": (0, 1.5),
-    "1.5B: seconds of update": (0, 3),
-    "1.5B: GB awake": (0, 52),
-    "1.5B: GB asleep": (0, 15),
-    "1.5B: GB at most": (0, 66),
-    "1.5B at --token-budget 16384: fits, or one line names the flag": (1, 1),
+    "exit code": (0, 0),
+    "seconds of sync": (0, 1),
+    "seconds of rollout": (0, 4),
+    "seconds of score": (0, 1.5),
+    "seconds of update": (0, 3),
+    "GB awake": (0, 52),
+    "GB asleep": (0, 15),
+    "GB at most": (0, 66),
+    "--token-budget 16384: fits, or one line names the flag": (1, 1),
 }
 
 
@@ -52,16 +48,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-def tiny(folder: Path) -> list[float]:
-    run = folder / "tiny"
-    command = ["grpo.py", "--lr", "2e-4", "--max-new-tokens", "64", "--steps", "40"]
-    done = subprocess.run([sys.executable, *command, "--run-dir", str(run)], cwd=ROOT)
-    gaps = [row["logp_gap/mean"] for row in metrics(run)]
-    rewards = [row["reward"] for row in metrics(run)]
-    return [done.returncode, max(gaps), sum(gaps[-10:]) / sum(gaps[:10]), sum(rewards[-10:]) / 10]
-
-
-def train_large(folder: Path, budget: int) -> None:
+def train(folder: Path, budget: int) -> None:
     """Run four steps of grpo.py on the 1.5B model in this process.
 
     Writes the GB in use after the last sync, after the last sleep, and at most, to memory.json.
@@ -74,7 +61,7 @@ def train_large(folder: Path, budget: int) -> None:
         memory["most"] = max(memory.values())
 
     def noting(name: str) -> Callable[..., None]:
-        method = getattr(VLLM, name)
+        method = getattr(VLLMEngine, name)
 
         def call(*given: Any) -> None:
             method(*given)
@@ -95,14 +82,14 @@ def train_large(folder: Path, budget: int) -> None:
     sys.argv = ["grpo.py", "--model", str(model), "--steps", "4", "--max-new-tokens", "256"]
     sys.argv += ["--dataset", problems, "--eval-dataset", problems, "--eval-problems", "1"]
     sys.argv += ["--token-budget", str(budget), "--run-dir", str(folder / str(budget))]
-    with mock.patch.multiple(VLLM, sync=noting("sync"), sleep=noting("sleep")):
+    with mock.patch.multiple(VLLMEngine, sync=noting("sync"), sleep=noting("sleep")):
         launch(grpo.main, grpo.Args)
     (folder / "memory.json").write_text(json.dumps(memory))
 
 
-def large(folder: Path) -> list[float]:
+def measure(folder: Path) -> list[float]:
     def run(budget: int) -> subprocess.CompletedProcess[str]:
-        code = f"import gpu, pathlib; gpu.train_large(pathlib.Path({str(folder)!r}), {budget})"
+        code = f"import gpu, pathlib; gpu.train(pathlib.Path({str(folder)!r}), {budget})"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT / "benchmark", capture_output=True, text=True)
 
@@ -127,10 +114,10 @@ def main() -> None:
         shared.reject("--device", "cuda", "no CUDA device is available")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        values = [*tiny(folder), *large(folder)]
+        values = measure(folder)
     measured = dict(zip(BOUNDS, map(float, values), strict=True))
     results = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
-    gib = [measured[f"1.5B: GB {when}"] / 1.073741824 for when in ("awake", "asleep", "at most")]
+    gib = [measured[f"GB {when}"] / 1.073741824 for when in ("awake", "asleep", "at most")]
     results["memory"] = {"full": {"1.5B": gib}}  # for docs/memory.py
     shared.write_json(shared.RESULTS / "gpu.json", results)
     for check, (least, most) in BOUNDS.items():

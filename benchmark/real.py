@@ -51,16 +51,11 @@ PARTS = ("sync", "rollout", "verify", "score", "update", "other", "step", "evalu
 
 @dataclass
 class Args:
-    steps: int = 60
-    """training steps of each method, with 8 problems of 8 rollouts each"""
-    only: str = "GRPO,EP-GRPO,GTPO"
-    """methods to train, separated by commas; empty: all"""
-    runs: Path = ROOT / "runs" / "real"
-    """folder of the model, the problems and the runs"""
-    results: Path = RESULTS / "real.json"
-    """file of the results"""
-    write: bool = False
-    """only write docs/real.md from the results and draw its figure"""
+    steps: int = 60  # training steps of each method, with 8 problems of 8 rollouts each
+    only: str = "GRPO,EP-GRPO,GTPO"  # methods to train, separated by commas; empty: all
+    runs: Path = ROOT / "runs" / "real"  # folder of the model, the problems and the runs
+    results: Path = RESULTS / "real.json"  # file of the results
+    write: bool = False  # only write docs/real.md from the results and draw its figure
 
 
 # ------------------------------------------------------------------------------- model, problems

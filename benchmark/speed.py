@@ -32,8 +32,8 @@ from shared import RESULTS, ROOT, markdown, read_json, write_json
 from trl_side import peak_bytes
 
 import grpo
-from run import Run, parse_args
-from verifier import Grader
+from common import Grader, Run
+from infra.cli import parse_args
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
@@ -72,12 +72,9 @@ SECTIONS = [
 
 @dataclass
 class Args:
-    only: str = ""
-    """sections to run, separated by commas; empty: all"""
-    write: bool = False
-    """only write docs/speed.md from the results"""
-    out: str = ""
-    """run the one section of --only in this process and write its result to this file"""
+    only: str = ""  # sections to run, separated by commas; empty: all
+    write: bool = False  # only write docs/speed.md from the results
+    out: str = ""  # run the one section of --only in this process and write its result to this file
 
 
 def model_folder(name: str, folder: Path) -> Path:

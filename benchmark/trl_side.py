@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import read_json, write_json
 
-from verifier import Grader
+from grading import Grader
 
 
 def peak_bytes(device: str) -> int:

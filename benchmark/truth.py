@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import common
-from engine import Engine, base_model, seed_for
-from run import RunArgs
-from verifier import Grader
+from common import Engine, Grader, RunArgs, seed_for
+from infra.models import base_model
 
 CERTAIN = 1e-4  # if other tokens are rarer than this, the advantage is taken as 0
 ESTIMATES = 2  # independent estimates; their agreement measures the error
@@ -80,7 +79,7 @@ def complete(
     responses = list(prefixes)
     unfinished = []
     for i, prefix in enumerate(prefixes):
-        ended = bool(prefix) and prefix[-1] in engine.stops
+        ended = bool(prefix) and prefix[-1] in engine.stop_tokens
         if not ended and len(prefix) < args.max_new_tokens:
             unfinished.append(i)
     continuations = engine.generate(
@@ -141,7 +140,7 @@ def measure(
     prompt: right answers and number of new responses, which are independent of the group.
     """
     group = common.roll_out(engine, [problem], args, (*seed, "rollouts"))[0]
-    rollouts = common.stack([group], engine.stops, base_model(policy).device)
+    rollouts = common.stack([group], engine.stop_tokens, base_model(policy).device)
     count = ESTIMATES * continuations
     probabilities = distributions(policy, rollouts, args)
     found = replace_tokens(group.tokens, probabilities, count, seed)
