@@ -97,7 +97,7 @@ def test_a_run_is_cut_within_the_budget(tmp_path: Path, steps: int, last: int):
     for step, position in enumerate((2, 6, 8, 10), 1):  # problems taken
         folder = tmp_path / "checkpoints" / f"step-{step:06d}"
         folder.mkdir(parents=True)
-        torch.save({"position": position}, folder / "trainer.pt")
+        torch.save({"problems": {"position": position}}, folder / "trainer.pt")
     part = compare.cut(tmp_path, Args(steps=steps, prompts=2))
     assert (part.step, part.sampled) == (last, {1: 16, 2: 48, 3: 64, 4: 80})
     assert part.weights == tmp_path / "checkpoints" / f"step-{last:06d}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import real
 
-import data
+from infra import data
 
 ENDS = {"eval/accuracy": 0.2, "eval/accuracy_low": 0.123456, "eval/accuracy_high": 0.3}
 STEP = {"logp_gap/mean": 0.02, "logp_gap/max": 0.5} | dict.fromkeys(real.CURVES, 0.25)

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import common
 import grpo
+from infra import lm_head
 
 # ------------------------------------------------------------------------------- the benchmark
 
@@ -127,6 +128,7 @@ def made_up_rollouts(lengths: Tensor, prompt_tokens: int, vocabulary: int) -> co
         tokens=torch.randint(1, vocabulary, mask.shape, generator=generator) * mask,
         mask=mask,
         engine_logp=torch.zeros(mask.shape),
+        correct=torch.zeros(lengths.shape),
         truncated=torch.zeros(lengths.shape, dtype=torch.bool),
         texts=[[""] * lengths.shape[1] for _ in lengths],
     )
@@ -159,7 +161,7 @@ def test_log_probs_in_chunks_need_an_eighth_of_the_memory_and_give_the_same_grad
     monkeypatch: pytest.MonkeyPatch,
 ):
     """4 x 256 tokens of a vocabulary like Qwen2.5's, with narrow hidden states."""
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", common.LOGITS_AT_ONCE // 4)
+    monkeypatch.setattr(lm_head, "TILE_SIZE", lm_head.TILE_SIZE // 4)
     tokens, vocabulary, width = 256, 151936, 64
     torch.manual_seed(0)
     hidden = torch.randn(4 * tokens, width, requires_grad=True)
