@@ -258,9 +258,6 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     return found | {"entropy": entropy, "tokens": round(tokens), "curve": curve}
 
 
-# ------------------------------------------------------------------------------- statistics
-
-
 def select(rows: list[dict], **values: Any) -> list[dict]:
     """The rows that have the given values."""
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
@@ -311,9 +308,6 @@ def differences(rows: list[dict], method: str, baseline: str) -> list[float]:
     accuracy = {row["seed"]: row["accuracy"] for row in select(rows, method=baseline)}
     own = {row["seed"]: row["accuracy"] for row in select(rows, method=method)}
     return [own[seed] - accuracy[seed] for seed in sorted(own.keys() & accuracy.keys())]
-
-
-# ------------------------------------------------------------------------------- pages
 
 
 def versus(rows: list[dict], method: str, baseline: str) -> str:
@@ -457,8 +451,11 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
     finished = {(row["method"], row["lr"], row["seed"]) for row in results[name]}
     jobs = [job for job in jobs if job not in finished]
     stopped = train_all(jobs, args)
-    parts = {job: cut(args.runs / job.folder, args) for job in jobs if job not in stopped}
-    models = [str(part.weights) for part in parts.values()]
+    parts, models = {}, []
+    for job in jobs:
+        if job not in stopped:
+            parts[job] = cut(args.runs / job.folder, args)
+            models.append(str(parts[job].weights))
     start = TASKS[args.task].model
     if name == "rows" and "start" not in results:
         models.append(start)

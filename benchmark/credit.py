@@ -59,9 +59,6 @@ class Args:
     write: bool = False  # only write the tables and the figure from the results
 
 
-# ------------------------------------------------------------------------------- credit
-
-
 def method_credits(
     policy: nn.Module, rollouts: Rollouts, steps: Tensor, values: Tensor, args: vineppo.Args
 ) -> tuple[Signals, Signals]:
@@ -139,9 +136,6 @@ def holder_credit(
         loss.sum().backward()
         credit[half] = (-logp.grad * mask.sum(-1, keepdim=True)).view_as(credit[half])
     return credit
-
-
-# ------------------------------------------------------------------------------- the summary
 
 
 def read_truth(row: Row, estimates: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
@@ -271,9 +265,6 @@ def summarise(
     }
 
 
-# ------------------------------------------------------------------------------- the page
-
-
 def interval(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "–"
@@ -318,9 +309,6 @@ def tables(results: dict[str, Any]) -> str:
             rows[-1] += map(interval, policy["signals"][signal].values())
     parts.append(markdown(head, rows))
     return "\n\n".join(parts)
-
-
-# ------------------------------------------------------------------------------- measuring
 
 
 def train(args: Args) -> Path:

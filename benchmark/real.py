@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import shared
 import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
@@ -56,9 +57,6 @@ class Args:
     runs: Path = ROOT / "runs" / "real"  # folder of the model, the problems and the runs
     results: Path = RESULTS / "real.json"  # file of the results
     write: bool = False  # only write docs/real.md from the results and draw its figure
-
-
-# ------------------------------------------------------------------------------- model, problems
 
 
 def make_model(folder: Path) -> None:
@@ -112,9 +110,6 @@ def write_problems(folder: Path) -> None:
         shared.atomic_write(folder / f"{name}.jsonl", text)
 
 
-# ------------------------------------------------------------------------------- measuring
-
-
 def train(args: Args, script: str, model: Path) -> float:
     """Start or resume a run; returns its peak memory in GB."""
     folder = args.runs / script
@@ -136,28 +131,17 @@ def logged(file: Path) -> dict[str, Any]:
     def four_digits(number: str) -> float:
         return float(f"{float(number):.4g}")
 
-    rows = [json.loads(line, parse_float=four_digits) for line in file.read_text().splitlines()]
-    steps = rows[1:]  # the first line is the evaluation before training
-    evaluations, seconds = [], {}
-    for row in rows:
-        if "eval/accuracy" in row:
-            kept = [name for name in row if name == "step" or name.startswith("eval/")]
-            evaluations.append({name: row[name] for name in kept})
-    for part in PARTS:
-        key = f"seconds/{part}"
-        measured = [row[key] for row in steps if key in row]
-        if measured:
-            seconds[part] = statistics.median(measured)
+    lines = file.read_text().splitlines()
+    log = pd.DataFrame([json.loads(line, parse_float=four_digits) for line in lines])
+    steps = log[log.step > 0]  # step 0 is the evaluation before training
+    seconds = steps.filter(like="seconds/").median()
     return {
         "steps": len(steps),
-        "evaluations": evaluations,
-        "gap_max": max(row["logp_gap/max"] for row in steps),
-        "seconds": seconds,
-        "curves": {name: [row[name] for row in steps] for name in CURVES},
+        "evaluations": log.filter(regex="^step$|^eval/").dropna().to_dict("records"),
+        "gap_max": steps["logp_gap/max"].max(),
+        "seconds": seconds.rename(lambda name: name.removeprefix("seconds/")).to_dict(),
+        "curves": {name: steps[name].tolist() for name in CURVES},
     }
-
-
-# ------------------------------------------------------------------------------- the page
 
 
 def held_out(evaluation: dict[str, float]) -> str:

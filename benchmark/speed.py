@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +76,6 @@ SECTIONS = [
 class Args:
     only: str = ""  # sections to run, separated by commas; empty: all
     write: bool = False  # only write docs/speed.md from the results
-    out: str = ""  # run the one section of --only in this process and write its result to this file
 
 
 def model_folder(name: str, folder: Path) -> Path:
@@ -216,29 +217,26 @@ def measure_in_process(name: str) -> dict[str, Any]:
     side, model, engine = name.split(": ")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        output, settings = folder / "measured.json", folder / "settings.json"
-        environment = dict(os.environ)
         if side == "ours":
-            command = [__file__, "--only", name, "--out", str(output)]
-        else:
-            if not (TRL / "trl").exists():
-                pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
-                subprocess.run([sys.executable, *pip], check=True)
-            write_json(settings, trl_settings(model, SHAPES[model], engine, folder))
-            script = Path(__file__).with_name("trl_side.py")
-            command = [str(script), str(settings), str(output)]
-            environment["PYTHONPATH"] = str(TRL)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(ours, model, SHAPES[model], engine, folder).result()
+        if not (TRL / "trl").exists():
+            pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
+            subprocess.run([sys.executable, *pip], check=True)
+        settings, output = folder / "settings.json", folder / "measured.json"
+        write_json(settings, trl_settings(model, SHAPES[model], engine, folder))
+        script = str(ROOT / "benchmark" / "trl_side.py")
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, script, str(settings), str(output)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(TRL)},
+            capture_output=True,
+            text=True,
         )
         if done.returncode == 0:
             return read_json(output)
-        if side == "ours":
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
         return {"failed": done.stderr.strip().splitlines()[-1]}
 
-
-# ------------------------------------------------------------------------------- the page
 
 GOALS = {  # of each row of the table
     "step, s": "",
@@ -303,11 +301,6 @@ def table(results: dict[str, Any]) -> str:
 
 def main(args: Args) -> None:
     names = shared.parse_names("--only", args.only, SECTIONS)
-    if args.out:
-        _, model, engine = names[0].split(": ")
-        with tempfile.TemporaryDirectory() as folder:
-            write_json(Path(args.out), ours(model, SHAPES[model], engine, Path(folder)))
-        return
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
     if args.write:

@@ -14,6 +14,7 @@ near 0 with hardly any error. The difference of two independent estimates would 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from infra.models import base_model
 CERTAIN = 1e-4  # if other tokens are rarer than this, the advantage is taken as 0
 ESTIMATES = 2  # independent estimates; their agreement measures the error
 Seed = tuple[int | str, ...]
+Ids = list[int]  # token ids of a response or of its prefix
 
 
 class Curves(NamedTuple):
@@ -73,8 +75,8 @@ def distributions(policy: nn.Module, rollouts: common.Rollouts, args: RunArgs) -
 
 
 def complete(
-    engine: Engine, problem: common.Problem, prefixes: list[list[int]], seed: int, args: RunArgs
-) -> list[list[int]]:
+    engine: Engine, problem: common.Problem, prefixes: list[Ids], seed: int, args: RunArgs
+) -> list[Ids]:
     """Continue each prefix of a response to its end: token ids."""
     responses = list(prefixes)
     unfinished = []
@@ -93,36 +95,27 @@ def complete(
     return responses
 
 
-class Replacements(NamedTuple):
-    others: list[list[float]]
-    """1 - p of each token of each rollout; 0 if the token is certain"""
-    starts: dict[tuple[int, ...], int]
-    """by the tokens up to and including a token: index of the first prefix that replaces it"""
-    prefixes: list[list[int]]
-    """prefixes that end in another token, `count` in a row for each token that is not certain"""
-
-
 def replace_tokens(
-    responses: list[list[int]], probabilities: list[Tensor], count: int, seed: Seed
-) -> Replacements:
-    """Draw other tokens in place of each token of a group. Prefixes that responses share are
-    replaced once."""
-    found = Replacements([], {}, [])
+    responses: list[Ids], probabilities: list[Tensor], count: int, seed: Seed
+) -> tuple[list[list[float]], dict[tuple[int, ...], list[Ids]]]:
+    """Draw other tokens in place of each token of a group.
+
+    Returns 1 - p of each token (0 if it is certain), and by the tokens up to and including each
+    uncertain token `count` prefixes that end in another token. Responses share those they can.
+    """
+    others_of_group, drawn = [], {}
     for tokens, chances in zip(responses, probabilities, strict=True):
         chances = chances.scatter(-1, torch.tensor(tokens)[:, None], 0.0)
         others = chances.sum(-1)
         others[others < CERTAIN] = 0.0
-        found.others.append(others.tolist())
+        others_of_group.append(others.tolist())
         for t in others.nonzero()[:, 0].tolist():
             start = tuple(tokens[: t + 1])
-            if start in found.starts:
-                continue
-            found.starts[start] = len(found.prefixes)
-            generator = torch.Generator().manual_seed(seed_for(*seed, "others", start))
-            drawn = chances[t].multinomial(count, replacement=True, generator=generator)
-            for token in drawn.tolist():
-                found.prefixes.append([*tokens[:t], token])
-    return found
+            if start not in drawn:
+                generator = torch.Generator().manual_seed(seed_for(*seed, "others", start))
+                ids = chances[t].multinomial(count, replacement=True, generator=generator)
+                drawn[start] = [[*tokens[:t], token] for token in ids.tolist()]
+    return others_of_group, drawn
 
 
 def measure(
@@ -143,31 +136,30 @@ def measure(
     rollouts = common.stack([group], engine.stop_tokens, base_model(policy).device)
     count = ESTIMATES * continuations
     probabilities = distributions(policy, rollouts, args)
-    found = replace_tokens(group.tokens, probabilities, count, seed)
-    prefixes = found.prefixes + [[]] * (4 * count)
+    others, drawn = replace_tokens(group.tokens, probabilities, count, seed)
+    new = 4 * count  # responses
+    prefixes = list(itertools.chain(*drawn.values())) + [[]] * new
 
     texts = engine.decode(complete(engine, problem, prefixes, seed_for(*seed, "finish"), args))
-    different = list(dict.fromkeys([*group.texts, *texts]))
-    verdicts = grader.grade(different, [problem.answer] * len(different))
-    correct = dict(zip(different, map(float, verdicts), strict=True))
+    distinct = list(dict.fromkeys([*group.texts, *texts]))
+    verdicts = grader.grade(distinct, [problem.answer] * len(distinct))
+    correct = dict(zip(distinct, map(float, verdicts), strict=True))
     right = np.array([correct[text] for text in texts], dtype=int)
-    new = right[len(found.prefixes) :]
 
+    of_starts = right[:-new].reshape(-1, ESTIMATES, continuations).sum(-1).tolist()
+    wins_after = dict(zip(drawn, of_starts, strict=True))
     wins = []
     for tokens in group.tokens:
-        wins.append([])
-        for t in range(len(tokens)):
-            start = found.starts.get(tuple(tokens[: t + 1]))
-            of_token = np.zeros(count, dtype=int) if start is None else right[start : start + count]
-            wins[-1].append(of_token.reshape(ESTIMATES, continuations).sum(-1).tolist())
+        starts = [tuple(tokens[: t + 1]) for t in range(len(tokens))]
+        wins.append([wins_after.get(start, [0] * ESTIMATES) for start in starts])
     return {
         "problem": problem.text,
         "tokens": group.tokens,
         "pieces": [engine.decode([[token] for token in tokens]) for tokens in group.tokens],
         "correct": [correct[text] for text in group.texts],
-        "others": found.others,
+        "others": others,
         "wins": wins,
-        "prompt": [int(new.sum()), len(new)],
+        "prompt": [int(right[-new:].sum()), new],
     }
 
 
@@ -192,6 +184,10 @@ class Truth:
     steps: list[list[tuple[slice, bool]]]  # tokens of each arithmetic step; whether it is right
 
 
+def flat(rows: Credit) -> np.ndarray:
+    return np.concatenate(rows)
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     """1 for the smallest value; equal values share the mean of their ranks."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -211,30 +207,34 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def rank_in_group(credit: Credit, true: Truth) -> Share:
-    return spearman(np.concatenate(credit), np.concatenate(true.advantages)), 1
+    return spearman(flat(credit), flat(true.advantages)), 1
 
 
 def rank_in_rollouts(credit: Credit, true: Truth, verdicts: tuple[float, ...] = (0, 1)) -> Share:
     """Mean over the rollouts with one of the verdicts: right (1) or wrong (0)."""
-    chosen = [g for g, verdict in enumerate(true.correct) if verdict in verdicts]
-    return sum(spearman(credit[g], true.advantages[g]) for g in chosen), len(chosen)
+    total = count = 0
+    for own, advantages, verdict in zip(credit, true.advantages, true.correct, strict=True):
+        if verdict in verdicts:
+            total += spearman(own, advantages)
+            count += 1
+    return total, count
 
 
 def cosine_in_group(credit: Credit, true: Truth) -> Share:
-    return cosine(np.concatenate(credit), np.concatenate(true.advantages)), 1
+    return cosine(flat(credit), flat(true.advantages)), 1
 
 
 def wrong_sign(credit: Credit, true: Truth) -> Share:
     """Share of wrong signs among the tokens with a clear true sign and a credit other than 0."""
-    product = np.concatenate(credit) * np.concatenate(true.advantages)
-    product = product[np.concatenate(true.clear)]
+    product = flat(credit) * flat(true.advantages)
+    product = product[flat(true.clear)]
     return int((product < 0).sum()), int((product != 0).sum())
 
 
 def on_decisive(credit: Credit, true: Truth) -> Share:
     """Share of the absolute credit that lies on decisive tokens."""
-    size = np.abs(np.concatenate(credit))
-    decisive = np.abs(np.concatenate(true.advantages)) > DECISIVE
+    size = np.abs(flat(credit))
+    decisive = np.abs(flat(true.advantages)) > DECISIVE
     return float(size[decisive].sum()), float(size.sum())
 
 
@@ -243,13 +243,14 @@ def penalised(credit: Credit, true: Truth, gain: float = -np.inf) -> Share:
 
     gain: count only steps whose true advantages sum to more than this.
     """
-    sums = []
+    negative = count = 0
     for g, steps in enumerate(true.steps):
         for tokens, right in steps:
-            counts = right and not true.correct[g]
-            if counts and true.advantages[g][tokens].sum() > gain:
-                sums.append(credit[g][tokens].sum())
-    return sum(total < 0 for total in sums), len(sums)
+            gained = true.advantages[g][tokens].sum()
+            if right and not true.correct[g] and gained > gain:
+                negative += int(credit[g][tokens].sum() < 0)
+                count += 1
+    return negative, count
 
 
 Measure = Callable[[Credit, Truth], Share]
@@ -268,7 +269,7 @@ SIGNAL_MEASURES = {"rank, rollout": rank_in_rollouts, "on decisive tokens": on_d
 
 def shares(measure: Measure, credits: list[Credit], truths: list[Truth]) -> np.ndarray:
     """The measure of each problem: [problems, 2]."""
-    return np.array([measure(*pair) for pair in zip(credits, truths, strict=True)], dtype=float)
+    return np.array(list(map(measure, credits, truths)), dtype=float)
 
 
 def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
@@ -298,16 +299,16 @@ def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
 
 
 def facts(truths: list[Truth]) -> dict[str, float | None]:
-    """Properties of the rollouts that no method changes; None for a share of nothing."""
+    """Properties of the rollouts, which no method changes; None for a share of nothing."""
     token_rows, step_rows = [], []
     for true in truths:
         for g, right in enumerate(true.correct):
-            advantages = true.advantages[g]
-            for t, clear in enumerate(true.clear[g]):
-                token_rows.append((advantages[t], clear, right > 0, t == 0))
+            for t, advantage in enumerate(true.advantages[g]):
+                token_rows.append((advantage, true.clear[g][t], right > 0, t == 0))
             for place, fine in true.steps[g]:
-                step_rows.append((fine, right > 0, advantages[place].sum(), any(true.correct)))
-    tokens = pd.DataFrame(token_rows, columns=["advantage", "clear", "right", "first"])
+                gain = true.advantages[g][place].sum()
+                step_rows.append((fine, right > 0, gain, any(true.correct)))
+    tokens = pd.DataFrame(token_rows, columns=["advantage", "clear", "right", "is_first"])
     steps = pd.DataFrame(step_rows, columns=["fine", "right", "gain", "mixed"])
     size = tokens.advantage.abs()
     decisive = size > DECISIVE
@@ -324,15 +325,14 @@ def facts(truths: list[Truth]) -> dict[str, float | None]:
         "of those in right rollouts, harmful": (clear[clear.right].advantage < 0).mean(),
         "decisive tokens": decisive.mean(),
         "of the true advantages' size, on decisive tokens": size[decisive].sum() / size.sum(),
-        "the same, on the first token of each rollout": size[tokens["first"]].sum() / size.sum(),
+        "the same, on the first token of each rollout": size[tokens.is_first].sum() / size.sum(),
         "right steps in failed rollouts": len(failed_steps),
         "of those, in groups that are not all wrong": failed_steps.mixed.mean(),
         "of those, helpful": (failed_steps.gain > CLEAR).mean(),
         "of the steps in right rollouts, wrong": (~right_steps.fine).mean(),
     }
-    found = {}
+    found: dict[str, float | None] = {}
     for name, value in shares.items():
-        found[name] = value if isinstance(value, int) else float(value)
-        if np.isnan(value):
-            found[name] = None
+        number = value if isinstance(value, int) else float(value)
+        found[name] = None if np.isnan(value) else number
     return found
