@@ -1,15 +1,15 @@
 """ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
-GRPO's advantage, shared out over a response's tokens in proportion to how far the LoRA adapter has
-moved the hidden state that predicts each of them. --credit names the signals that the paper
-compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs/arca.md.
+A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
+adapter has moved the hidden state that predicts each of them. --credit selects the signals that
+the paper compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs/arca.md.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \\
         my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \\
-        --lr 5e-6 --lr-schedule cosine --warmup-steps 10 --lora-dropout 0.05
+        --lr 5e-6 --lr-schedule cosine --warmup-ratio 0.1 --lora-dropout 0.05
 
-Left out beside grpo.py: the clip, the KL penalty, several updates, other averages of the loss,
+Left out of grpo.py: the clip, the KL penalty, several updates per step, other averages of the loss,
 training all weights.
 """
 
@@ -22,31 +22,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils import clip_grad_norm_
 
 import common
-from engine import (
-    Engine,
-    Reference,
-    device,
-    load_policy,
-    load_tokenizer,
-    make_engine,
-    refuse,
-    seed_for,
-)
-from run import Run, RunArgs, launch, learning_rate, make_optimizer
-from verifier import Grader
 
 
+# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
 @dataclass
-class Args(RunArgs):
-    """method and optimiser"""
+class Args(common.RunArgs):
+    """settings of the method"""
 
     # <method>
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     credit: Literal["uniform", "surprisal", "entropy", "divergence", "arca"] = "arca"
-    """what a response's credit is shared out by: nothing, -log π, the fall of entropy,
+    """the signal that a response's credit is proportional to: none, -log π, the entropy's fall,
     |log π - log π_ref|, or the adapter's residual"""
     sharpening: float = 2.0
     """power of the signal before it is normalised (paper: 1; released code: 2)"""
@@ -56,38 +46,14 @@ class Args(RunArgs):
     updates_per_rollout: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.lora_rank < 1:
-            refuse("--lora-rank", self.lora_rank, "ARCA compares the model with and without LoRA")
-        if not 0 <= self.sharpening < math.inf:
-            refuse("--sharpening", self.sharpening, "must be at least 0 and finite")
-        if self.credit == "uniform" and self.sharpening != Args.sharpening:
-            refuse("--sharpening", self.sharpening, "changes nothing with --credit uniform")
+        super().__post_init__()
+        why = "ARCA compares the model with and without LoRA"
+        common.require(self.lora_rank > 0, "--lora-rank", self.lora_rank, why)
+        used = self.credit != "uniform" or self.sharpening == Args.sharpening
+        why = "has no effect with --credit uniform"
+        common.require(used, "--sharpening", self.sharpening, why)
 
     # </method>
-    lora_alpha: int = 0
-    """adapters are scaled by alpha / rank; 0: alpha is twice the rank"""
-    lora_dropout: float = 0.0
-    """share of adapter inputs dropped in the update"""
-    dynamic_sampling: bool = False
-    """replace groups that are all right or all wrong by new ones (DAPO)"""
-    generation_rounds: int = 10
-    """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
-    overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
-    importance_cap: float = 0.0
-    """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
-    lr: float = 1e-6
-    """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine fall to 0 at the last step"""
-    warmup_steps: int = 0
-    """steps of linear warm-up"""
-    warmup_ratio: float = 0.0
-    """the same as a share of all steps"""
-    weight_decay: float = 0.0
-    """AdamW's"""
-    max_grad_norm: float = 1.0
-    """a longer gradient is scaled down to this norm"""
 
 
 # <method>
@@ -145,7 +111,7 @@ def arca_weights(
 
 @torch.no_grad()
 def residuals(
-    policy: nn.Module, reference: Reference, rollouts: common.Rollouts, args: Args
+    policy: nn.Module, reference: common.Reference, rollouts: common.Rollouts, args: Args
 ) -> Tensor:
     """`residual_norm` at the position that predicts each response token, [P, G, T], dropout off.
     Hidden states exist for one micro-batch at a time, of four times the tokens that an update's may
@@ -195,10 +161,10 @@ def effective_fraction(weights: Tensor, mask: Tensor) -> Tensor:
 def clipped_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric: DAPO Eq. 8).
+    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip cuts its gradient off, [n, T].
-    Gradient flows through logp alone.
+    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
+    Only logp has a gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -206,93 +172,51 @@ def clipped_loss(
     return -surrogate, clipped * advantages < ratio * advantages
 
 
-def kl_to_reference(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(π ‖ π_ref) at each sampled token (DeepSeekMath Eq. 4). All [n, T]."""
-    log_ratio = ref_logp - logp
+def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(π ‖ π_other) at each token sampled from π (DeepSeekMath Eq. 4)."""
+    log_ratio = other_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
 
-def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
-    """What each token counts in the loss of one optimiser update; zero outside the mask.
-
-    mask: [P, G, T], true on the live tokens of the *whole* update, so that the gradient does not
-    depend on how the update is cut into micro-batches.
-    """
-    responses = mask.any(-1).sum()
-    if average == "token":  # DAPO Eq. 8
-        return mask / mask.sum()
-    if average == "sequence":  # DeepSeekMath Eq. 3
-        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / responses
-    return mask / (responses * max_new_tokens)  # Dr. GRPO
-
-
-def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
-
-    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
-    """
-    if not buffer:
-        return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
-
-
-def collect(
-    args: Args, step: int, problems: common.Problems, engine: Engine, grader: Grader, run: Run
-) -> list[common.Group]:
-    """P verified groups. Under dynamic sampling, groups that are all right or all wrong are
-    replaced by new ones; what is still missing after the last round is filled up with them."""
-    groups: list[common.Group] = []
-    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
-        batch = problems.take(args.prompts_per_step - len(groups), args.seed)
-        with run.time("rollout"):
-            seed = (args.seed, step, attempt)
-            # <method>
-            new = common.roll_out(engine, batch, args, seed)
-            # </method>
-        with run.time("verify"):
-            common.verify(grader, new)
-        varied = [group for group in new if 0 < sum(group.correct) < args.group_size]
-        groups += varied if args.dynamic_sampling else new
-        if len(groups) == args.prompts_per_step:
-            return groups
-    rest = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + rest[: args.prompts_per_step - len(groups)]
-
-
 def main(args: Args) -> None:
-    run = Run(args)
-    grader = Grader()
-    tokenizer = load_tokenizer(args)
+    run = common.Run(args)
+    grader = common.Grader()
+    tokenizer = common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
-    policy = load_policy(args)
-    engine = make_engine(args, policy, tokenizer, train, held_out)
+    policy = common.load_policy(args)
+    engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
-    reference = Reference(policy, args)
+    reference = common.Reference(policy, args)
     # </method>
-    optimizer = make_optimizer(policy, args)
-    train.position = run.restore(policy, optimizer=optimizer).get("position", 0)
+
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
+    state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
+    run.restore(policy, **state)
 
     if run.step == 0:
         engine.sync(policy)
         run.log(0, common.evaluate(engine, grader, held_out, args))
 
     for step in run.steps():
-        # Roll out and verify whole groups: P problems, G responses each.
+        # 1. Roll out and verify P groups of G responses.
         with run.time("sync"):
             engine.sync(policy)
-        groups = collect(args, step, train, engine, grader, run)
+        # <method>
+        groups = common.collect(args, step, train, engine, grader, run)
+        # </method>
         engine.sleep()
-        rollouts = common.stack(groups, engine.stops, device(args))
-        mask = rollouts.mask  # [P, G, T]
-        correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
-        rewards = correct + overlong_penalty(
+        rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
+        mask = rollouts.mask  # [P, G, T], true on response tokens
+        rewards = rollouts.correct + common.overlong_penalty(
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # Score every token under the policy that produced it, and check that it is that policy.
+        # 2. Score under the policy that sampled, and compare with the engine.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, reuse=True)  # [P, G, T] each
+            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
             match args.credit:
                 case "uniform":
@@ -310,67 +234,60 @@ def main(args: Args) -> None:
             # </method>
         gap = common.check_engine(rollouts, old_logp, args)
 
+        # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
-        # The update averages over each response, that is, divides by its length.
+        # Times the length, because the loss is averaged over each response.
         advantages = advantages[..., None] * credit * mask.sum(-1, keepdim=True)  # [P, G, T]
         # </method>
 
-        # Update on shares of the problems, each in micro-batches that fit the memory.
-        lr = learning_rate(step, args)
-        means = common.Means()
+        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
+        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
+        means = common.TokenMeans()
         with run.time("update"):
-            importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-            shuffle = torch.Generator().manual_seed(seed_for(args.seed, step, "updates"))
-            order = torch.randperm(len(groups), generator=shuffle)
-            for share in order.chunk(args.updates_per_rollout):
-                live = torch.zeros_like(mask)
-                live[share] = mask[share]
-                weights = token_weights(live, args.loss_average, args.max_new_tokens) * importance
+            seed = common.seed_for(args.seed, step, "updates")
+            for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
+                token_weights = importance * common.token_weights(
+                    mask, share, args.loss_average, args.max_new_tokens
+                )
                 update_loss = 0.0
                 for index in common.micro_batches(rollouts, args.token_budget, share):
                     logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
                     # <method>
                     loss = -advantages[index] * logp  # Eq. gradient [paper]
-                    loss = (loss * weights[index]).sum()
+                    loss = (loss * token_weights[index]).sum()
                     clipped = torch.zeros_like(logp)  # there is no ratio to clip
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    drift = kl_to_reference(old_logp[index], logp.detach())
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=drift)
-                grad_norm = run.update(optimizer, lr, update_loss)
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                if run.update_is_finite(update_loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+                lr = scheduler.get_last_lr()[0]
+                scheduler.step()
 
-        metrics = {
-            "reward": rewards.mean(),
-            "accuracy": correct.mean(),
-            "zero_variance": (rewards.amax(-1) == rewards.amin(-1)).float().mean(),
-            "length": mask.sum(-1).float().mean(),
-            "truncated": rollouts.truncated.float().mean(),
-            "boxed": common.boxed(rollouts),
-            "entropy": entropy[mask].mean(),
-            "loss": update_loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            **gap,
-            **means.result(),
-        }
+        # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
+        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        signals = {"advantage": advantages, "credit": credit}
+        per_token = {"advantage": advantages, "credit": credit}
         metrics["gini"] = gini(credit, mask).mean()
         metrics["effective_fraction"] = effective_fraction(credit, mask).mean()
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **signals)
+        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)
                 metrics |= common.evaluate(engine, grader, held_out, args)
         run.log(step, metrics, tokens=int(mask.sum()))
-        run.save(step, policy, tokenizer, optimizer=optimizer, position=train.position)
+        run.save(step, policy, tokenizer, **state)
 
     grader.close()
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    common.launch(main, Args)

@@ -1,117 +1,161 @@
-"""What a step does that no method changes, in the order in which it happens:
+"""The parts of a training step that all methods share, in order of execution:
 
-problems → rollouts → verdicts → scores under a model → micro-batches → evaluation.
+settings, rollouts, verification, scoring, micro-batches, loss weights, metrics, evaluation.
 
-Shapes: P problems, G rollouts of each (the group), T response tokens, D hidden width.
+Shapes: P problems, G rollouts of each (the group), T response tokens, V vocabulary, D hidden width.
+What is not the training step is in infra/ (models, engines, data, run folder, command line) and in
+grading/. Scripts import this module alone, so some of the names below are imported for them.
 """
 
 from __future__ import annotations
 
-import itertools
+import importlib.util
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from grading import Grader, last_boxed
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import get_scheduler
 
-import data
-from answers import last_boxed
-from engine import (
-    Engine,
-    StopRun,
+from infra.cli import StopRun, check_numbers, launch, reject, require
+from infra.data import Problem, Problems, load_problems
+from infra.lm_head import HeadLogp, lm_head
+from infra.models import (
+    Reference,
     autocast,
     base_model,
+    device,
     is_recurrent,
-    lm_head,
+    load_policy,
+    load_tokenizer,
     precision,
-    prompt_cache,
-    refuse,
     seed_for,
+    uses_dropout,
 )
-from run import RunArgs
-from verifier import Grader
+from infra.run import Run
+from infra.shared_prefix import left_pad, saves_tokens, shared_hidden_states
+from infra.vllm_engine import Engine, make_engine
 
-# ------------------------------------------------------------------------------- problems
+# ------------------------------------------------------------------ settings
 
 
 @dataclass
-class Problem:
-    """A question as prompt tokens, and its gold answer."""
+class RunArgs:
+    """The settings that all methods share. A script's `Args` adds those of its method."""
 
-    text: str
-    answer: str
-    prompt: list[int]
+    # Model and problems
+    model: str = "tiny"  # folder or hub name of a causal language model
+    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way
+    question_column: str = ""  # column of the problem, text or messages; empty: a usual name
+    answer_column: str = ""  # column of the reference answer; empty: a usual name
+    system_prompt: str = ""  # for problems without a system message
+    instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
+    template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
+    max_prompt_tokens: int = 1024  # longer prompts are discarded
+    trust_remote_code: bool = False  # run Python code that comes with the model
+
+    # Rollouts
+    prompts_per_step: int = 16  # P: problems per step
+    group_size: int = 8  # G: rollouts per problem
+    max_new_tokens: int = 1024  # T: longest response
+    temperature: float = 1.0  # of sampling and of every log-probability
+    dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
+    generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
+    overlong_buffer: int = 0  # reward falls by up to 1/2 over the last tokens (DAPO); 0: off
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
+    gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
+    max_logp_gap: float = 0.0  # most nats between engine and trainer; 0: 1e-4 or 0.2 (bfloat16)
+    importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
+
+    # Optimisation
+    steps: int = 150  # training steps, each with new rollouts
+    updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
+    lr: float = 1e-6  # AdamW's learning rate
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """transformers' name; linear and cosine fall to 0 at the end of training"""
+    warmup_ratio: float = 0.0  # share of all updates with linear warm-up
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
+    lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
+    lora_alpha: int = 0  # adapters are scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # dropout of the adapters' inputs
+    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens per micro-batch
+    gradient_checkpointing: bool = False  # less memory, about a third more time
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+
+    # Run
+    seed: int = 1  # of everything random
+    run_dir: str = ""  # the run's folder; empty: runs/<script>-<seed>-<date>
+    resume: str = ""  # folder of an interrupted run; its settings are the defaults
+    eval_every: int = 50  # steps between evaluations; 0: only before and after training
+    eval_problems: int = 200  # number of held-out problems used, the first ones
+    eval_samples: int = 4  # samples per problem, in addition to a greedy response
+    save_every: int = 50  # steps between checkpoints; 0: only after the last step
+    keep_checkpoints: int = 2  # latest checkpoints kept, in addition to the best
+    log_rollouts: int = 1  # groups per step written to rollouts.jsonl
+    wandb_project: str = ""  # also log to this project of Weights & Biases
+
+    signed: ClassVar[tuple[str, ...]] = ()  # settings that may be negative
+
+    def __post_init__(self) -> None:
+        """Reject values that cannot work, before anything heavy is loaded."""
+        positive = (
+            *("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "temperature", "steps"),
+            *("generation_rounds", "updates_per_rollout", "lr", "max_grad_norm", "token_budget"),
+            *("gpu_memory", "eval_problems", "eval_samples", "keep_checkpoints"),
+        )
+        check_numbers(self, positive, below_one=("warmup_ratio", "lora_dropout", "gpu_memory"))
+        require(self.group_size > 1, "--group-size", self.group_size, "must be at least 2")
+
+        divides = self.prompts_per_step % self.updates_per_rollout == 0
+        why = f"must divide --prompts-per-step {self.prompts_per_step}"
+        require(divides, "--updates-per-rollout", self.updates_per_rollout, why)
+        fits = self.overlong_buffer <= self.max_new_tokens
+        why = f"must be at most --max-new-tokens {self.max_new_tokens}"
+        require(fits, "--overlong-buffer", self.overlong_buffer, why)
+
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            require(self.lora_rank or not value, flag, value, "has no effect without --lora-rank")
+        warms_up = self.lr_schedule != "constant" or not self.warmup_ratio
+        why = "has no effect with --lr-schedule constant: use constant_with_warmup"
+        require(warms_up, "--warmup-ratio", self.warmup_ratio, why)
+        rounds = self.generation_rounds
+        used = self.dynamic_sampling or rounds == RunArgs.generation_rounds
+        require(used, "--generation-rounds", rounds, "has no effect without --dynamic-sampling")
+
+        has_vllm = importlib.util.find_spec("vllm") is not None
+        has_wandb = importlib.util.find_spec("wandb") is not None
+        why = "vLLM is not installed; see README.md"
+        require(has_vllm or self.engine != "vllm", "--engine", self.engine, why)
+        why = "wandb is not installed"
+        require(has_wandb or not self.wandb_project, "--wandb-project", self.wandb_project, why)
+        has_cuda = torch.cuda.is_available()
+        require(has_cuda or self.device != "cuda", "--device", self.device, "there is no CUDA GPU")
+
+    def depends_on_steps(self) -> bool:
+        """Whether training depends on --steps, so that a resumed run may not change it."""
+        return self.lr_schedule != "constant"
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates of the whole run."""
+        return self.steps * self.updates_per_rollout
+
+    @property
+    def warmup_updates(self) -> int:
+        return math.ceil(self.warmup_ratio * self.updates)
 
 
-class Problems(list[Problem]):
-    """Problems in a shuffled order that depends on the seed and the epoch alone."""
-
-    position = 0  # how many have been taken; a checkpoint holds it
-
-    def take(self, count: int, seed: int) -> list[Problem]:
-        """The next `count` problems; each epoch has its own order."""
-        taken = []
-        for place in range(self.position, self.position + count):
-            epoch, offset = divmod(place, len(self))
-            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(len(self))
-            taken.append(self[order[offset]])
-        self.position += count
-        return taken
-
-
-def load_problems(args: RunArgs, flag: str, tokenizer: Any, grader: Grader) -> Problems:
-    """Read the data set that --dataset or --eval-dataset names, as docs/data.md describes: what is
-    dropped is counted, what cannot be used refused."""
-    name = getattr(args, flag.strip("-").replace("-", "_"))
-
-    def note(count: int, of: list[Any], what: str) -> None:
-        if count and count == len(of):
-            refuse(flag, name, f"{count} of {len(of)} {what}")
-        if count:
-            print(f"{flag} {name}: {count} of {len(of)} {what}", file=sys.stderr)
-
-    arguments = data.template_arguments(args)
-    rows = data.read_rows(flag, name, split="train" if flag == "--dataset" else "test")
-    if not (rows := [data.flatten(row) for row in rows if row]):
-        refuse(flag, name, "holds no problems")
-    question, answer = (data.find_column(rows, args, flag, what) for what in data.COLUMNS)
-    asked = [(chat, row.get(answer)) for row in rows if (chat := data.as_chat(row.get(question)))]
-    note(len(rows) - len(asked), rows, f"problems have no text in {question!r} and are dropped")
-
-    golds = [data.gold_answer(value) for _, value in asked]
-    readable = grader.readable(golds)
-    unread = [repr(asked[i][1])[:40] for i, fine in enumerate(readable) if not fine]
-    what = "gold answers cannot be read and are dropped: " + ", ".join([*dict.fromkeys(unread)][:5])
-    note(len(unread), asked, what)
-
-    problems = []
-    for (chat, _), gold in itertools.compress(zip(asked, golds, strict=True), readable):
-        text = chat[-1]["content"]
-        if args.instruction:
-            chat[-1]["content"] += f"\n{args.instruction}"
-        if args.system_prompt and chat[0]["role"] != "system":
-            chat.insert(0, {"role": "system", "content": args.system_prompt})
-        try:
-            problems.append(Problem(text, gold, data.prompt_tokens(tokenizer, chat, **arguments)))
-        except ValueError as error:
-            model = "--models" if flag == "--datasets" else "--model"
-            given = {"--system-prompt": args.system_prompt, "--template-args": args.template_args}
-            used = "".join(f", given {option} {value}" for option, value in given.items() if value)
-            refuse(model, tokenizer.name_or_path, f"its chat template{used}: {error}")
-    short = [problem for problem in problems if len(problem.prompt) <= args.max_prompt_tokens]
-    what = f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens} and are dropped"
-    note(len(problems) - len(short), problems, what)
-    different = {tuple(problem.prompt) for problem in short}
-    note(len(short) - len(different), short, "problems repeat another and are kept")
-    return Problems(short)
-
-
-# ------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------ rollouts
 
 
 @dataclass
@@ -119,11 +163,11 @@ class Group:
     """One problem and its G rollouts, as lists."""
 
     problem: Problem
-    tokens: list[list[int]]  # response token ids, the end-of-sequence token included
-    engine_logp: list[list[float]]  # of those tokens, as the engine computed them
-    texts: list[str]
+    tokens: list[list[int]] = field(default_factory=list)  # response ids, the EOS token included
+    engine_logp: list[list[float]] = field(default_factory=list)  # as the engine computed them
+    texts: list[str] = field(default_factory=list)
     correct: list[float] = field(default_factory=list)  # 1.0 or 0.0, once verified
-    notes: list[Any] = field(default_factory=list)  # what the method keeps of each rollout
+    notes: list[Any] = field(default_factory=list)  # per rollout, for the method's own use
 
 
 @dataclass
@@ -132,11 +176,12 @@ class Rollouts:
 
     problems: list[Problem]
     tokens: Tensor  # [P, G, T] token ids
-    mask: Tensor  # [P, G, T] true on response tokens, the end-of-sequence token included
-    engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample, 0 in the padding
-    truncated: Tensor  # [P, G] true where a response reached --max-new-tokens
+    mask: Tensor  # [P, G, T] true on response tokens, the EOS token included
+    engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample; padding: 0
+    correct: Tensor  # [P, G] 1.0 or 0.0
+    truncated: Tensor  # [P, G] true if a response reached --max-new-tokens
     texts: list[list[str]]
-    graph: tuple[Tensor, Tensor] | None = None  # log-probabilities and entropy with their graph
+    graph: tuple[nn.Module, Tensor, Tensor] | None = None  # kept by `score`, used by `token_logp`
 
 
 def roll_out(
@@ -145,79 +190,132 @@ def roll_out(
     args: RunArgs,
     seed: tuple[int | str, ...],
     *,
-    openers: Tensor | None = None,
+    first_tokens: Tensor | None = None,
     group_size: int | None = None,
     temperature: float | None = None,
 ) -> list[Group]:
     """G responses to each problem. A response is a function of the weights and its own seed.
 
-    openers: [P, G] token ids that responses begin with; None: every token is sampled.
-    group_size, temperature: others than those of the settings.
+    first_tokens: [P, G] token ids that the responses begin with; None: every token is sampled.
+    group_size, temperature: override those of `args`.
     """
-    size = group_size or args.group_size
-    heat = args.temperature if temperature is None else temperature
-    places = [(p, g) for p in range(len(problems)) for g in range(size)]
-    opened = [[] if openers is None else [int(openers[place])] for place in places]
-    prompts = [problems[p].prompt + start for (p, _), start in zip(places, opened, strict=True)]
-    seeds = [seed_for(*seed, p, g) for p, g in places]
-    lengths = [args.max_new_tokens - len(start) for start in opened]
-    responses = engine.generate(prompts, seeds, lengths, heat)
-    groups = [Group(problem, [], [], []) for problem in problems]
-    for (p, _), start, (tokens, logp) in zip(places, opened, responses, strict=True):
-        groups[p].tokens.append(start + tokens)
-        groups[p].engine_logp.append([math.nan] * len(start) + logp)
+    group_size = group_size or args.group_size
+    if temperature is None:
+        temperature = args.temperature
+
+    prompts, seeds, starts = [], [], []
+    for p, problem in enumerate(problems):
+        for g in range(group_size):
+            start = [] if first_tokens is None else [int(first_tokens[p, g])]
+            starts.append(start)
+            prompts.append(problem.prompt + start)
+            seeds.append(seed_for(*seed, p, g))
+    lengths = [args.max_new_tokens - len(start) for start in starts]
+    responses = engine.generate(prompts, seeds, lengths, temperature)
+
+    groups = [Group(problem) for problem in problems]
+    for i, (tokens, logp) in enumerate(responses):
+        group = groups[i // group_size]
+        group.tokens.append(starts[i] + tokens)
+        group.engine_logp.append([math.nan] * len(starts[i]) + logp)
     for group in groups:
         group.texts = engine.decode(group.tokens)
     return groups
 
 
 def verify(grader: Grader, groups: list[Group]) -> None:
-    """Fill in `correct`: 1.0 where the response's last \\boxed{} equals the gold answer."""
-    texts = [text for group in groups for text in group.texts]
-    golds = [group.problem.answer for group in groups for _ in group.texts]
-    verdicts = iter(grader.grade(texts, golds))
+    """Set `correct`: 1.0 if the last \\boxed{} of the response equals the reference answer."""
+    texts, references = [], []
+    for group in groups:
+        texts += group.texts
+        references += [group.problem.answer] * len(group.texts)
+    verdicts = iter(grader.grade(texts, references))
     for group in groups:
         group.correct = [float(next(verdicts)) for _ in group.texts]
 
 
-def stack(groups: list[Group], end_tokens: list[int], where: torch.device) -> Rollouts:
-    """Groups as padded tensors; the mask comes from lengths, never from token ids."""
+def collect(
+    args: RunArgs,
+    step: int,
+    problems: Problems,
+    engine: Engine,
+    grader: Grader,
+    run: Run,
+    roll_out: Callable[..., list[Group]] = roll_out,
+) -> list[Group]:
+    """P verified groups for one step.
 
-    def pad(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:  # [P, G, T]
+    Under dynamic sampling, groups whose verdicts are all equal are replaced by groups of new
+    problems. After the last round such groups fill the places that are left.
+    """
+    groups: list[Group] = []
+    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
+        batch = problems.take(args.prompts_per_step - len(groups), args.seed)
+        with run.time("rollout"):
+            new = roll_out(engine, batch, args, (args.seed, step, attempt))
+        with run.time("verify"):
+            verify(grader, new)
+        mixed = [group for group in new if 0 < sum(group.correct) < args.group_size]
+        groups += mixed if args.dynamic_sampling else new
+        if len(groups) == args.prompts_per_step:
+            return groups
+    equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
+    return groups + equal[: args.prompts_per_step - len(groups)]
+
+
+def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> Rollouts:
+    """Groups as padded tensors. The mask comes from lengths, never from token ids.
+
+    Two rollouts [5, 2] and [5, 6, 2] of one problem give tokens [[[5, 2, 0], [5, 6, 2]]] and
+    mask [[[1, 1, 0], [1, 1, 1]]].
+    """
+
+    def pad(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
         padded = pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
-        return padded.view(len(groups), -1, padded.shape[-1]).to(where)
+        return padded.view(len(groups), -1, padded.shape[-1]).to(target)  # [P, G, T]
 
-    responses = [row for group in groups for row in group.tokens]
-    ended = [row[-1] in end_tokens for row in responses]
+    tokens = [row for group in groups for row in group.tokens]
+    logp = [row for group in groups for row in group.engine_logp]
+    truncated = [row[-1] not in stop_tokens for row in tokens]
     return Rollouts(
         problems=[group.problem for group in groups],
-        tokens=pad(responses, torch.long),
-        mask=pad([[True] * len(row) for row in responses], torch.bool),
-        engine_logp=pad([row for group in groups for row in group.engine_logp], torch.float32),
-        truncated=~torch.tensor(ended, device=where).view(len(groups), -1),
+        tokens=pad(tokens, torch.long),
+        mask=pad([[True] * len(row) for row in tokens], torch.bool),
+        engine_logp=pad(logp, torch.float32),
+        correct=torch.tensor([group.correct for group in groups], device=target),
+        truncated=torch.tensor(truncated, device=target).view(len(groups), -1),
         texts=[group.texts for group in groups],
     )
 
 
-# ------------------------------------------------------------------------------- scoring
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """0 up to max_length - buffer, then linearly down to -1/2 at max_length (DAPO Eq. 13).
 
-# All logits at once could fill the memory. A GPU likes large tiles, a CPU's caches small ones.
-LOGITS_AT_ONCE = 2**26 if torch.cuda.is_available() else 2**22
+    lengths: [P, G] tokens. Half of DAPO's penalty: there rewards are 1 and -1, here 1 and 0.
+    """
+    if not buffer:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
+
+
+# ------------------------------------------------------------------ scoring
+
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
 
 def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> Iterator[Index]:
-    """The rollouts of some problems ([P'] indices), cut into batches of at most `token_budget`
-    tokens, padding included. Sorted by length, so there is little of it."""
-    group_size = rollouts.mask.shape[1]
+    """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
+
+    Padding counts. Rollouts are sorted by length, so there is little padding: lengths 9, 3, 4 and
+    10 with a budget of 20 give the batches [3, 4] and [9, 10].
+    """
     lengths = rollouts.mask.sum(-1).tolist()
-    order = sorted(
-        (len(rollouts.problems[p].prompt) + lengths[p][g], p, g)
-        for p in problems.tolist()
-        for g in range(group_size)
-    )
+    by_length = []
+    for p in problems.tolist():
+        for g, length in enumerate(lengths[p]):
+            by_length.append((len(rollouts.problems[p].prompt) + length, p, g))
     batch: list[tuple[int, int]] = []
-    for length, p, g in order:
+    for length, p, g in sorted(by_length):
         if batch and length * (len(batch) + 1) > token_budget:
             yield tuple(torch.tensor(batch).T)
             batch = []
@@ -226,208 +324,186 @@ def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> It
 
 
 def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
-    """Last hidden states (after the final norm) at the positions that predict the live response
-    tokens of n rollouts, in the order of `mask[index]`: [tokens, D].
+    """Last hidden states, after the final norm, that predict the response tokens of n rollouts.
 
-    Where that saves a quarter of the tokens, each prompt is computed once for all its rollouts."""
-    body = base_model(model).base_model
-    model.train(torch.is_grad_enabled())
-    lengths = rollouts.mask[index].sum(-1)  # [n]
-    longest = slice(lengths.max())
-    tokens, mask = rollouts.tokens[index][:, longest], rollouts.mask[index][:, longest]  # [n, T]
-    problems, which = index[0].unique(return_inverse=True)
-    prompts, which = [rollouts.problems[p].prompt for p in problems], which.to(mask.device)
-    # The prompt's last token predicts the response's first, which predicts the second, and so on.
-    starts, last = [p[:-1] for p in prompts], tokens.new_tensor([p[-1] for p in prompts])
-    inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
-    skipped = tokens.new_tensor([len(start) for start in starts])[which]  # [n]
-
-    together = inputs.numel() + len(starts) * skipped.max()  # tokens to compute
-    apart = len(inputs) * (skipped + lengths).max()
-    shared = not args.gradient_checkpointing and not is_recurrent(model)
-    with autocast(args):
-        if together < 0.75 * apart and shared:
-            cache, real = prompt_cache(model, starts, which)
-            real = torch.cat([real, torch.ones_like(mask)], dim=1)
-            places = (real.cumsum(-1) - 1)[:, -inputs.shape[1] :]
-            context = {"attention_mask": real, "position_ids": places, "past_key_values": cache}
-            return body(input_ids=inputs, **context)[0][mask]
-        rows = zip(which, inputs, mask, strict=True)
-        rows = [torch.cat([tokens.new_tensor(starts[p]), row[live]]) for p, row, live in rows]
-        # Padding is on the right, where causal attention keeps every real token from seeing it.
-        states = body(input_ids=pad_sequence(rows, batch_first=True), use_cache=False)[0]
-        row, place = mask.nonzero().T
-        return states[row, skipped[row] + place]
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed up and returned in float32: as vLLM computes its logits."""
-    if a.is_cuda and a.dtype is not torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-class HeadLogp(torch.autograd.Function):
-    """The LM head, up to the log-probability of each target and the entropy (nats; no gradient):
-    two [tokens], float32. Logits exist for one tile of the vocabulary at a time, and are computed
-    again in the backward pass.
-
-    hidden: [tokens, D], in the precision of the body; weight: [V, D]; targets: [tokens]; scale:
-    what logits are multiplied by; cap: what they are softly kept below (Gemma 2), 0: nothing.
+    Returns [tokens, D], in the order of `rollouts.mask[index]`.
     """
+    model.train(torch.is_grad_enabled())  # dropout only in the update
+    lengths = rollouts.mask[index].sum(-1)  # [n]
+    longest = int(lengths.max())
+    tokens = rollouts.tokens[index][:, :longest]  # [n, T]
+    mask = rollouts.mask[index][:, :longest]
+    problems, which = index[0].unique(return_inverse=True)
+    prompts = [rollouts.problems[p].prompt for p in problems]
+    which = which.to(mask.device)  # [n], each rollout's prompt
 
-    @staticmethod
-    def tiles(
-        hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, cap: float
-    ) -> Iterator[Any]:
-        width = max(1, LOGITS_AT_ONCE // len(hidden))
-        for start, w in zip(range(0, len(weight), width), weight.split(width), strict=True):
-            w = w.to(hidden.dtype)
-            column = (targets - start)[:, None]
-            here = (column >= 0) & (column < len(w))  # whether the target lies in this tile
-            logits = product(hidden, w.T)
-            if cap:
-                logits = cap * (logits / cap).tanh()
-            yield slice(start, start + len(w)), w, logits.mul_(scale), column * here, here
+    can_share = not args.gradient_checkpointing and not is_recurrent(model)
+    with autocast(args):
+        if can_share and saves_tokens(prompts, which, lengths):
+            return shared_hidden_states(model, prompts, which, tokens, mask)
+        return padded_hidden_states(model, prompts, which, tokens, mask)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        masses, picked, entropies = [], [], []  # one value a token of each tile
-        for _, _, logits, column, here in HeadLogp.tiles(*inputs):
-            logp = logits.log_softmax(-1)
-            masses.append(logits.amax(-1) - logp.amax(-1))  # log Σ exp(logits)
-            picked.append(logp.gather(-1, column)[:, 0].where(here[:, 0], -torch.inf))
-            entropies.append(-torch.linalg.vecdot(logp.exp(), logp))
-        masses, picked, entropies = (torch.stack(x) for x in (masses, picked, entropies))
-        *tensors, ctx.scale, ctx.cap = inputs
-        ctx.save_for_backward(*tensors, masses.logsumexp(0))
-        # A token is drawn by drawing its tile first: probabilities multiply, entropies add up.
-        tile_logp = masses.log_softmax(0)
-        entropy = (tile_logp.exp() * (entropies - tile_logp)).sum(0)
-        ctx.mark_non_differentiable(entropy)
-        return (picked + tile_logp).amax(0), entropy
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, log_total = ctx.saved_tensors
-        hidden, weight, _ = inputs
-        scale = grad[:, None] * ctx.scale
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, w, logits, column, here in HeadLogp.tiles(*inputs, ctx.scale, ctx.cap):
-            slope = 1 - (logits / (ctx.scale * ctx.cap)).square() if ctx.cap else 1  # of the tanh
-            # ∂ log p_target / ∂ logits = 1[target] - p
-            d_logits = logits.sub_(log_total[:, None]).exp_().mul_(-scale)
-            d_logits = d_logits.scatter_add_(-1, column, scale * here)
-            d_logits = (d_logits * slope).to(hidden.dtype)
-            d_hidden += d_logits @ w
-            if d_weight is not None:
-                d_weight[rows] = d_logits.T @ hidden
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+def padded_hidden_states(
+    model: nn.Module, prompts: list[list[int]], which: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
+    """`hidden_states` of prompt and response in one right-padded sequence per rollout.
+
+    which: [n], the prompt of each rollout; tokens, mask: [n, T]. A causal model never attends to
+    padding on the right.
+    """
+    sequences = []
+    for prompt, row, length in zip(which, tokens, mask.sum(-1), strict=True):
+        sequences.append(torch.cat([tokens.new_tensor(prompts[prompt]), row[: length - 1]]))
+    body = base_model(model).base_model
+    states = body(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False)[0]
+
+    # The prompt's last token predicts response token 0, which predicts token 1, and so on.
+    prompt_lengths = tokens.new_tensor([len(prompt) for prompt in prompts])[which]
+    row, position = mask.nonzero().T
+    return states[row, prompt_lengths[row] - 1 + position]
 
 
 def token_logp(
     model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response token of n rollouts, and the entropy of the distribution
-    it was drawn from (nats, no gradient): two [n, T], 0 outside the mask, float32."""
+    """Log-probability of each response token of n rollouts, and the entropy of its distribution.
+
+    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient.
+    """
     if rollouts.graph and torch.is_grad_enabled():
-        scores, rollouts.graph = rollouts.graph, None  # one backward pass uses it up
-        return tuple(values[index] for values in scores)
+        scored_model, logp, entropy = rollouts.graph
+        assert model is scored_model, "the graph kept by `score` belongs to another model"
+        rollouts.graph = None  # a backward pass can use it once
+        return logp[index], entropy[index]
+
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
     weight, scale, cap = lm_head(model)
     targets = rollouts.tokens[index][mask]
-    scores = HeadLogp.apply(hidden, weight, targets, scale / args.temperature, cap)
-    nothing = torch.zeros(mask.shape, device=mask.device)
-    return tuple(nothing.masked_scatter(mask, values) for values in scores)
-
-
-def drops_out(model: nn.Module, args: Any) -> bool:
-    """Whether the model gives other values in training, by dropout of its own or of LoRA."""
-    config = base_model(model).config.get_text_config().to_dict()
-    return any([args.lora_dropout, *(rate for name, rate in config.items() if "drop" in name)])
+    logp, entropy = HeadLogp.apply(hidden, weight, targets, scale / args.temperature, cap)
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
 @torch.no_grad()
 def score(
-    model: nn.Module, rollouts: Rollouts, args: Any, *, reuse: bool = False
+    model: nn.Module, rollouts: Rollouts, args: RunArgs, *, keep_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`token_logp` of every rollout, without a gradient: two [P, G, T].
+    """`token_logp` of all rollouts, without a gradient: two [P, G, T].
 
-    reuse: where one micro-batch holds all rollouts of the only update to come, that update need not
-    compute the same again: the rollouts keep the graph, for the next `token_logp` to go back from.
+    keep_graph: if the step's only update fits into one micro-batch, keep the autograd graph in
+    `rollouts`, so that the update's `token_logp` does not compute the same forward pass again.
     """
-    logp, entropy = (torch.zeros_like(rollouts.engine_logp) for _ in range(2))
-    everything = torch.arange(len(rollouts.problems))
-    batches = list(micro_batches(rollouts, args.token_budget, everything))
-    keep = reuse and len(batches) == args.updates_per_rollout == 1
-    keep = keep and not drops_out(model, args)
-    if not keep:  # without activations to keep, more tokens fit
-        batches = list(micro_batches(rollouts, 4 * args.token_budget, everything))
-    with torch.set_grad_enabled(keep):
+    all_problems = torch.arange(len(rollouts.problems))
+    batches = list(micro_batches(rollouts, args.token_budget, all_problems))
+    one_pass = len(batches) == args.updates_per_rollout == 1
+    keep_graph = keep_graph and one_pass and not uses_dropout(model, args)
+    if not keep_graph:  # without activations to keep, more tokens fit
+        batches = list(micro_batches(rollouts, 4 * args.token_budget, all_problems))
+
+    logp = torch.zeros_like(rollouts.engine_logp)
+    entropy = torch.zeros_like(logp)
+    with torch.set_grad_enabled(keep_graph):
         for index in batches:
             logp[index], entropy[index] = token_logp(model, rollouts, index, args)
-    if keep:
-        rollouts.graph = logp, entropy
+    if keep_graph:
+        rollouts.graph = model, logp, entropy
     return logp.detach(), entropy.detach()
 
 
-def boxed(rollouts: Rollouts) -> float:
-    """Share of the responses with a \\boxed{} answer."""
-    return float(np.mean([last_boxed(text) is not None for row in rollouts.texts for text in row]))
-
-
 def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[str, float]:
-    """How far the engine's log-probabilities are from the trainer's, mean and largest, in nats.
+    """How far the engine's log-probabilities are from the trainer's, mean and maximum in nats.
 
-    Raises StopRun where that is more than rounding explains: then ratios and rewards are those of
-    another policy than the one that is trained.
+    Raises StopRun if the mean exceeds rounding error: then the engine sampled from another policy
+    than the one that is trained.
     """
     if not old_logp[rollouts.mask].isfinite().all():
         raise StopRun("the policy's log-probabilities are not finite")
     sampled = rollouts.mask & rollouts.engine_logp.isfinite()
     gap = (rollouts.engine_logp - old_logp)[sampled].abs()
-    mean, most = gap.mean().item(), gap.max().item()
+    mean, maximum = gap.mean().item(), gap.max().item()
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
-    far = f"engine and trainer differ by {mean:.2g} nats a token on average, {most:.2g} at most"
-    if not mean <= allowed:
-        raise StopRun(f"{far}: more than --max-logp-gap {allowed:g}")
-    if mean > 0.05:
-        print(f"warning: {far}", file=sys.stderr)
-    return {"logp_gap/mean": mean, "logp_gap/max": most}
+    if math.isnan(mean) or mean > allowed:
+        raise StopRun(
+            f"engine and trainer differ by {mean:.2g} nats per token on average and {maximum:.2g} "
+            f"at most, more than --max-logp-gap {allowed:g}"
+        )
+    return {"logp_gap/mean": mean, "logp_gap/max": maximum}
+
+
+# ------------------------------------------------------------------ statistics and loss weights
 
 
 def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x over the live entries of each group.
+    """Mean and standard deviation of x over the response tokens of each group.
 
-    x and mask are [..., G, T]; the results [..., 1, 1]. correction: 1 divides by the count less 1
-    (unbiased), 0 by the count (the population's). Fewer than two live entries, or equal ones, have
-    a deviation of exactly 0: that is tested on the values, because the mean of equal floats can
-    miss them by an ulp.
+    x and mask are [..., G, T], the results [..., 1, 1]. correction: 1 divides by the count minus 1
+    (unbiased), 0 by the count. Fewer than two values, or equal ones, give exactly 0. That is
+    decided by comparing them, because the mean of equal floats can differ from them by rounding.
     """
     group = {"dim": (-2, -1), "keepdim": True}
     count = mask.sum(**group)
     mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
     squares = torch.where(mask, x - mean, 0.0).square().sum(**group)
+    std = (squares / (count - correction).clamp(min=1)).sqrt()
+
     lowest = torch.where(mask, x, torch.inf).amin(**group)
     highest = torch.where(mask, x, -torch.inf).amax(**group)
-    std = (squares / (count - correction).clamp(min=1)).sqrt()
     return mean, torch.where(lowest < highest, std, 0.0)
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Tensor:
-    """z-score of x over the live entries of each group, by `group_moments`.
+    """The z-score of x over the response tokens of each group, by `group_moments`.
 
-    x and mask are [..., G, T]; the result too, 0 outside the mask and in a group without spread.
+    x and mask are [..., G, T]. Returns the same shape, 0 outside the mask and in groups whose
+    values are all equal.
     """
     mean, std = group_moments(x, mask, correction)
     return torch.where(mask & (std > 0), (x - mean) / (std + eps), 0.0)
 
 
-class Means:
-    """Running means over live tokens, across micro-batches."""
+def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling between engine and trainer: min(π_old / π_engine, cap).
+
+    [P, G, T]. 1 if cap is 0, and on tokens that the engine did not sample.
+    """
+    if not cap:
+        return torch.ones_like(old_logp)
+    ratio = (old_logp - rollouts.engine_logp).exp().clamp(max=cap)
+    return torch.where(ratio.isnan(), 1.0, ratio)
+
+
+def shuffled_shares(count: int, shares: int, seed: int) -> tuple[Tensor, ...]:
+    """The numbers 0 ... count - 1 in random order, split into equal shares."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator).chunk(shares)
+
+
+def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int) -> Tensor:
+    """The weight of each token in the loss of one optimiser update, [P, G, T].
+
+    mask: [P, G, T]; share: [P'], the update's problems, all others weigh 0. The weights are those
+    of the whole update, so the gradient does not depend on the size of micro-batches.
+    average: "token" over all tokens (DAPO Eq. 8); "sequence" over each response's tokens, then
+    over responses (DeepSeekMath Eq. 3); "constant" by the length limit (Dr. GRPO).
+    """
+    update_mask = torch.zeros_like(mask)
+    update_mask[share] = mask[share]
+    responses = update_mask.any(-1).sum()
+    if average == "token":
+        return update_mask / update_mask.sum()
+    if average == "sequence":
+        return update_mask / update_mask.sum(-1, keepdim=True).clamp(min=1) / responses
+    return update_mask / (responses * max_new_tokens)
+
+
+# ------------------------------------------------------------------ metrics and evaluation
+
+
+class TokenMeans:
+    """Running means over response tokens, across micro-batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -443,33 +519,36 @@ class Means:
         return {name: total / self.count for name, total in self.sums.items()}
 
 
-def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tensor:
-    """min(π_old / π_engine, cap) of each token, [P, G, T]: truncated importance sampling between
-    engine and trainer. 1 where cap is 0, and where the engine did not sample the token."""
-    if not cap:
-        return torch.ones_like(old_logp)
-    ratio = (old_logp - rollouts.engine_logp).exp().clamp(max=cap)
-    return torch.where(ratio.isnan(), 1.0, ratio)
+def rollout_metrics(rollouts: Rollouts, rewards: Tensor, entropy: Tensor) -> dict[str, Any]:
+    """What docs/metrics.md lists for the rollouts of a step. rewards: [P, G]."""
+    lengths = rollouts.mask.sum(-1).float()
+    equal_rewards = rewards.amax(-1) == rewards.amin(-1)
+    boxed = [last_boxed(text) is not None for row in rollouts.texts for text in row]
+    return {
+        "reward": rewards.mean(),
+        "accuracy": rollouts.correct.mean(),
+        "zero_variance": equal_rewards.float().mean(),
+        "length": lengths.mean(),
+        "truncated": rollouts.truncated.float().mean(),
+        "boxed": np.mean(boxed),
+        "entropy": entropy[rollouts.mask].mean(),
+    }
 
 
-# ------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, float]:
+def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, Any]:
     """Held-out accuracy over samples with a 95% interval over problems, greedy accuracy, length."""
     chosen, samples = problems[: args.eval_problems], args.eval_samples
-    groups = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
-    once = {"group_size": 1, "temperature": 0.0}
-    greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), **once)
-    verify(grader, groups + greedy)
-    accuracy = np.array([np.mean(group.correct) for group in groups])
+    sampled = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
+    greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), group_size=1, temperature=0.0)
+    verify(grader, sampled + greedy)
+    accuracy = np.array([np.mean(group.correct) for group in sampled])
     low, high = bootstrap_interval(accuracy)
     return {
         "eval/accuracy": accuracy.mean(),
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
         "eval/greedy": np.mean([group.correct[0] for group in greedy]),
-        "eval/length": np.mean([len(row) for group in groups for row in group.tokens]),
+        "eval/length": np.mean([len(row) for group in sampled for row in group.tokens]),
     }
 
 

@@ -1,15 +1,15 @@
 """HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 
-GRPO with one ratio a response, the power mean of its tokens' ratios, clipped once. Its exponent p
-falls over training: p > 0 learns most from the tokens that the policy has made likelier, p < 0
-from those that it has made rarer. The advantage is GRPO's. Page: docs/holderpo.md.
+GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
+p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
+with p < 0 those that became less likely. The advantage is GRPO's. Page: docs/holderpo.md.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \\
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \\boxed{}.'
 
 GSPO: --schedule constant --p-start 0; GMPO: --clip-level token as well.
-Left out beside grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
+Left out of grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
 """
 
 from __future__ import annotations
@@ -20,32 +20,23 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 import common
-from engine import (
-    Engine,
-    device,
-    load_policy,
-    load_tokenizer,
-    make_engine,
-    refuse,
-    seed_for,
-)
-from run import Run, RunArgs, launch, learning_rate, make_optimizer
-from verifier import Grader
 
 
+# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
 @dataclass
-class Args(RunArgs):
-    """method and optimiser"""
+class Args(common.RunArgs):
+    """settings of the method"""
 
     # <method>
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     p_start: float = 2.0
-    """p that the schedule starts from (paper: 2 for mathematics, 1 for ALFWorld)"""
+    """p at the start of the schedule (paper: 2 for mathematics, 1 for ALFWorld)"""
     p_end: float = -2.0
-    """p that the schedule ends at (paper: -2 for mathematics, -1 for ALFWorld)"""
+    """p at the end of the schedule (paper: -2 for mathematics, -1 for ALFWorld)"""
     schedule: Literal["linear", "cosine", "quadratic", "cubic", "constant"] = "linear"
     """how p goes from start to end over --steps; constant: it stays at --p-start"""
     clip: float = 0.2
@@ -53,46 +44,21 @@ class Args(RunArgs):
     clip_level: Literal["sequence", "token"] = "sequence"
     """clip a response's ratio once (Eq. 2), or each token's before the mean (Eq. 11)"""
     updates_per_rollout: int = 4
-    """optimiser updates a step, each on its own share of the problems (paper: 8); with 1 every
-    ratio is 1, and p changes nothing"""
-    lora_rank: int = 0
-    """train LoRA adapters of this rank; 0: all weights"""
+    """optimiser updates per step, each on its own share of the problems (paper: 8); with 1 every
+    ratio is 1 and p has no effect"""
     loss_average: ClassVar[str] = "sequence"
+    signed: ClassVar[tuple[str, ...]] = ("p_start", "p_end")
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < 1:
-            refuse("--clip", self.clip, "must be above 0 and below 1")
-        for flag, p in (("--p-start", self.p_start), ("--p-end", self.p_end)):
-            if not math.isfinite(p):
-                refuse(flag, p, "must be finite")
-        if self.schedule == "constant" and self.p_end != Args.p_end:
-            refuse("--p-end", self.p_end, "p stays at --p-start with --schedule constant")
+        super().__post_init__()
+        common.require(0 < self.clip < 1, "--clip", self.clip, "must be above 0 and below 1")
+        used = self.schedule != "constant" or self.p_end == Args.p_end
+        common.require(used, "--p-end", self.p_end, "has no effect with --schedule constant")
+
+    def depends_on_steps(self) -> bool:
+        return self.schedule != "constant" or super().depends_on_steps()
 
     # </method>
-    lora_alpha: int = 0
-    """adapters are scaled by alpha / rank; 0: alpha is twice the rank"""
-    lora_dropout: float = 0.0
-    """share of adapter inputs dropped in the update"""
-    dynamic_sampling: bool = False
-    """replace groups that are all right or all wrong by new ones (DAPO)"""
-    generation_rounds: int = 10
-    """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
-    overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
-    importance_cap: float = 0.0
-    """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
-    lr: float = 1e-6
-    """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine fall to 0 at the last step"""
-    warmup_steps: int = 0
-    """steps of linear warm-up"""
-    warmup_ratio: float = 0.0
-    """the same as a share of all steps"""
-    weight_decay: float = 0.0
-    """AdamW's"""
-    max_grad_norm: float = 1.0
-    """a longer gradient is scaled down to this norm"""
 
 
 # <method>
@@ -201,10 +167,10 @@ def anneal_p(
 def clipped_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric: DAPO Eq. 8).
+    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip cuts its gradient off, [n, T].
-    Gradient flows through logp alone.
+    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
+    Only logp has a gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -212,164 +178,120 @@ def clipped_loss(
     return -surrogate, clipped * advantages < ratio * advantages
 
 
-def kl_to_reference(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(π ‖ π_ref) at each sampled token (DeepSeekMath Eq. 4). All [n, T]."""
-    log_ratio = ref_logp - logp
+def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(π ‖ π_other) at each token sampled from π (DeepSeekMath Eq. 4)."""
+    log_ratio = other_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
 
-def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
-    """What each token counts in the loss of one optimiser update; zero outside the mask.
-
-    mask: [P, G, T], true on the live tokens of the *whole* update, so that the gradient does not
-    depend on how the update is cut into micro-batches.
-    """
-    responses = mask.any(-1).sum()
-    if average == "token":  # DAPO Eq. 8
-        return mask / mask.sum()
-    if average == "sequence":  # DeepSeekMath Eq. 3
-        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / responses
-    return mask / (responses * max_new_tokens)  # Dr. GRPO
-
-
-def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
-
-    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
-    """
-    if not buffer:
-        return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
-
-
-def collect(
-    args: Args, step: int, problems: common.Problems, engine: Engine, grader: Grader, run: Run
-) -> list[common.Group]:
-    """P verified groups. Under dynamic sampling, groups that are all right or all wrong are
-    replaced by new ones; what is still missing after the last round is filled up with them."""
-    groups: list[common.Group] = []
-    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
-        batch = problems.take(args.prompts_per_step - len(groups), args.seed)
-        with run.time("rollout"):
-            seed = (args.seed, step, attempt)
-            # <method>
-            new = common.roll_out(engine, batch, args, seed)
-            # </method>
-        with run.time("verify"):
-            common.verify(grader, new)
-        varied = [group for group in new if 0 < sum(group.correct) < args.group_size]
-        groups += varied if args.dynamic_sampling else new
-        if len(groups) == args.prompts_per_step:
-            return groups
-    rest = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + rest[: args.prompts_per_step - len(groups)]
-
-
 def main(args: Args) -> None:
-    run = Run(args)
-    grader = Grader()
-    tokenizer = load_tokenizer(args)
+    run = common.Run(args)
+    grader = common.Grader()
+    tokenizer = common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
-    policy = load_policy(args)
-    engine = make_engine(args, policy, tokenizer, train, held_out)
+    policy = common.load_policy(args)
+    engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     # </method>
-    optimizer = make_optimizer(policy, args)
-    train.position = run.restore(policy, optimizer=optimizer).get("position", 0)
+
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
+    state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
+    run.restore(policy, **state)
 
     if run.step == 0:
         engine.sync(policy)
         run.log(0, common.evaluate(engine, grader, held_out, args))
 
     for step in run.steps():
-        # Roll out and verify whole groups: P problems, G responses each.
+        # 1. Roll out and verify P groups of G responses.
         with run.time("sync"):
             engine.sync(policy)
-        groups = collect(args, step, train, engine, grader, run)
+        # <method>
+        groups = common.collect(args, step, train, engine, grader, run)
+        # </method>
         engine.sleep()
-        rollouts = common.stack(groups, engine.stops, device(args))
-        mask = rollouts.mask  # [P, G, T]
-        correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
-        rewards = correct + overlong_penalty(
+        rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
+        mask = rollouts.mask  # [P, G, T], true on response tokens
+        rewards = rollouts.correct + common.overlong_penalty(
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # Score every token under the policy that produced it, and check that it is that policy.
+        # 2. Score under the policy that sampled, and compare with the engine.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, reuse=True)  # [P, G, T] each
+            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
             # </method>
         gap = common.check_engine(rollouts, old_logp, args)
 
+        # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
         advantages = advantages[..., None] * mask  # [P, G, T]
-        schedule = {"p_start": args.p_start, "p_end": args.p_end, "schedule": args.schedule}
-        p = anneal_p(step, args.steps, **schedule)  # Eq. p is held for a step [code]
+        p = anneal_p(  # Eq. p is held for a step [code]
+            step, args.steps, p_start=args.p_start, p_end=args.p_end, schedule=args.schedule
+        )
         rhos, entropies = [], []
         # </method>
 
-        # Update on shares of the problems, each in micro-batches that fit the memory.
-        lr = learning_rate(step, args)
-        means = common.Means()
+        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
+        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
+        means = common.TokenMeans()
         with run.time("update"):
-            importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-            shuffle = torch.Generator().manual_seed(seed_for(args.seed, step, "updates"))
-            order = torch.randperm(len(groups), generator=shuffle)
-            for share in order.chunk(args.updates_per_rollout):
-                live = torch.zeros_like(mask)
-                live[share] = mask[share]
-                weights = token_weights(live, args.loss_average, args.max_new_tokens) * importance
+            seed = common.seed_for(args.seed, step, "updates")
+            for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
+                token_weights = importance * common.token_weights(
+                    mask, share, args.loss_average, args.max_new_tokens
+                )
                 update_loss = 0.0
                 for index in common.micro_batches(rollouts, args.token_budget, share):
                     logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
                     # <method>
-                    new_and_old = logp, old_logp[index], mask[index]
-                    of_response = advantages[index][:, 0]  # the same on every token
-                    clips = {"clip": args.clip, "clip_level": args.clip_level}
-                    loss, clipped = holder_surrogate(*new_and_old, of_response, p, **clips)
-                    loss = (loss * weights[index].sum(-1)).sum()
-                    rhos.append(holder_ratio(*new_and_old, p).detach())
-                    entropies.append(torch.special.entr(gradient_weights(*new_and_old, p)).sum(-1))
+                    pair = logp, old_logp[index], mask[index]
+                    loss, clipped = holder_surrogate(
+                        *pair,
+                        advantages[index][:, 0],  # the same on every token
+                        p,
+                        clip=args.clip,
+                        clip_level=args.clip_level,
+                    )
+                    loss = (loss * token_weights[index].sum(-1)).sum()
+                    rhos.append(holder_ratio(*pair, p).detach())
+                    entropies.append(torch.special.entr(gradient_weights(*pair, p)).sum(-1))
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    drift = kl_to_reference(old_logp[index], logp.detach())
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=drift)
-                grad_norm = run.update(optimizer, lr, update_loss)
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                if run.update_is_finite(update_loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+                lr = scheduler.get_last_lr()[0]
+                scheduler.step()
 
-        metrics = {
-            "reward": rewards.mean(),
-            "accuracy": correct.mean(),
-            "zero_variance": (rewards.amax(-1) == rewards.amin(-1)).float().mean(),
-            "length": mask.sum(-1).float().mean(),
-            "truncated": rollouts.truncated.float().mean(),
-            "boxed": common.boxed(rollouts),
-            "entropy": entropy[mask].mean(),
-            "loss": update_loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            **gap,
-            **means.result(),
-        }
+        # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
+        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        signals = {"advantage": advantages}
-        rho, metrics["p"] = torch.cat(rhos), p
+        per_token = {"advantage": advantages}
+        rho = torch.cat(rhos)
+        metrics |= {"p": p, "weight_entropy": torch.cat(entropies).mean()}
         metrics |= {"rho/min": rho.min(), "rho/max": rho.max(), "rho/std": rho.std()}
-        metrics["weight_entropy"] = torch.cat(entropies).mean()
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **signals)
+        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)
                 metrics |= common.evaluate(engine, grader, held_out, args)
         run.log(step, metrics, tokens=int(mask.sum()))
-        run.save(step, policy, tokenizer, optimizer=optimizer, position=train.position)
+        run.save(step, policy, tokenizer, **state)
 
     grader.close()
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    common.launch(main, Args)

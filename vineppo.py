@@ -1,9 +1,8 @@
-"""VinePPO: Monte Carlo values in the place of PPO's value network (arXiv 2410.01679).
+"""VinePPO: Monte Carlo values in place of PPO's value network (arXiv 2410.01679).
 
-grpo.py, but the advantage of a step is what it changed: the chance of a right answer after it less
-the chance before it. A chance is measured. From the start of each step of each rollout the policy
-writes K fresh continuations to their ends, and their mean reward is the value. Nothing is learned
-to estimate it; the price is tokens. Equations and marks: docs/vineppo.md.
+The advantage of a step is the change it makes to the probability of a correct answer. From the
+start of each step of each rollout the policy samples K continuations to their end, and their mean
+reward is the value there. No value network is trained; the price is tokens. Page: docs/vineppo.md.
 
     python vineppo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
@@ -22,32 +21,22 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from engine import (
-    Engine,
-    Reference,
-    device,
-    load_policy,
-    load_tokenizer,
-    make_engine,
-    refuse,
-    seed_for,
-)
-from run import Run, RunArgs, launch, learning_rate, make_optimizer
-from verifier import Grader
 
 
+# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
 @dataclass
-class Args(RunArgs):
-    """method and optimiser"""
+class Args(common.RunArgs):
+    """settings of the method"""
 
     # <method>
     continuations: int = 9
-    """K: drawn from the start of each step to measure its value (VinePPO: 9)"""
+    """K: sampled from the start of each step to estimate its value (VinePPO: 9)"""
     step_end: str = r"[.;]?\s*\n\s*|[.;](?=\s+\S)"
-    """regular expression that steps end with"""
+    """regular expression that matches the end of a step"""
     whiten: bool = True
     """standardise advantages over all tokens of the step's rollouts (VinePPO: yes)"""
     clip_low: float = 0.2
@@ -59,56 +48,31 @@ class Args(RunArgs):
     (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
     kl: float = 1e-4
     """β: weight of the KL penalty to the frozen initial policy (VinePPO: 1e-4)"""
-    updates_per_rollout: int = 1
-    """optimiser updates a step, each on its own share of the problems (VinePPO: 8, twice over)"""
-    lora_rank: int = 0
-    """train LoRA adapters of this rank; 0: all weights"""
 
     def __post_init__(self) -> None:
-        if self.continuations < 1:
-            refuse("--continuations", self.continuations, "must be at least 1")
+        super().__post_init__()
+        count = self.continuations
+        common.require(count > 0, "--continuations", count, "must be at least 1")
         try:
             re.compile(self.step_end)
         except re.error as error:
-            refuse("--step-end", self.step_end, f"is no regular expression: {error}")
+            common.reject("--step-end", self.step_end, f"is not a regular expression: {error}")
 
     # </method>
-    lora_alpha: int = 0
-    """adapters are scaled by alpha / rank; 0: alpha is twice the rank"""
-    lora_dropout: float = 0.0
-    """share of adapter inputs dropped in the update"""
-    dynamic_sampling: bool = False
-    """replace groups that are all right or all wrong by new ones (DAPO)"""
-    generation_rounds: int = 10
-    """most rounds of rollouts in a step under --dynamic-sampling (DAPO: 10)"""
-    overlong_buffer: int = 0
-    """L_cache: the reward falls by up to 1/2 over the last L_cache tokens (DAPO); 0: off"""
-    importance_cap: float = 0.0
-    """C: weigh tokens by min(π_old / π_engine, C), truncated importance sampling; 0: off"""
-    lr: float = 1e-6
-    """AdamW's learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine fall to 0 at the last step"""
-    warmup_steps: int = 0
-    """steps of linear warm-up"""
-    warmup_ratio: float = 0.0
-    """the same as a share of all steps"""
-    weight_decay: float = 0.0
-    """AdamW's"""
-    max_grad_norm: float = 1.0
-    """a longer gradient is scaled down to this norm"""
 
 
 # <method>
 def step_ends(pieces: list[str], step_end: str) -> list[int]:
-    """Where the steps of a response end, as counts of its tokens; the last is all of them.
+    """The numbers of tokens after which the steps of a response end; the last is all of them.
 
-    pieces: the text of each token. A step ends with the token that a match of `step_end` ends in;
-    what follows the last match, if it has any text, is the last step.
+    pieces: the text of each token. A step ends with the token in which a match of `step_end` ends.
+    The text after the last match, if there is any, is the last step.
     """
-    reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to and with a token
-    matches = (match.end() for match in re.finditer(step_end, "".join(pieces)))
-    ends = {bisect.bisect_left(reached, end) + 1 for end in matches if 0 < end < reached[-1]}
+    reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to each token's end
+    ends = set()
+    for match in re.finditer(step_end, "".join(pieces)):
+        if 0 < match.end() < reached[-1]:
+            ends.add(bisect.bisect_left(reached, match.end()) + 1)
     return [*sorted(ends - {len(pieces)}), len(pieces)]
 
 
@@ -117,89 +81,97 @@ def vineppo_advantages(
 ) -> Tensor:
     """The change of value over its step, for each token: [P, G, T], 0 outside the mask.
 
-    values: [P, G, S], of the prefix before each step; steps: [P, G, T], which step a token is in,
-    from 0; rewards: [P, G], the value after the last step. whiten: z-scores over all live tokens.
+    values: [P, G, S], of the prefix before each step; steps: [P, G, T], the step of each token,
+    from 0; rewards: [P, G], the value after the last step. whiten: z-scores over all tokens.
     """
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
     advantages = (after - values).gather(-1, steps) * mask  # Eq. 6 [code]
     if not whiten:
         return advantages
-    together = advantages.flatten(0, 1), mask.flatten(0, 1)  # [P G, T]
-    return common.standardize(*together, eps=1e-8).view_as(advantages)  # Eq. whitening [code]
+    as_one_group = advantages.flatten(0, 1), mask.flatten(0, 1)  # [P G, T]
+    return common.standardize(*as_one_group, eps=1e-8).view_as(advantages)  # Eq. whitening [code]
 
 
-def token_texts(engine: Engine, tokens: set[int]) -> dict[int, str]:
-    """The text of each token as it reads after another: some tokenizers drop the space that a
-    text begins with."""
-    other = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
-    alone, *pairs = engine.decode([[other], *([other, token] for token in tokens)])
-    return {token: pair[len(alone) :] for token, pair in zip(tokens, pairs, strict=True)}
+def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
+    """The text of each token after another one. Some tokenizers drop a text's leading space."""
+    first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
+    pairs = [[first, token] for token in tokens]
+    alone, *texts = engine.decode([[first], *pairs])
+    return {token: text[len(alone) :] for token, text in zip(tokens, texts, strict=True)}
 
 
 def estimate_values(
-    engine: Engine,
-    grader: Grader,
+    engine: common.Engine,
+    grader: common.Grader,
     groups: list[common.Group],
     args: Args,
     seed: tuple[int | str, ...],
 ) -> None:
-    """Note of each rollout: which step each token is in, the value of the prefix before each step,
-    and how many tokens were drawn to measure it.
+    """Estimate the value of the prefix before each step of each rollout, by K continuations.
 
-    A value is the mean reward of K continuations, drawn once for all rollouts of a group that begin
-    with the same prefix: the empty one is the prefix of all.
+    Each rollout's note is the step of each token, the value before each step, and the number of
+    tokens sampled. Rollouts of a group that share a prefix share its continuations and value.
     """
     texts = token_texts(engine, {t for group in groups for row in group.tokens for t in row})
-    rollouts = [(p, tuple(row)) for p, group in enumerate(groups) for row in group.tokens]
-    ends = [step_ends([texts[token] for token in row], args.step_end) for _, row in rollouts]
-    prefixes = [
-        [(p, row[:start]) for start in (0, *of_row[:-1])]
-        for (p, row), of_row in zip(rollouts, ends, strict=True)
-    ]
-    different = dict.fromkeys(itertools.chain.from_iterable(prefixes))
-    drawn = [(*prefix, k) for prefix in different for k in range(args.continuations)]
-    responses = engine.generate(
-        [groups[p].problem.prompt + list(prefix) for p, prefix, _ in drawn],
-        [seed_for(*seed, "value", *place) for place in drawn],
-        [args.max_new_tokens - len(prefix) for _, prefix, _ in drawn],
-        args.temperature,
-    )
-    new = [tokens for tokens, _ in responses]
-    whole = [[*prefix, *tokens] for (_, prefix, _), tokens in zip(drawn, new, strict=True)]
-    golds = [groups[p].problem.answer for p, _, _ in drawn]
-    correct = torch.tensor(grader.grade(engine.decode(whole), golds), dtype=torch.float32)
+    rollouts = []  # the problem, the tokens, and the prefixes and ends of the steps
+    for p, group in enumerate(groups):
+        for row in map(tuple, group.tokens):
+            ends = step_ends([texts[token] for token in row], args.step_end)
+            prefixes = [(p, row[:start]) for start in (0, *ends[:-1])]
+            rollouts.append((p, row, prefixes, ends))
+
+    distinct = list(dict.fromkeys(prefix for _, _, prefixes, _ in rollouts for prefix in prefixes))
+    prompts, seeds, lengths = [], [], []
+    for p, prefix in distinct:
+        for k in range(args.continuations):
+            prompts.append(groups[p].problem.prompt + list(prefix))
+            seeds.append(common.seed_for(*seed, "value", p, prefix, k))
+            lengths.append(args.max_new_tokens - len(prefix))
+    responses = engine.generate(prompts, seeds, lengths, args.temperature)
+
+    whole, references = [], []
+    for i, (tokens, _) in enumerate(responses):
+        p, prefix = distinct[i // args.continuations]
+        whole.append([*prefix, *tokens])
+        references.append(groups[p].problem.answer)
+    correct = torch.tensor(grader.grade(engine.decode(whole), references), dtype=torch.float32)
     lengths = torch.tensor([len(row) for row in whole])
-    rewards = correct + overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
+    rewards = correct + common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
     means = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
-    values = dict(zip(different, means.tolist(), strict=True))
-    spent = dict.fromkeys(different, 0)
-    for (p, prefix, _), tokens in zip(drawn, new, strict=True):
-        spent[p, prefix] += len(tokens)
+    values = dict(zip(distinct, means.tolist(), strict=True))
+    sampled = torch.tensor([len(tokens) for tokens, _ in responses])
+    sampled = sampled.view(-1, args.continuations).sum(-1)
+    spent = dict(zip(distinct, sampled.tolist(), strict=True))
 
-    # Rollouts that share a prefix share its value; its tokens are counted with one of them alone.
-    for (p, row), of_row, starts in zip(rollouts, ends, prefixes, strict=True):
-        steps = [bisect.bisect_right(of_row, t) for t in range(len(row))]
-        before = [values[start] for start in starts]
-        groups[p].notes.append((steps, before, sum(spent.pop(start, 0) for start in starts)))
+    for p, row, prefixes, ends in rollouts:
+        steps = [bisect.bisect_right(ends, t) for t in range(len(row))]
+        # The tokens of a shared prefix are counted for the first rollout that has it.
+        tokens = sum(spent.pop(prefix, 0) for prefix in prefixes)
+        groups[p].notes.append((steps, [values[prefix] for prefix in prefixes], tokens))
 
 
-def stack_values(groups: list[common.Group], where: torch.device) -> tuple[Tensor, Tensor]:
-    """What `estimate_values` noted: the step that each token is in, [P, G, T], and the value of the
-    prefix before each step, [P, G, S]."""
-    steps, values, _ = zip(*(note for group in groups for note in group.notes), strict=True)
-    rows = [pad_sequence([*map(torch.tensor, x)], batch_first=True) for x in (steps, values)]
-    return tuple(x.view(len(groups), -1, x.shape[-1]).to(where) for x in rows)
+def stack_values(groups: list[common.Group], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The notes of `estimate_values` as tensors.
+
+    Returns the step of each token, [P, G, T], and the value before each step, [P, G, S].
+    """
+    notes = [note for group in groups for note in group.notes]
+    steps = pad_sequence([torch.tensor(steps) for steps, _, _ in notes], batch_first=True)
+    values = pad_sequence([torch.tensor(values) for _, values, _ in notes], batch_first=True)
+    steps = steps.view(len(groups), -1, steps.shape[-1])
+    values = values.view(len(groups), -1, values.shape[-1])
+    return steps.to(device), values.to(device)
 
 
 # </method>
 def clipped_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric: DAPO Eq. 8).
+    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip cuts its gradient off, [n, T].
-    Gradient flows through logp alone.
+    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
+    Only logp has a gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -207,94 +179,53 @@ def clipped_loss(
     return -surrogate, clipped * advantages < ratio * advantages
 
 
-def kl_to_reference(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(π ‖ π_ref) at each sampled token (DeepSeekMath Eq. 4). All [n, T]."""
-    log_ratio = ref_logp - logp
+def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(π ‖ π_other) at each token sampled from π (DeepSeekMath Eq. 4)."""
+    log_ratio = other_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
 
-def token_weights(mask: Tensor, average: str, max_new_tokens: int) -> Tensor:
-    """What each token counts in the loss of one optimiser update; zero outside the mask.
-
-    mask: [P, G, T], true on the live tokens of the *whole* update, so that the gradient does not
-    depend on how the update is cut into micro-batches.
-    """
-    responses = mask.any(-1).sum()
-    if average == "token":  # DAPO Eq. 8
-        return mask / mask.sum()
-    if average == "sequence":  # DeepSeekMath Eq. 3
-        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / responses
-    return mask / (responses * max_new_tokens)  # Dr. GRPO
-
-
-def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then down to -1/2 at max_length (DAPO Eq. 13). [P, G] tokens.
-
-    Half of DAPO's: it adds the penalty to rewards of 1 and -1, which lie twice as far apart.
-    """
-    if not buffer:
-        return torch.zeros_like(lengths, dtype=torch.float32)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0) / 2
-
-
-def collect(
-    args: Args, step: int, problems: common.Problems, engine: Engine, grader: Grader, run: Run
-) -> list[common.Group]:
-    """P verified groups. Under dynamic sampling, groups that are all right or all wrong are
-    replaced by new ones; what is still missing after the last round is filled up with them."""
-    groups: list[common.Group] = []
-    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
-        batch = problems.take(args.prompts_per_step - len(groups), args.seed)
-        with run.time("rollout"):
-            seed = (args.seed, step, attempt)
-            # <method>
-            new = common.roll_out(engine, batch, args, seed)
-            estimate_values(engine, grader, new, args, seed)
-            # </method>
-        with run.time("verify"):
-            common.verify(grader, new)
-        varied = [group for group in new if 0 < sum(group.correct) < args.group_size]
-        groups += varied if args.dynamic_sampling else new
-        if len(groups) == args.prompts_per_step:
-            return groups
-    rest = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + rest[: args.prompts_per_step - len(groups)]
-
-
 def main(args: Args) -> None:
-    run = Run(args)
-    grader = Grader()
-    tokenizer = load_tokenizer(args)
+    run = common.Run(args)
+    grader = common.Grader()
+    tokenizer = common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
-    policy = load_policy(args)
-    engine = make_engine(args, policy, tokenizer, train, held_out)
+    policy = common.load_policy(args)
+    engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
-    reference = Reference(policy, args) if args.kl else None
+    reference = common.Reference(policy, args) if args.kl else None
     # </method>
-    optimizer = make_optimizer(policy, args)
-    train.position = run.restore(policy, optimizer=optimizer).get("position", 0)
+
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
+    state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
+    run.restore(policy, **state)
 
     if run.step == 0:
         engine.sync(policy)
         run.log(0, common.evaluate(engine, grader, held_out, args))
 
     for step in run.steps():
-        # Roll out and verify whole groups: P problems, G responses each.
+        # 1. Roll out and verify P groups of G responses.
         with run.time("sync"):
             engine.sync(policy)
-        groups = collect(args, step, train, engine, grader, run)
+        # <method>
+        groups = common.collect(args, step, train, engine, grader, run)
+        with run.time("rollout"):
+            estimate_values(engine, grader, groups, args, (args.seed, step, 0))
+        # </method>
         engine.sleep()
-        rollouts = common.stack(groups, engine.stops, device(args))
-        mask = rollouts.mask  # [P, G, T]
-        correct = torch.tensor([group.correct for group in groups], device=mask.device)  # [P, G]
-        rewards = correct + overlong_penalty(
+        rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
+        mask = rollouts.mask  # [P, G, T], true on response tokens
+        rewards = rollouts.correct + common.overlong_penalty(
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # Score every token under the policy that produced it, and check that it is that policy.
+        # 2. Score under the policy that sampled, and compare with the engine.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, reuse=True)  # [P, G, T] each
+            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
             if args.kl:
                 with reference() as frozen:
@@ -302,22 +233,21 @@ def main(args: Args) -> None:
             # </method>
         gap = common.check_engine(rollouts, old_logp, args)
 
+        # 3. Compute the advantages.
         # <method>
         steps, values = stack_values(groups, mask.device)  # [P, G, T], [P, G, S]
         advantages = vineppo_advantages(values, steps, rewards, mask, whiten=args.whiten)
         # </method>
 
-        # Update on shares of the problems, each in micro-batches that fit the memory.
-        lr = learning_rate(step, args)
-        means = common.Means()
+        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
+        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
+        means = common.TokenMeans()
         with run.time("update"):
-            importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-            shuffle = torch.Generator().manual_seed(seed_for(args.seed, step, "updates"))
-            order = torch.randperm(len(groups), generator=shuffle)
-            for share in order.chunk(args.updates_per_rollout):
-                live = torch.zeros_like(mask)
-                live[share] = mask[share]
-                weights = token_weights(live, args.loss_average, args.max_new_tokens) * importance
+            seed = common.seed_for(args.seed, step, "updates")
+            for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
+                token_weights = importance * common.token_weights(
+                    mask, share, args.loss_average, args.max_new_tokens
+                )
                 update_loss = 0.0
                 for index in common.micro_batches(rollouts, args.token_budget, share):
                     logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
@@ -326,51 +256,46 @@ def main(args: Args) -> None:
                         logp, old_logp[index], advantages[index], args.clip_low, args.clip_high
                     )
                     if args.kl:
-                        loss = loss + args.kl * kl_to_reference(logp, ref_logp[index])
-                    loss = (loss * weights[index]).sum()
+                        loss = loss + args.kl * kl_estimate(logp, ref_logp[index])
+                    loss = (loss * token_weights[index]).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    drift = kl_to_reference(old_logp[index], logp.detach())
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=drift)
-                grad_norm = run.update(optimizer, lr, update_loss)
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                if run.update_is_finite(update_loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+                lr = scheduler.get_last_lr()[0]
+                scheduler.step()
 
-        metrics = {
-            "reward": rewards.mean(),
-            "accuracy": correct.mean(),
-            "zero_variance": (rewards.amax(-1) == rewards.amin(-1)).float().mean(),
-            "length": mask.sum(-1).float().mean(),
-            "truncated": rollouts.truncated.float().mean(),
-            "boxed": common.boxed(rollouts),
-            "entropy": entropy[mask].mean(),
-            "loss": update_loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            **gap,
-            **means.result(),
-        }
+        # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
+        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        value = values.gather(-1, steps) * mask  # before the step that a token is in
-        signals = {"advantage": advantages, "value": value}
+        value = values.gather(-1, steps) * mask  # before each token's step
+        per_token = {"advantage": advantages, "value": value}
+        sampled = sum(spent for group in groups for *_, spent in group.notes)
         metrics |= {
             "value/prompt": values[..., 0].mean(),
             "value/steps": (steps.amax(-1) + 1.0).mean(),
-            "value/tokens": float(sum(spent for group in groups for *_, spent in group.notes)),
+            "value/tokens": float(sampled),
         }
         if args.kl:
-            metrics["kl_to_reference"] = kl_to_reference(old_logp, ref_logp)[mask].mean()
+            metrics["kl_to_reference"] = kl_estimate(old_logp, ref_logp)[mask].mean()
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **signals)
+        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)
                 metrics |= common.evaluate(engine, grader, held_out, args)
         run.log(step, metrics, tokens=int(mask.sum()))
-        run.save(step, policy, tokenizer, optimizer=optimizer, position=train.position)
+        run.save(step, policy, tokenizer, **state)
 
     grader.close()
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    common.launch(main, Args)

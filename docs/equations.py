@@ -1,9 +1,9 @@
-"""Write docs/equations.md: every equation of every method, its line of code and its tests.
+"""Write docs/equations.md: each method's equations with the line of code and the tests.
 
     python docs/equations.py
 
-The equations and their tests come from the tables of the methods' pages, the lines from the tags
-`# Eq. <tag> [<mark>]` in the code. A row without a tag leads to its function.
+Equations and tests come from the tables of the method pages, lines from the tags
+`# Eq. <tag> [<mark>]` in the code. A row without a tag links to its function.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ ROOT = FOLDER.parent
 PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 HEAD = """# Equations, lines and tests
 
-Every equation of every method, the line of code that computes it and the tests that hold it, \
-written by `python docs/equations.py` from the tables of the methods' pages and the tags in the \
-code.
-
-A line that computes an equation ends in `# Eq. <tag> [<mark>]`. The mark says where the equation \
-comes from: **[paper]** its text, **[code]** its authors' code, **[second-hand]** summaries that \
-agree, **[open]** our choice. An equation without a tag has no line of its own: the link leads to \
-the function.
+`python docs/equations.py` writes this page from the tables of the method pages and the tags in \
+the code. A line that computes an equation ends in `# Eq. <tag> [<mark>]`. Without a tag, the \
+link leads to the function. Marks: **[paper]** the paper's text, **[code]** its authors' code, \
+**[second-hand]** summaries that agree or third-party code, **[open]** our choice.
 """
 
 
 class Row(NamedTuple):
-    """A row of a page's table of equations."""
+    """A row of a page's equation table."""
 
-    tag: str  # a dash where the equation has no line of its own
+    tag: str  # a dash if no single line computes the equation
     equation: str
     mark: str
     code: list[tuple[str, str]]  # (function or file, path)
@@ -40,7 +36,7 @@ class Row(NamedTuple):
 
 
 def read_rows(page: str) -> list[Row]:
-    """The rows of a methods page's table of equations; grpo.md has no column of tags."""
+    """The rows of the equation table in a method page. grpo.md has no tag column."""
     table = re.search(r"^\| (?:tag \| )?equation \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
     rows = []
     for line in table[1].splitlines():
@@ -52,27 +48,29 @@ def read_rows(page: str) -> list[Row]:
 
 
 def tagged_lines(source: str, tag: str, mark: str) -> list[int]:
-    """Numbers of the lines that end in `# Eq. <tag> [<mark>]`."""
+    """Line numbers that end in `# Eq. <tag> [<mark>]`."""
     end = f"# Eq. {tag} {mark}"
     return [n for n, line in enumerate(source.splitlines(), 1) if line.endswith(end)]
 
 
 def definition_line(source: str, name: str) -> int:
-    """Where a function, method or class is defined."""
+    """Line number of the definition of a function, method or class."""
     nodes = ast.walk(ast.parse(source))
     return next(node.lineno for node in nodes if getattr(node, "name", None) == name)
 
 
 def tests_that_call(source: str, name: str) -> list[str]:
-    """Names of the tests in a file that call a function, in the file's order."""
+    """Names of the tests in a file that call a function, in file order."""
     tests = (n for n in ast.parse(source).body if getattr(n, "name", "").startswith("test_"))
     call = rf"\b{name}\("
     return [test.name for test in tests if re.search(call, ast.get_source_segment(source, test))]
 
 
 def links(row: Row) -> tuple[str, str]:
-    """The tagged lines, or the functions where the row has no tag; and the tests that the page
-    names, or where it names a file those in it that call the function."""
+    """Links of a row: its tagged lines, or its functions if it has no tag; and its tests.
+
+    If the page names a test file, its tests are those that call the function.
+    """
     lines, tests = [], []
     for name, path in row.code:
         source = (ROOT / path).read_text(encoding="utf-8")
@@ -89,14 +87,21 @@ def links(row: Row) -> tuple[str, str]:
 
 
 def make_page() -> str:
-    """The whole of docs/equations.md."""
+    """The text of docs/equations.md."""
     lines = [HEAD]
     for page in PAGES:
         text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")
-        lines += [f"## [{title}]({page}.md)", "", "| tag | equation | source | line | tests |"]
-        lines += ["|---|---|---|---|---|"]
-        lines += [f"| {' | '.join([*row[:3], *links(row)])} |" for row in read_rows(text)] + [""]
+        lines += [
+            f"## [{title}]({page}.md)",
+            "",
+            "| tag | equation | line | tests |",
+            "|---|---|---|---|",
+        ]
+        for row in read_rows(text):
+            tag = f"{row.tag} {row.mark}".removeprefix("– ")  # as in the code: `# Eq. 3 [paper]`
+            lines.append(f"| {' | '.join([tag, row.equation, *links(row)])} |")
+        lines.append("")
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-Those of other pages are drawn by the benchmarks that measure what they show. Plain SVG on a
-transparent ground, in colours that can be read on white and on black.
+The benchmarks draw the figures of other pages. Plain SVG with a transparent background, in colours
+that are legible on white and on black.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from erpo import position_buckets  # noqa: E402
 
 GREY, BLUE, ORANGE = "#7d8590", "#3b82f6", "#e0752d"
 
-# An answer of the tiny model to 4*6+(3-3)+7, with a slip, and its entropies in nats.
+# A response of the tiny model to 4*6+(3-3)+7 that contains an error, and its entropies in nats.
 TOKENS = [*"Easy! 4*6=24; 3-3=1; 1+24=25; 25+7=32; \\boxed{32}", "¶"]
 SURPRISES = {0: 1.27, 6: 0.01, 10: 0.19, 11: 0.7, 18: 0.68, 23: 0.01, 27: 0.91, 35: 0.61, 36: 0.09}
 
-WIDTH, HEIGHT = 216, 124  # of a panel with its labels; two side by side suit a phone
-# What tells each sick run from the healthy one.
+WIDTH, HEIGHT = 216, 124  # of a panel with labels; two panels fit next to each other on a phone
+# The metrics that distinguish each failed run from the healthy one.
 TELLING = (
     *("collapse: reward", "collapse: entropy", "collapse: zero_variance", "collapse: length"),
     *("entropy blow-up: reward", "entropy blow-up: entropy"),
@@ -58,7 +58,7 @@ class Drawing:
     def line(
         self, points: Iterable[Sequence], colour: str = GREY, width: float = 1, solid: float = 0
     ) -> None:
-        """A line of a width, or the area inside it, solid from 0 to 1."""
+        """A line, or the area that it encloses; solid: the fill's opacity, 0 to 1."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         look = f'stroke="{colour}" stroke-width="{width}" fill="{colour}" fill-opacity="{solid}"'
         self.parts.append(f'<polyline points="{path}" {look}/>')
@@ -69,7 +69,7 @@ class Drawing:
 
 
 def draw_buckets() -> None:
-    """The entropy of each token of an answer, and the bucket of each by both methods."""
+    """The entropy of each token of a response, and its bucket in both methods."""
     entropy = torch.tensor([[[SURPRISES.get(t, 0.0) for t in range(len(TOKENS))]]])
     mask = torch.ones_like(entropy, dtype=torch.bool)
     left, step, base = 20, 13.6, 140
@@ -79,8 +79,8 @@ def draw_buckets() -> None:
         drawing.box(left + step * t + 2, base - 80 * value, step - 4, 80 * value, GREY)
         drawing.text(left + step * (t + 0.5), base + 16, TOKENS[t])
     for y, buckets, words in (
-        (base + 24, entropy_buckets(entropy, mask, 10), "EP-GRPO: tenth of the answer's entropy"),
-        (base + 66, position_buckets(mask, 10), "ERPO: tenth of its tokens"),
+        (base + 24, entropy_buckets(entropy, mask, 10), "EP-GRPO: tenths of summed entropy"),
+        (base + 66, position_buckets(mask, 10), "ERPO: tenths of the length"),
     ):
         x = left
         numbers, counts = buckets[0, 0].unique_consecutive(return_counts=True)
@@ -94,7 +94,7 @@ def draw_buckets() -> None:
 
 
 def put(axes: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where values lie in the drawing: [points, 2]. axes: ticks on x and on y, left and top."""
+    """Drawing coordinates of values, [points, 2]. axes: ticks on x, ticks on y, left, top."""
     across, up, left, top = axes
     x = np.interp(x, (across[0], across[-1]), (left, left + WIDTH - 60))
     y = np.interp(y, (up[0], up[-1]), (top + HEIGHT - 56, top))
@@ -102,8 +102,8 @@ def put(axes: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def draw_panels(name: str, title: str, thick: str, thin: str, panels: Sequence[tuple]) -> None:
-    """Panels of two curves. Each: title, ticks on x and on y, x, and the y of the thick and of the
-    thin one, both [runs, points]: a line for the mean, a shade from the lowest to the highest."""
+    """Panels of two curves. Each panel: title, ticks on x, ticks on y, x, and the y of the thick
+    and of the thin curve, both [runs, points]. A line shows the mean, a shade the range."""
     drawing = Drawing(2 * WIDTH + 32, 76 + HEIGHT * -(-len(panels) // 2))
     drawing.text(8, 16, title, anchor="start")
     for left, colour, width, words in ((8, BLUE, 2.5, thick), (150, ORANGE, 1, thin)):
@@ -125,8 +125,8 @@ def draw_panels(name: str, title: str, thick: str, thin: str, panels: Sequence[t
 
 
 def draw_compare(name: str, runs: dict[str, list]) -> None:
-    """Each method's accuracy by rollouts drawn, beside GRPO's.
-    runs: for each method, GRPO among them, and each seed its evaluations' (rollouts, accuracy)."""
+    """Each method's accuracy by number of rollouts, next to GRPO's.
+    runs: for each method, including GRPO, and each seed, its evaluations (rollouts, accuracy)."""
     x = np.linspace(0, max(rollouts for run in runs["GRPO"] for rollouts, _ in run), 13)
     curves = {
         method: np.array([np.interp(x, *zip(*run, strict=True)) for run in seeds])
@@ -141,8 +141,8 @@ def draw_compare(name: str, runs: dict[str, list]) -> None:
 
 
 def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:
-    """The metrics that give each sick run away, beside those of the run named healthy.
-    runs: for each run each metric's value at every step."""
+    """The metrics that reveal each failed run, next to those of the run named healthy.
+    runs: for each run, each metric's value at every step."""
     panels = []
     for title in TELLING:
         name, metric = title.split(": ")
@@ -150,11 +150,11 @@ def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:
         top = float(f"{1.2 * max(curve.max() for curve in curves):.0e}")
         steps = np.arange(1, 1 + curves[1].size)
         panels.append((title, (1, steps[-1]), (0, top / 2, top), steps, *curves))
-    draw_panels("metrics.svg", "metrics by step", "the sick run", "the healthy run", panels)
+    draw_panels("metrics.svg", "metrics by step", "the failed run", "the healthy run", panels)
 
 
 def draw_real(runs: dict[str, dict]) -> None:
-    """Each run's held-out accuracy, at its evaluations, and the reward of its steps."""
+    """Each run's held-out accuracy at its evaluations, and its reward at every step."""
     panels = []
     for method, run in runs.items():
         steps = np.arange(1, 1 + run["steps"])

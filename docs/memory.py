@@ -1,9 +1,9 @@
-"""Which model fits on which GPU: docs/memory.md, computed from the models' shapes.
+"""Compute which model fits on which GPU, for docs/memory.md, from the models' shapes.
 
-    python docs/memory.py            # prints the page's tables
-    python docs/memory.py --write    # puts them into docs/memory.md
+    python docs/memory.py            # print the page's tables
+    python docs/memory.py --write    # write them into docs/memory.md
 
-What autograd keeps of a token is counted, not guessed: two layers and one layer of the real width
+Activation memory per token is the difference between two layers and one layer of the real width,
 run on fake tensors, which have shapes but no memory. Needs no GPU.
 """
 
@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 PAGE = Path(__file__).with_suffix(".md")
 MEASURED = PAGE.parents[1] / "benchmark" / "results" / "gpu.json"
 GPUS = (24, 48, 80, 141)  # GB
-TOKEN_BUDGETS = (8192, 4096, 2048)  # --token-budget: the default, and what is worth a micro-batch
-GPU_MEMORY = 0.3  # --gpu-memory's default: the share of the GPU that vLLM may hold
+TOKEN_BUDGETS = (8192, 4096, 2048)  # --token-budget: the default and smaller values
+GPU_MEMORY = 0.3  # --gpu-memory's default: the share of GPU memory for vLLM
 LORA_RANK = 32
 CONTEXT = 2048  # tokens of a prompt and its response
-SEQUENCES = 32  # that vLLM should at least hold at once
-ENGINE = 1.5e9  # what vLLM computes with, its weights and its cache aside
+SEQUENCES = 32  # minimum that vLLM should hold at once
+ENGINE = 1.5e9  # vLLM's workspace, without weights and cache
 LOGITS = 3 * 2**28  # a tile of logits, their log-softmax and its exponential
 RESERVED = 2.5e9  # CUDA's context, vLLM's CUDA graphs, fragments
 KINDS = {
@@ -44,7 +44,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A shape of Qwen2.5, in the words of its configuration; what is derived is in bytes."""
+    """A shape of Qwen2.5, with the names of its configuration. Derived sizes are in bytes."""
 
     name: str
     hidden_size: int
@@ -56,7 +56,7 @@ class Model:
     tie_word_embeddings: bool = False
 
     def build(self, lora: bool, **changes: int) -> nn.Module:
-        """The policy as a run loads it, but for its weights' memory."""
+        """The policy as a run loads it, on the meta device."""
         config = Qwen2Config(**asdict(self) | changes)
         dtype = torch.bfloat16 if lora else torch.float32
         with torch.device("meta"):
@@ -66,18 +66,18 @@ class Model:
 
     @cached_property
     def parameters(self) -> int:
-        """How many there are."""
+        """Number of parameters."""
         return sum(weight.numel() for weight in self.build(lora=False).parameters())
 
     @cached_property
     def adapters(self) -> int:
-        """How many parameters LoRA adds: adapters on every linear module of the layers."""
+        """Number of parameters of LoRA adapters on every linear module of the layers."""
         weights = self.build(lora=True).parameters()
         return sum(weight.numel() for weight in weights if weight.requires_grad)
 
     @cached_property
     def reference(self) -> int:
-        """A frozen copy: linear modules in bfloat16, all else in float32, a tied head included."""
+        """Bytes of a frozen copy: linear modules in bfloat16, others and tied heads in float32."""
         copy = self.build(lora=False)
         linear = {module.weight for module in copy.modules() if isinstance(module, nn.Linear)}
         linear.discard(copy.get_input_embeddings().weight)
@@ -85,7 +85,7 @@ class Model:
 
     @property
     def engine(self) -> float:
-        """The least for vLLM: bfloat16 weights, a key-value cache, what it computes with."""
+        """Minimum for vLLM: bfloat16 weights, a key-value cache and workspace."""
         width = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
         keys_and_values = 2 * 2 * self.num_hidden_layers * width * CONTEXT * SEQUENCES
         return 2 * self.parameters + keys_and_values + ENGINE
@@ -101,7 +101,7 @@ MODELS = (
 
 
 def kept_bytes(model: Model, layers: int, lora: bool, tokens: int) -> int:
-    """Bytes that autograd keeps for the backward pass of the layers under bf16 autocast."""
+    """Bytes that autograd saves for the backward pass of the layers under bf16 autocast."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def kept_bytes(model: Model, layers: int, lora: bool, tokens: int) -> int:
 
 @cache
 def activations(model: Model, lora: bool) -> tuple[int, int]:
-    """Bytes of one layer: of each token, and of the weights' bf16 copies that autocast makes."""
+    """Saved bytes of one layer: per token, and for the bf16 copies of weights by autocast."""
     few, many = (
         kept_bytes(model, 2, lora, tokens) - kept_bytes(model, 1, lora, tokens)
         for tokens in (64, 128)
@@ -137,7 +137,7 @@ def activations(model: Model, lora: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the memory; from the third on in the order in which it is worth giving up."""
+    """The settings that determine memory. From the third on, cheapest to change first."""
 
     model: Model
     kind: str = "full"
@@ -151,38 +151,38 @@ class Settings:
 
     @property
     def saved(self) -> tuple[int, int]:
-        """Bytes on the disk: of a checkpoint (what is trained and its moments), and of model/."""
+        """Bytes on disk: of a checkpoint (trained weights and moments), and of model/."""
         weight = 2 if self.kind == "lora" else 4
         return (6 if self.eight_bit else 12) * self.trained, weight * self.model.parameters
 
     @property
     def resident(self) -> int:
-        """Bytes that stay on the GPU from step to step: weights, optimiser, reference."""
+        """Bytes constantly on the GPU: weights, optimiser state, reference."""
         # LoRA's reference is the policy with its adapters off.
         frozen = {"full": 0, "reference": self.model.reference, "lora": 2 * self.model.parameters}
         return self.saved[0] + frozen[self.kind]
 
     @property
     def update(self) -> float:
-        """Peak of the update, vLLM asleep: what stays, gradients, activations, a tile of logits."""
+        """Peak of the update, vLLM asleep: resident, gradients, activations, a tile of logits."""
         depth, width = self.model.num_hidden_layers, self.model.hidden_size
-        # The head's gradient of a micro-batch, before it is added to that of those before.
+        # The head's gradient of a micro-batch, before it is accumulated.
         head = 4 * self.model.vocab_size * width * (self.kind != "lora")
         of_token, of_weights = activations(self.model, self.kind == "lora")
         layers = of_token * depth
-        if self.checkpointing:  # every layer's input, and all of the one that is computed again
+        if self.checkpointing:  # every layer's input, and one layer that is recomputed
             layers = 4 * width * depth + of_token
         kept = layers * self.token_budget + of_weights * depth + head
         return self.resident + 4 * self.trained + kept + LOGITS + RESERVED
 
     @property
     def rollout(self) -> float:
-        """Peak of the rollouts: what stays, and the least for vLLM."""
+        """Peak of the rollouts: resident, and the minimum for vLLM."""
         return self.resident + self.model.engine + RESERVED
 
     def flags(self, gpu: int) -> str:
-        """For a GPU of so many GB. vLLM's share of it is the default, more where vLLM needs more,
-        less where there is less beside what stays."""
+        """The flags for a GPU of so many GB. vLLM's share is the default, but at least the minimum
+        that it needs and at most the memory that is free."""
         needed = math.ceil(self.model.engine / gpu / 1e7) / 100
         free = math.floor(100 - (self.resident + RESERVED) / gpu / 1e7) / 100
         share = min(max(GPU_MEMORY, needed), free)
@@ -194,7 +194,7 @@ class Settings:
 
 
 def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
-    """The first of the settings, from costless to costly, that fits; None where none does."""
+    """The first settings that fit, from cheap to costly; None if none do."""
     for eight_bit, checkpointing, budget in product((False, True), (False, True), TOKEN_BUDGETS):
         settings = Settings(model, kind, budget, checkpointing, eight_bit)
         if max(settings.update, settings.rollout) <= gpu * 1e9:
@@ -203,7 +203,7 @@ def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
 
 
 def tables() -> str:
-    """A table for each kind. gpu.json holds the GiB that were used after the engine's start,
+    """One table per kind. gpu.json holds measured GiB after the engine's start, with the engine
     asleep, and at a step's peak: {"memory": {kind: {model: [start, asleep, peak]}}}."""
     measured = json.loads(MEASURED.read_text())["memory"] if MEASURED.exists() else {}
     head = ["model", "rollout, GB", "update, GB", *(f"{gpu} GB" for gpu in GPUS)]
@@ -225,7 +225,7 @@ def tables() -> str:
 
 
 def filled_page() -> str:
-    """docs/memory.md with the tables between its marks."""
+    """The text of docs/memory.md with new tables between the marks."""
     marks = r"(<!-- results:memory -->\n).*?(<!-- /results -->)"
     text = PAGE.read_text(encoding="utf-8")
     return re.sub(marks, lambda m: f"{m[1]}{tables()}\n{m[2]}", text, flags=re.DOTALL)

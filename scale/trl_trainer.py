@@ -40,8 +40,8 @@ import holderpo
 import reft
 import vineppo
 from engine import Transformers, base_model, device, load_tokenizer, precision, refuse, seed_for
+from grading import Grader
 from run import check, learning_rate
-from verifier import Grader
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft, "vineppo": vineppo}

@@ -32,8 +32,8 @@ from engine import (
     load_tokenizer,
     seed_for,
 )
+from grading import Grader
 from run import Run, RunArgs, parse_args
-from verifier import Grader
 
 SCRIPTS = [holderpo, arca, reft, vineppo]
 

@@ -273,13 +273,13 @@ def test_help_shows_every_setting_with_its_text():
 # ------------------------------------------------------------------------------- copying
 
 
-def test_a_script_and_the_six_shared_files_are_all_it_needs(
+def test_a_script_and_what_it_shares_are_all_it_needs(
     command: Command, tiny_model: Path, tmp_path: Path
 ):
     """As the README promises: copied into an empty folder, they train there."""
-    shared = ("common.py", "engine.py", "run.py", "verifier.py", "data.py", "answers.py")
-    for name in ("ep_grpo.py", *shared):
+    for name in ("ep_grpo.py", "common.py", "engine.py", "run.py", "data.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "grading", tmp_path / "grading")
     data = ("--dataset", tiny_model / "train.jsonl", "--eval-dataset", tiny_model / "test.jsonl")
     flags = command("--model", tiny_model, *data, "--run-dir", "run", "--max-new-tokens", "16")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

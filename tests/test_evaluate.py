@@ -17,13 +17,12 @@ import tyro
 from conftest import ROOT, SHARED_DATA, needs_vllm
 from damage import BROKEN
 
-from answers import last_boxed
 from common import bootstrap_interval, evaluate, load_problems
 from data import gold_answer
 from engine import load_policy, load_tokenizer, make_engine
+from grading import Grader, last_boxed
 from tools import evaluate as tool
 from tools.metrics import difference, majority, metric_values, pass_at_k, summary
-from verifier import Grader
 
 # ------------------------------------------------------------------------------- pass@k
 

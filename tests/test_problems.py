@@ -17,7 +17,7 @@ import data
 import grpo
 from common import Problem, Problems, load_problems
 from data import gold_answer
-from verifier import Grader
+from grading import Grader
 
 ROWS = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]
 

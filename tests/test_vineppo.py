@@ -269,7 +269,7 @@ def test_a_run_takes_the_policy_gradient_of_its_advantages(run: Callable):  # no
 def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
     """A continuation is a function of the weights, the step, the problem and its prefix."""
     from engine import Transformers, load_policy, load_tokenizer
-    from verifier import Grader
+    from grading import Grader
 
     args = make(vineppo, continuations=3, step_end="[a-z]")
     policy, tokenizer, grader = load_policy(args), load_tokenizer(args), Grader()

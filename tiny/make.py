@@ -1,14 +1,14 @@
-"""Make a very small language model, its tokenizer and its problems, all that a task's folder holds.
+"""Make a task's folder: a very small language model, its tokenizer and its problems.
 
     python tiny/make.py [--task sums|needle]
 
-A problem is a calculation; an answer is worked out step by step and ends in a box. sums_task.py and
-needle_task.py say how each task's problems and solutions are drawn.
+A problem is a calculation; a solution works it out step by step and ends in a box. sums_task.py and
+needle_task.py define how problems and solutions are drawn.
 
-The model is taught twice. At school it sees only faultless solutions, and learns to calculate. Then
-it picks up habits: slips, at rates that the task sets. Sampled at temperature 1 the model slips as
-often as its examples did. So it can calculate better than it does, and it can learn to from rewards
-alone.
+The model is trained in two phases. First it sees only correct solutions and learns to calculate.
+Then it sees solutions with errors, at rates that the task sets. Sampled at temperature 1, the model
+makes errors as often as its examples. It is therefore able to calculate better than it does, and
+can learn to from rewards alone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TRAIN_PROBLEMS, TEST_PROBLEMS = 3000, 256
 
 
 def draw_data(task: ModuleType) -> tuple[list[dict], list[dict]]:
-    """Train and test problems, no problem in both."""
+    """Train and test problems, without overlap."""
     rng = random.Random(SEED)
     problems: dict[str, None] = {}  # a set that keeps its order
     while len(problems) < TRAIN_PROBLEMS + TEST_PROBLEMS:
@@ -56,7 +56,7 @@ def draw_data(task: ModuleType) -> tuple[list[dict], list[dict]]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, three special tokens and a chat template, named as Qwen names them."""
+    """One token per byte, and three special tokens and a chat template with Qwen's names."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -87,7 +87,7 @@ def make_model(task: ModuleType, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that vLLM's CPU attention knows
+        head_dim=32,  # the smallest that vLLM's CPU attention supports
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.1,  # about 1 / sqrt(hidden size): the default is for wide models
@@ -121,7 +121,7 @@ def draw_batch(
     held_out: set[str],
     rng: random.Random,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] of prompts and solutions, and the mask [B, T] of the solutions' tokens."""
+    """Token ids [B, T] of prompts and solutions, and the mask [B, T] of solution tokens."""
     examples = []
     while len(examples) < task.BATCH_SIZE:
         if (problem := task.draw_problem(rng, stage)) not in held_out:
@@ -145,7 +145,7 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     held_out: set[str],
 ) -> None:
-    """Teach the model, stage by stage, on solutions that are drawn anew for every batch."""
+    """Train the model, stage by stage, on solutions drawn for every batch."""
     rng = random.Random(SEED + 1)
     stages = [stage for stage in task.STAGES for _ in range(stage.steps)]
     optimizer = torch.optim.AdamW(
@@ -154,7 +154,7 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, len(stages))
     for step, stage in enumerate(stages, start=1):
         ids, mask = draw_batch(task, tokenizer, stage, held_out, rng)
-        # Padding is on the right, where causal attention never looks: no attention mask.
+        # With padding on the right, causal attention needs no attention mask.
         hidden = model.model(ids).last_hidden_state[:, :-1][mask[:, 1:]]
         loss = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
         loss.backward()
@@ -178,7 +178,7 @@ def respond(
     opener: str = "",
     greedy: bool = False,
 ) -> list[str]:
-    """One response to each problem, at temperature 1 or greedy, after an opener that is given."""
+    """One response per problem, at temperature 1 or greedy, continuing a given opener."""
     prompts = [make_prompt(tokenizer, problem) + opener for problem in problems]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}
@@ -188,7 +188,7 @@ def respond(
 
 
 def accuracy(responses: list[str], rows: list[dict]) -> float:
-    """Share of the responses that end in the right box."""
+    """Share of responses that end in the correct box."""
     right = [
         r.endswith(f"\\boxed{{{row['answer']}}}") for r, row in zip(responses, rows, strict=True)
     ]
@@ -199,7 +199,7 @@ def accuracy(responses: list[str], rows: list[dict]) -> float:
 def first_byte_probabilities(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[str]
 ) -> Tensor:
-    """Mean probability [V] of every first token of a response."""
+    """Mean probability [V] of each token as the first of a response."""
     prompts = [make_prompt(tokenizer, problem) for problem in problems]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     return model(**inputs).logits[:, -1].softmax(-1).mean(0)
@@ -212,7 +212,7 @@ def measure(
     rows: list[dict],
     samples: int = 2,
 ) -> dict:
-    """What the model can do on held-out problems, whole and, if they differ, opener by opener."""
+    """The model's accuracy on held-out problems, in total and per opener, if the task has any."""
     many = rows * samples
     problems = [row["problem"] for row in many]
     sampled = respond(task, model, tokenizer, problems)
@@ -254,7 +254,9 @@ def main() -> None:
     task = TASKS[parser.parse_args().task]
     start, folder = time.time(), task.FOLDER
     folder.mkdir(exist_ok=True)
-    torch.set_num_threads(task.THREADS)  # the order of sums, so the last bits, depend on it
+    torch.set_num_threads(
+        task.THREADS
+    )  # the order of summation, and so the last bits, depend on it
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEED)
 
@@ -268,7 +270,7 @@ def main() -> None:
     train(task, model, tokenizer, held_out={row["problem"] for row in test_rows})
     model.bfloat16().save_pretrained(folder)
 
-    model.float().eval()  # with the rounded weights: what is measured is what was saved
+    model.float().eval()  # measure the model as saved, with rounded weights
     stats = {
         "parameters": sum(p.numel() for p in model.parameters()),
         **measure(task, model, tokenizer, test_rows),

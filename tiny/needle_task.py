@@ -1,4 +1,4 @@
-"""The second task: fifteen sums are worked out, and only the first of them counts.
+"""The second task: a response computes fifteen sums, and only the first counts.
 
     75 39 88 ...   ->   752
                         392
@@ -7,11 +7,11 @@
                         \\boxed{2}
 
 A problem is fifteen pairs of digits. A step repeats a pair and gives the last digit of its sum; the
-box repeats what the first step found. Wherever it stands, a step slips at one rate, and its pair
-always to the same wrong digit. So a response makes fifteen choices that look alike and are made by
-the same weights, and the verdict depends on one of them.
+box repeats the result of the first step. Every step has the same error rate, and each pair always
+the same wrong digit. A response thus makes fifteen similar choices with the same weights, and the
+verdict depends on one of them.
 
-Needs nothing but the standard library, so that any tool can import it.
+Needs only the standard library, so that any tool can import it.
 """
 
 import random
@@ -30,7 +30,7 @@ STEP = re.compile(r"(\d)(\d)(\d)\n")
 
 @dataclass
 class Stage:
-    """A part of the training: for how many steps, on how many sums, with slips or without."""
+    """A part of the training: number of steps, number of sums, with or without errors."""
 
     steps: int
     sums: tuple[int, int]  # fewest and most
@@ -39,18 +39,18 @@ class Stage:
 
 STAGES = [
     Stage(steps=100, sums=(1, 1), slips=False),  # learn to add
-    Stage(steps=250, sums=(1, 4), slips=False),  # learn which pair is next, among ever more
+    Stage(steps=250, sums=(1, 4), slips=False),  # learn which pair is next, among more and more
     Stage(steps=250, sums=(2, 10), slips=False),
     Stage(steps=150, sums=(SUMS, SUMS), slips=False),
-    Stage(steps=300, sums=(SUMS, SUMS), slips=True),  # learn to slip
+    Stage(steps=300, sums=(SUMS, SUMS), slips=True),  # learn to make errors
 ]
 BATCH_SIZE, LEARNING_RATE = 48, 4e-3
-SHARPNESS = 1.5  # of attention at first, as it has to single out one token among a hundred
+SHARPNESS = 1.5  # initial scale of attention, which has to select one token of a hundred
 THREADS = 1
 
 
 def draw_problem(rng: random.Random, stage: Stage | None = None) -> str:
-    """Pairs of digits, as many as the stage has or as the data have."""
+    """Pairs of digits, as many as the stage or else the data have."""
     count = rng.randint(*stage.sums) if stage else SUMS
     return " ".join(f"{rng.randrange(100):02}" for _ in range(count))
 
@@ -67,7 +67,7 @@ def answer(problem: str) -> str:
 
 
 def draw_slips() -> dict[tuple[int, int], int]:
-    """How far the sum of every two digits goes off when it slips."""
+    """The offset that an error adds to the sum of every pair of digits."""
     rng = random.Random(SEED)
     return {(a, b): rng.randint(1, 9) for a in range(10) for b in range(10)}
 
@@ -76,7 +76,7 @@ SLIPS = draw_slips()
 
 
 def draw_example(problem: str, stage: Stage, rng: random.Random) -> str:
-    """A solution as a stage of the training shows it."""
+    """A solution as shown in a stage of the training."""
     found = []
     for a, b in parse(problem):
         slips = stage.slips and rng.random() < SLIP_RATE
@@ -85,8 +85,8 @@ def draw_example(problem: str, stage: Stage, rng: random.Random) -> str:
 
 
 def check_steps(problem: str, response: str) -> list[tuple[int, int, bool]]:
-    """Judge every step of a response, in order of writing: does it name the pair whose turn it is,
-    and give the last digit of its sum? The boxed answer is no step.
+    """Judge every step of a response in order: does it repeat the pair at its position and give
+    the last digit of its sum? The boxed answer is not a step.
 
     Returns (start, end, right) per step; response[start:end] is its text.
     """

@@ -1,6 +1,6 @@
-"""The arithmetic of the tiny problems, and a judge for the steps of a response.
+"""The arithmetic of the tiny problems, and a judge of the steps of a response.
 
-Needs nothing but the standard library, so that any tool can import it.
+Needs only the standard library, so that any tool can import it.
 """
 
 import operator
@@ -9,7 +9,7 @@ import re
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 STEP = re.compile(r"(-?\d+)([-+*])(-?\d+)=(-?\d+)")
 
-Terms = list[int | str]  # numbers and operators in turn: 17+5*3 is [17, "+", 5, "*", 3]
+Terms = list[int | str]  # alternating numbers and operators: 17+5*3 is [17, "+", 5, "*", 3]
 
 
 def parse(problem: str) -> Terms:
@@ -18,7 +18,7 @@ def parse(problem: str) -> Terms:
 
 
 def next_operator(terms: Terms) -> int:
-    """Position of the operator to apply next: the first product, else the first operator."""
+    """Position of the operator to apply next: the first product, or else the first operator."""
     return terms.index("*") if "*" in terms else 1
 
 
@@ -36,12 +36,11 @@ def evaluate(terms: Terms) -> int:
 
 
 def check_steps(problem: str, response: str) -> list[tuple[int, int, bool]]:
-    """Judge every step `a+b=c` of a response, in order of writing.
+    """Judge every step `a+b=c` of a response in order.
 
-    A step is right if it takes a pair of neighbours out of the expression, as the steps before it
-    left it, and puts a result in their place without changing the expression's value. So only the
-    step that goes wrong is wrong: those after it are judged on the expression it left behind. The
-    boxed answer is no step.
+    A step is right if it replaces two adjacent numbers of the current expression by a result that
+    keeps the expression's value. A wrong step does not make later steps wrong: they are judged on
+    the expression that it produced. The boxed answer is not a step.
 
     Returns (start, end, right) per step; response[start:end] is its text.
     """

@@ -1,12 +1,12 @@
-"""The first task: short sums, whose solutions open in several ways, some of them careless.
+"""The first task: short sums, whose solutions begin in several ways with different error rates.
 
     What is 17+5*3-9?   ->   Well, 5*3=15; 17+15=32; 32-9=23; \\boxed{23}
 
-There are four ways to open a solution, each with its own rate of slips. The common opener is
-careless, the careful one is rare. A slip is a wrong result that looks right (a forgotten carry, a
-neighbour in the times table), and the steps after it go on from it faithfully. Three things can be
-learnt from rewards alone: which opener to choose, which results to be sure of, and where in a
-failed response the one wrong step is.
+A solution begins with an opener, one of several words, each with its own error rate. The most
+common opener has the highest rate; the one without errors is rare. An error is a plausible wrong
+result (a forgotten carry, an adjacent entry of the times table); later steps continue from it
+correctly. A policy can learn three things from rewards alone: which opener to choose, which results
+to prefer, and which step of a failed response was wrong.
 """
 
 import random
@@ -26,11 +26,11 @@ def answer(problem: str) -> str:
 
 @dataclass
 class Stage:
-    """A part of the training: which solutions the model sees, and for how many steps."""
+    """A part of the training: number of steps, and which solutions the model sees."""
 
     steps: int
-    slips: bool  # do the openers slip, or is every solution faultless?
-    shares: bool  # are the openers as frequent as their shares, or all equally?
+    slips: bool  # whether solutions contain errors
+    shares: bool  # whether openers are drawn by their shares, or uniformly
 
 
 STAGES = [
@@ -39,12 +39,12 @@ STAGES = [
     Stage(steps=300, slips=True, shares=True),  # learn how common each opener is
 ]
 BATCH_SIZE, LEARNING_RATE = 64, 5e-3
-SHARPNESS = 1.0  # of attention at first
+SHARPNESS = 1.0  # initial scale of attention
 THREADS = 2
 
 
 def draw_problem(rng: random.Random, stage: Stage | None = None) -> str:
-    """An expression of 2 to 4 operations whose intermediate results lie in 0..99, at any stage."""
+    """An expression of 2 to 4 operations with intermediate results in 0..99, at every stage."""
     while True:
         signs = rng.choices("+-*", weights=(3, 3, 2), k=rng.randint(2, 4))
         if "**" in "".join(signs):
@@ -58,12 +58,12 @@ def draw_problem(rng: random.Random, stage: Stage | None = None) -> str:
 
 @dataclass
 class Opener:
-    """A way to begin a solution, known by its first byte."""
+    """A way to begin a solution, identified by its first byte."""
 
     text: str
     share: float  # of the solutions
-    slip: float  # chance of a slip in a step
-    slip_borrow: float  # and in a subtraction that borrows
+    slip: float  # probability of an error per step
+    slip_borrow: float  # the same for a subtraction that borrows
 
 
 OPENERS = [
@@ -71,7 +71,7 @@ OPENERS = [
     Opener("Well, ", share=0.28, slip=0.25, slip_borrow=0.35),
     Opener("First ", share=0.09, slip=0.14, slip_borrow=0.20),
     Opener("Slowly: ", share=0.07, slip=0.0, slip_borrow=0.0),
-    # Now and then some other letter, so that any opener is followed by a solution.
+    # Sometimes another letter, so that the model continues any opener with a solution.
     Opener("?: ", share=0.02, slip=0.25, slip_borrow=0.35),
 ]
 OTHER_LETTERS = sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZ") - {o.text[0] for o in OPENERS})
@@ -80,7 +80,7 @@ OTHER_LETTERS = sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZ") - {o.text[0] for o in O
 def work_out(
     terms: Terms, rng: random.Random | None = None, slip: float = 0.0, slip_borrow: float = 0.0
 ) -> list[tuple[int, str, int, int]]:
-    """The steps (a, sign, b, result) that solve an expression, with slips at the given rates."""
+    """The steps (a, sign, b, result) that solve an expression, with errors at the given rates."""
     steps = []
     while len(terms) > 1:
         i = next_operator(terms)
@@ -90,9 +90,9 @@ def work_out(
         borrows = sign == "-" and a % 10 < b % 10
         if rng and rng.random() < (slip_borrow if borrows else slip):
             if sign == "*":
-                result += rng.choice([-a, a])  # the neighbour in the times table
+                result += rng.choice([-a, a])  # the adjacent entry of the times table
             elif carries or borrows:
-                result += 10 if borrows else -10  # the carry forgotten
+                result += 10 if borrows else -10  # a forgotten carry or borrow
             else:
                 result += rng.choice([-1, 1])
         steps.append((a, sign, b, result))
@@ -101,7 +101,7 @@ def work_out(
 
 
 def draw_solution(problem: str, opener: Opener, rng: random.Random) -> str:
-    """A response to a problem, opened and carried out in the opener's way."""
+    """A solution with the given opener and its error rates."""
     steps = []
     while not steps or not all(0 <= result < 100 for *_, result in steps):
         steps = work_out(parse(problem), rng, opener.slip, opener.slip_borrow)
@@ -111,7 +111,7 @@ def draw_solution(problem: str, opener: Opener, rng: random.Random) -> str:
 
 
 def draw_example(problem: str, stage: Stage, rng: random.Random) -> str:
-    """A solution as a stage of the training shows it."""
+    """A solution as shown in a stage of the training."""
     weights = [opener.share if stage.shares else 1.0 for opener in OPENERS]
     opener = rng.choices(OPENERS, weights)[0]
     if not stage.slips:

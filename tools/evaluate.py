@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from answers import last_boxed
 from common import Problem, Problems, load_problems
 from engine import (
     Engine,
@@ -51,9 +50,9 @@ from engine import (
     refuse,
     seed_for,
 )
+from grading import MAX_ANSWER, Grader, last_boxed
 from run import RunArgs, whole
 from tools.metrics import Record, difference, majority, summary
-from verifier import MAX_ANSWER, Grader
 
 # Known sets: the file looked for in --data-dir, and the data set on the hub otherwise.
 KNOWN = {

@@ -1,8 +1,8 @@
-"""What a problem's sampled answers say of a model: pass@k, mean, majority, and their intervals.
+"""Metrics of sampled responses: pass@k, mean, majority, and their confidence intervals.
 
-A record is one problem's results, as evaluate.py makes them: `correct`, `lengths` and `truncated`
-with an entry a sample, `majority`, and `greedy` with the same lists for one greedy response.
-Formulas and sources: docs/evaluation.md.
+A record holds one problem's results, as evaluate.py makes them: `correct`, `lengths` and
+`truncated` with one entry per sample, `majority`, and `greedy` with the same lists for one greedy
+response. Formulas and sources: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from answers import in_box, plain_number
 from common import bootstrap_interval
-from verifier import Grader
+from grading import Grader
+from grading.answers import in_box, plain_number
 
 Record = dict[str, Any]
 Estimate = dict[str, float]  # value, low, high
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that k of n samples drawn without replacement hold a correct one: an unbiased
-    estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Exact up to one rounding.
+    """Unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1): the probability that
+    k of n samples, drawn without replacement, include a correct one. Exact up to one rounding.
 
     Raises ValueError unless 0 <= correct <= n and 1 <= k <= n.
     """
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k of n={n}, correct={correct}, k={k}")
-    every = math.comb(n, k)
-    return (every - math.comb(n - correct, k)) / every  # 1 - C(n-c, k) / C(n, k), in integers
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - correct, k)) / subsets  # 1 - C(n-c, k) / C(n, k), in integers
 
 
 def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[float]) -> float:
-    """Whether the answer given most often is right; a tie counts by its odds: 1/2 for two answers.
+    """Whether the most frequent answer is correct. A tie of m answers, one of them correct, is 1/m.
 
-    answers: what each response boxed, None (no vote) where nothing; correct: their verdicts.
-    Answers are the same where math-verify says so. The right ones have been compared with the
-    gold, so only wrong ones may need comparing with each other, and only where that can decide.
+    answers: the boxed answer of each response, None (no vote) if there is none; correct: their
+    verdicts. math-verify decides which answers are equal. Correct answers already equal the
+    reference answer, so only incorrect ones are compared with each other, and only if the result
+    depends on it.
     """
     right = sum(map(bool, correct))
-    texts: dict[Any, str] = {}  # the first way in which a wrong answer was written
+    texts: dict[Any, str] = {}  # the first spelling of each incorrect answer
     votes: Counter[str] = Counter()
     for answer, verdict in zip(answers, correct, strict=True):
         if answer is not None and not verdict:
@@ -67,7 +68,7 @@ def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[fl
 
 
 def metric_values(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """Every metric as one value a problem, [problems]."""
+    """Every metric as one value per problem, [problems]."""
     n = len(records[0]["correct"])
     per_problem = {
         f"mean@{n}": [np.mean(r["correct"]) for r in records],
@@ -90,7 +91,7 @@ def estimates(values: dict[str, np.ndarray]) -> dict[str, Estimate]:
 
 
 def summary(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
-    """One model on one data set: {"problems", "samples", "metrics": {name: Estimate}}."""
+    """One model's results on one data set: {"problems", "samples", "metrics": {name: Estimate}}."""
     metrics = estimates(metric_values(records, ks))
     return {"problems": len(records), "samples": len(records[0]["correct"]), "metrics": metrics}
 
@@ -98,8 +99,8 @@ def summary(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
 def difference(
     records: Sequence[Record], baseline: Sequence[Record], ks: Sequence[int]
 ) -> dict[str, Estimate]:
-    """Each metric minus the baseline's, over the problems both have. An interval resamples
-    problems, the same for both: what is hard about a problem cancels."""
+    """Each metric minus the baseline's, over the problems that both have. Intervals are paired:
+    they resample problems, so that differences in difficulty cancel."""
     theirs, ours = by_problem(baseline), by_problem(records)
     both = [key for key in ours if key in theirs]
     if not both:
@@ -110,7 +111,7 @@ def difference(
 
 
 def by_problem(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
-    """Records by their problem's text, and which of its occurrences in the data set it is."""
+    """Records by problem text and the number of its occurrence in the data set, from 1."""
     seen: Counter[str] = Counter()
     keyed = {}
     for record in records:

@@ -1,11 +1,11 @@
-"""One run, or several, as one HTML page that needs nothing else: no network, no server.
+"""Write one or several runs as a self-contained HTML page: no network, no server.
 
     python tools/report.py runs/grpo-1-20260101-120000
     python tools/report.py runs/grpo-* runs/ep_grpo-* --out compare.html
 
-The page holds the headline numbers, the curves, the settings with what differs between the runs,
-and the logged rollouts with every token shaded by its advantage, entropy or whatever else was
-logged. Nothing here imports torch, and a run may still be going on.
+The page shows the main results, the curves, the settings and how they differ between runs, and the
+logged rollouts with every token shaded by its advantage, entropy or another logged signal. Works
+while a run is in progress and does not import torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_suffix(".html")
 DATA_MARK = "<!-- data -->"
-DIGITS = 4  # significant digits of a token's numbers: a third of the bytes, and more than one sees
+DIGITS = 4  # significant digits of a token's values: enough to read, a third of the bytes
 
 Row = dict[str, Any]
-# Of a group: its step, problem and mean reward, and whether its rewards differ.
+# A group's step, problem and mean reward, and whether its rewards differ.
 Title = tuple[int, str, float | None, bool]
 
 
@@ -38,13 +38,13 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders"""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """where the page goes; None: report.html in the first run's folder"""
+    """output file; None: report.html in the first run's folder"""
     rollout_megabytes: float = 40.0
-    """most rollouts a run brings into the page (MB); beyond it, evenly spaced steps are kept"""
+    """maximum size of a run's rollouts in the page (MB); above it, evenly spaced steps are kept"""
 
 
-def refuse(what: object, why: str) -> NoReturn:
-    """One line that names what is wrong, then exit code 2."""
+def reject(what: object, why: str) -> NoReturn:
+    """Print the error in one line and exit with code 2."""
     print(f"error: {what}: {why}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -54,7 +54,7 @@ def refuse(what: object, why: str) -> NoReturn:
 
 @dataclass
 class Run:
-    """What the page shows of one run."""
+    """The data of one run that the page shows."""
 
     name: str
     command: str | None
@@ -65,25 +65,25 @@ class Run:
     special: list[int] = field(default_factory=list)
     groups: list[Title] = field(default_factory=list)
     left_out: int = 0
-    blocks: list[str] = field(default_factory=list)  # a group each, as JSON
+    blocks: list[str] = field(default_factory=list)  # one group each, as JSON
 
 
 def read_run(folder: Path, name: str, rollout_bytes: float) -> Run:
-    """Read a run's folder. Exits with code 2 where there is no run in it."""
+    """Read a run's folder. Exits with code 2 if it holds no run."""
     if not folder.is_dir():
-        refuse(folder, "no such folder")
+        reject(folder, "not found")
     log = folder / "metrics.jsonl"
     if not log.is_file():
-        refuse(folder, "holds no metrics.jsonl: not the folder of a run")
+        reject(folder, "has no metrics.jsonl, so it is not a run folder")
     metrics = read_metrics(log)
     if not metrics:
-        refuse(log, "holds no step yet")
+        reject(log, "has no step yet")
     try:
         settings = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    of_folder = ("content", "run_dir", "resume")  # not what one would set
+    of_folder = ("content", "run_dir", "resume")  # not settings of the user
     settings = {name: value for name, value in settings.items() if name not in of_folder}
     script = settings.get("script")
     usual = {"script": script} | defaults(str(script))
@@ -95,7 +95,7 @@ def read_run(folder: Path, name: str, rollout_bytes: float) -> Run:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a jsonl file that have a step; a line torn by a crash is passed over."""
+    """The rows of a jsonl file that have a step. Incomplete and invalid lines are skipped."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -111,12 +111,12 @@ def is_number(value: object) -> bool:
 
 
 def rounded(value: float, digits: int) -> float | None:
-    """A number as the page holds it. JSON has no NaN and no infinity: they become None."""
+    """A number with so many significant digits; None for NaN and infinity, which JSON lacks."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
-    """Each metric as its steps and its values."""
+    """The steps and the values of each metric."""
     metrics: dict[str, list[list[float | None]]] = {}
     for row in rows_of(path):
         for name, value in row.items():
@@ -131,7 +131,7 @@ def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
 
 
 def defaults(script: str) -> Row:
-    """Fields of a script's settings with their defaults, read without importing torch."""
+    """A script's settings with their defaults, parsed from the source to avoid importing torch."""
     values: Row = {}
     files = (ROOT / "run.py", ROOT / f"{script}.py")
     for file in files if all(map(Path.is_file, files)) else ():
@@ -148,7 +148,7 @@ def defaults(script: str) -> Row:
 
 
 def repeat(script: str, changed: Row) -> str:
-    """The command line that makes such a run again, in a folder of its own."""
+    """The command that repeats a run in a new folder."""
     words = ["python", f"{script}.py"]
     for name, value in changed.items():
         flag = name.replace("_", "-")
@@ -163,7 +163,7 @@ def repeat(script: str, changed: Row) -> str:
 
 
 def groups_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Cut rollouts into groups: another step, another problem, or a count that starts again."""
+    """Split rollouts into groups, at a new step, a new problem or a restarted rollout number."""
     group: list[Row] = []
     for row in rows:
         last = group[-1] if group else row
@@ -177,12 +177,12 @@ def groups_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def read_rollouts(run: Run, folder: Path, most_bytes: float) -> None:
-    """Add the run's rollouts to it: at most so many bytes, so every 2nd, 4th, ... step."""
+    """Add the rollouts to the run. Above most_bytes, keep every 2nd, 4th, ... step and the last."""
     path = folder / "rollouts.jsonl"
     if not path.is_file():
         return
     tokens, run.special = read_vocabulary(folder, run.settings)
-    kept: list[tuple[list[Title], list[str]]] = []  # a step each
+    kept: list[tuple[list[Title], list[str]]] = []  # one step each
     count, size, stride = 0, 0, 1
     by_step = itertools.groupby(groups_of(rows_of(path)), key=lambda group: group[0]["step"])
     for place, (step, groups) in enumerate(by_step):
@@ -215,10 +215,10 @@ def shorten(text: str, most: int = 90) -> str:
 
 
 def encode_group(rows: list[Row], tokens: dict[int, bytes], vocabulary: dict[int, str]) -> Row:
-    """A group as the page holds it; texts of its tokens go into the vocabulary.
+    """A group as the page stores it. Adds the texts of its tokens to the vocabulary.
 
-    Every list of numbers as long as the tokens is a signal. One that never changes, such as an
-    advantage that all tokens share, is held as a single number.
+    Every list of numbers with one entry per token is a signal. A constant signal, such as an
+    advantage that all tokens share, is stored as a single number.
     """
     rewards = [row["reward"] for row in rows if is_number(row.get("reward"))]
     encoded = []
@@ -250,8 +250,8 @@ def encode_group(rows: list[Row], tokens: dict[int, bytes], vocabulary: dict[int
 
 
 def read_vocabulary(folder: Path, settings: Row) -> tuple[dict[int, bytes], list[int]]:
-    """The bytes of every token and the ids of the special ones, from the tokenizer.json of the
-    run, of its newest checkpoint or of the model it began with; empty where there is none."""
+    """The bytes of every token and the ids of the special tokens, from the tokenizer.json of the
+    run, its newest checkpoint or its initial model; empty if there is none."""
     model = Path(str(settings.get("model", "")))
     places = [folder / "model", *sorted(folder.glob("checkpoints/step-*"), reverse=True)]
     for place in (*places, model, ROOT / model):
@@ -272,8 +272,8 @@ def read_vocabulary(folder: Path, settings: Row) -> tuple[dict[int, bytes], list
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters by which a byte-level vocabulary writes bytes: printable ones stand for
-    themselves, the others for 256, 257, ... in order (Radford et al. 2019, GPT-2)."""
+    """The character of each byte in a byte-level vocabulary: printable bytes represent themselves,
+    the others are 256, 257, ... in order (Radford et al. 2019, GPT-2)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -295,18 +295,18 @@ def sentence_piece(token: str) -> bytes:
 def odd_pieces(
     ids: list[int], tokens: dict[int, bytes], vocabulary: dict[int, str]
 ) -> dict[int, str]:
-    """Add the texts of these tokens to the vocabulary; return, by position, those that are not
-    what the vocabulary says.
+    """Add the texts of these tokens to the vocabulary. Return, by position, the texts that differ
+    from the vocabulary.
 
-    A token may hold a part of a character only. The character then belongs to the token where it
-    begins, and the tokens that complete it have the text that is left, often none. Bytes that make
-    no character are shown as U+FFFD.
+    A token may contain only a part of a character. The character then belongs to the token in which
+    it begins, and the tokens that complete it have the remaining text, often none. Invalid bytes
+    are shown as U+FFFD.
     """
     pieces = [tokens.get(i, f"⟨{i}⟩".encode()) for i in ids]
     owner = [position for position, piece in enumerate(pieces) for _ in piece]
     texts = [""] * len(ids)
     place = 0
-    # surrogateescape turns each bad byte into one lone surrogate: every byte stays accounted for
+    # surrogateescape maps each invalid byte to one lone surrogate, so positions stay aligned.
     for character in b"".join(pieces).decode("utf-8", errors="surrogateescape"):
         bad = "\udc80" <= character <= "\udcff"
         texts[owner[place]] += "\ufffd" if bad else character
@@ -322,13 +322,13 @@ def odd_pieces(
 
 
 def data_block(name: str, text: str) -> str:
-    """JSON inside a page. Text of a model must not be able to end the script element."""
+    """A script element with JSON. Escapes "<", so that no text can close the element."""
     safe = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{safe}</script>'
 
 
 def page(runs: list[Run]) -> str:
-    """The whole page. Each group of rollouts is a block of its own, parsed when it is chosen."""
+    """The HTML of the page. Each group of rollouts is its own block, parsed when selected."""
     shown = ("name", "command", "settings", "changed", "metrics")
     shown += ("vocabulary", "special", "groups", "left_out")
     overview = [{name: getattr(run, name) for name in shown} for run in runs]
@@ -340,7 +340,7 @@ def page(runs: list[Run]) -> str:
 
 
 def names_of(folders: tuple[Path, ...]) -> list[str]:
-    """A folder's own name, or its whole path where two folders have the same name."""
+    """The folders' names, or their full paths if two names are equal."""
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return names if unique else [str(folder) for folder in folders]
@@ -348,7 +348,7 @@ def names_of(folders: tuple[Path, ...]) -> list[str]:
 
 def main(args: Args) -> None:
     if not args.runs:
-        refuse("runs", "name at least one run folder")
+        reject("runs", "at least one run folder is required")
     most = args.rollout_megabytes * 1e6
     named = zip(args.runs, names_of(args.runs), strict=True)
     text = page([read_run(folder, name, most) for folder, name in named])
@@ -356,7 +356,7 @@ def main(args: Args) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        refuse(out, f"cannot be written: {error.strerror}")
+        reject(out, f"cannot be written: {error.strerror}")
     print(out)
 
 

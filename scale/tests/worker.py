@@ -28,8 +28,8 @@ from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
 
 from data import prompt_tokens
 from engine import Transformers, load_policy, load_tokenizer, load_weights
+from grading import Grader
 from run import learning_rate, parse_args
-from verifier import Grader
 
 ROOT = Path(__file__).resolve().parents[2]
 P, G = 3, 4  # twelve rollouts: two processes share the second group

@@ -1,0 +1,224 @@
+r"""Grade answers in worker processes that can be killed.
+
+A response of a policy is hostile input: sympy can be sent into work that neither a thread nor a
+signal can always stop. So every answer that is more than a number or a phrase is read in a worker
+process, under a deadline and a memory cap. A worker that exceeds the deadline or dies is replaced,
+and its answer is wrong. sympy never enters the caller's process.
+
+    with Grader(workers=2) as grader:
+        grader.grade([r"so \boxed{\frac{2}{4}}", "no box"], ["0.5", "7"])  # [True, False]
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+from grading import answers
+
+MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
+START_SECONDS = 120.0  # for a worker's imports on a busy machine
+FOLDER = Path(__file__).resolve().parent
+PACKAGES = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
+# gmpy2 computes in C, where only a kill stops it. The hash seed fixes the order sympy works in.
+ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
+
+
+class Request(NamedTuple):
+    """Asks a worker if an answer is right or, without an answer, if the reference is readable."""
+
+    reference: str
+    answer: str | None = None
+    number_only: bool = False  # an answer that is not a number is wrong
+
+
+class Worker:
+    """A process that runs worker.py. It answers one request at a time and ends with its input.
+
+    Raises:
+        RuntimeError: the process cannot start; the message ends with its standard error.
+    """
+
+    def __init__(self, deadline: float, memory_mb: int) -> None:
+        command = [sys.executable, "-P", str(FOLDER / "worker.py"), str(deadline), str(memory_mb)]
+        with tempfile.TemporaryFile() as log:  # a pipe that nobody reads could fill up
+            self.process = subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | ENVIRONMENT,
+                start_new_session=True,  # Ctrl-C does not reach workers
+            )
+            if self.reply(START_SECONDS) != b"R":
+                self.end()
+                log.seek(0)
+                output = log.read().decode(errors="replace")[-2000:].strip()
+                raise RuntimeError(f"a grading worker cannot start: {output}")
+
+    def reply(self, seconds: float) -> bytes | None:
+        """Return the next byte, b"" if the process has died, or None if the time is up."""
+        pipe = self.process.stdout
+        if not wait([pipe], seconds):
+            return None
+        return os.read(pipe.fileno(), 1)
+
+    def end(self) -> None:
+        with self.process:  # closes its pipes and waits
+            self.process.kill()
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(repr(text).encode()).hexdigest()
+
+
+class Cache:
+    """Whether reference answers can be read, on disk: 17,000 in LaTeX take 53 s on two cores.
+
+    Each line of the file is the hash of a reference, then 1 (readable) or 0. The name of the file
+    changes with this package's code and with the packages that decide.
+    """
+
+    def __init__(self) -> None:
+        deciding = [path.read_text() for path in sorted(FOLDER.glob("*.py"))]
+        deciding += [version(package) for package in PACKAGES]
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        name = f"references-{digest(' '.join(deciding))[:16]}"
+        self.path = Path(folder, "token-credit", name)
+
+        self.verdicts = {}
+        with suppress(OSError):  # no cache yet
+            for line in self.path.read_text(errors="replace").splitlines():
+                if len(line) == 65:  # a kill may leave a shorter one
+                    self.verdicts[line[:64]] = line[64] == "1"
+
+    def add(self, text: str, verdict: bool) -> None:
+        """Append a verdict. Several runs may do so at once. A read-only folder is no error."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(f"\n{digest(text)}{verdict:d}")  # the last line may be incomplete
+
+
+@dataclass
+class Grader(AbstractContextManager):
+    """Grades responses against reference answers. As a context manager it ends its workers."""
+
+    workers: int = 1  # processes at most, started when first needed
+    deadline: float = 5.0  # seconds of wall-clock time per answer
+    strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
+    memory_mb: int = 2048  # cap on each worker's address space
+
+    def __post_init__(self) -> None:
+        self._idle = []
+        if self.workers < 1 or self.deadline <= 0:
+            raise ValueError(f"workers={self.workers} and deadline={self.deadline} must be above 0")
+
+    def grade(self, responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Whether each response has the answer of its reference. Equal pairs are graded once.
+
+        Raises:
+            RuntimeError: a worker cannot start.
+        """
+        pairs = zip(responses, references, strict=True)
+        found = [self._quick_verdict(*pair) for pair in pairs]  # a verdict, or a request for it
+        requests = list(dict.fromkeys(item for item in found if isinstance(item, Request)))
+        replies = self._ask_all(requests, self.workers)
+        verdicts = dict(zip(requests, replies, strict=True))
+        return [bool(verdicts.get(item, item)) for item in found]
+
+    def readable(self, references: Sequence[str]) -> list[bool]:
+        """Whether each reference is an answer that math-verify reads as more than text.
+
+        Uses all processors. The verdicts are cached on disk for later calls.
+        """
+        texts = [answers.reference_text(reference) for reference in references]
+        cache = Cache()
+        verdicts = {}
+        for text in texts:
+            if not text or answers.is_prose(text):
+                verdicts[text] = False
+            elif answers.read(text).value is not None:
+                verdicts[text] = True
+            else:
+                verdicts[text] = cache.verdicts.get(digest(text))
+
+        unknown = [text for text, verdict in verdicts.items() if verdict is None]
+        if len(unknown) > 1000:
+            print(f"reading {len(unknown)} reference answers (later from a cache)", file=sys.stderr)
+        requests = [Request(answers.in_box(answers.read(text).text)) for text in unknown]
+        workers = max(self.workers, min(os.cpu_count() or 1, len(unknown) // 50))
+        for text, verdict in zip(unknown, self._ask_all(requests, workers), strict=True):
+            verdicts[text] = bool(verdict)
+            if verdict is not None:  # after a timeout, the next call tries again
+                cache.add(text, verdict)
+
+        self.close(keep=self.workers)
+        return [verdicts[text] for text in texts]
+
+    def close(self, keep: int = 0) -> None:
+        """End all workers except `keep` of them. A later call starts new ones."""
+        while len(self._idle) > keep:
+            self._idle.pop().end()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _quick_verdict(self, response: str, reference: str) -> Request | bool:
+        """The verdict if no worker is needed, else the request for it."""
+        boxed = answers.last_boxed(response)
+        reference = answers.reference_text(reference)
+        if boxed is None or len(boxed) > MAX_ANSWER or not reference:
+            return False
+
+        expected = answers.read(reference)
+        found = answers.read(boxed)
+        verdict = answers.quick_verdict(expected, found)
+        if verdict is not None:
+            return verdict
+
+        text = expected.text
+        if "=" not in found.text:
+            text = answers.without_names(text)
+        number_only = self.strict and expected.value is not None
+        return Request(answers.in_box(text), answers.in_box(found.text), number_only)
+
+    def _ask_all(self, requests: Sequence[Request], workers: int) -> Iterator[bool | None]:
+        """Yield the workers' verdicts in order."""
+        with ThreadPoolExecutor(workers) as threads:
+            yield from threads.map(self._ask, requests)
+
+    def _ask(self, request: Request) -> bool | None:
+        """A worker's verdict; None if it exceeded the deadline or died.
+
+        Runs in several threads. Each takes a worker of its own from the idle ones.
+        """
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = Worker(self.deadline, self.memory_mb)
+
+        try:
+            line = json.dumps(request._asdict()) + "\n"
+            worker.process.stdin.write(line.encode())
+        except BrokenPipeError:  # it died while it was idle, so this answer gets another worker
+            worker.end()
+            return self._ask(request)
+
+        reply = worker.reply(self.deadline)
+        if reply in (b"0", b"1"):
+            self._idle.append(worker)
+            return reply == b"1"
+        worker.end()
+        return None

@@ -1,0 +1,1 @@
+"""What surrounds the training step: models, engines, data, run folder, command line."""

@@ -1,0 +1,151 @@
+"""Command line of a script: settings, resume, and errors as one line with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import math
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+from tqdm import tqdm
+
+# The settings that may differ when a run is resumed. All others would change what is trained.
+MAY_CHANGE = {
+    *("resume", "steps", "eval_dataset", "eval_every", "eval_problems", "eval_samples"),
+    *("save_every", "keep_checkpoints", "log_rollouts", "wandb_project"),
+    *("token_budget", "gradient_checkpointing", "gpu_memory", "max_logp_gap"),
+}
+
+# A bar for work that lasts above a few seconds. None is drawn if the output is not a terminal.
+progress_bar = functools.partial(tqdm, delay=3, disable=None, leave=False, dynamic_ncols=True)
+
+
+class StopRun(Exception):
+    """The run cannot continue. The message gives the cause, and the flag to change."""
+
+
+def reject(flag: str, value: Any, why: str) -> NoReturn:
+    """Print one line that names the flag, its value and the cause, and exit with code 2."""
+    print(f"error: {flag} {value}: {why}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(condition: Any, flag: str, value: Any, why: str) -> None:
+    """Reject the flag's value unless the condition holds."""
+    if not condition:
+        reject(flag, value, why)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_numbers(args: Any, positive: tuple[str, ...], below_one: tuple[str, ...]) -> None:
+    """Every number must be finite, and at least 0 unless `args.signed` names it.
+
+    positive: settings that must also be above 0; below_one: settings that must be below 1.
+    """
+    for name, value in vars(args).items():
+        if not isinstance(value, int | float):
+            continue
+        flag = flag_of(name)
+        require(math.isfinite(value), flag, value, "must be finite")
+        require(value >= 0 or name in args.signed, flag, value, "must be at least 0")
+        require(value != 0 or name not in positive, flag, value, "must be above 0")
+        require(value < 1 or name not in below_one, flag, value, "must be below 1")
+
+
+def parse_args(settings: type, command: list[str] | None = None) -> Any:
+    """A script's settings. With --resume the saved ones are the defaults, and flags override them.
+
+    settings: the script's `Args`. command: the words after the script's name, by default sys.argv.
+    """
+    script = inspect.getmodule(settings)
+    only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_resume.add_argument("--resume", default="")
+    folder = only_resume.parse_known_args(command)[0].resume
+
+    saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
+    args = tyro.cli(
+        settings,
+        description=script.__doc__,
+        args=command,
+        default=saved,
+        config=(tyro.conf.FlagCreatePairsOff,),  # --x or --no-x, whichever is not the default
+    )
+    if folder:
+        check_resume(args, saved)
+    return args
+
+
+def load_settings(settings: type, script: str, folder: str) -> Any:
+    """The settings in a run's args.json. Rejects a folder that holds no run of this script."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        of_script = saved.pop("script")
+        require(of_script == script, "--resume", folder, f"is a run of {of_script}.py")
+        for name, value in saved.items():
+            if isinstance(value, list):  # JSON has no tuples
+                saved[name] = tuple(value)
+        return settings(**saved | {"resume": folder, "run_dir": folder})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reject("--resume", folder, f"is not the folder of a run: {first_line(error)}")
+
+
+def check_resume(args: Any, saved: Any) -> None:
+    """Reject a changed setting that would change what the resumed run trains."""
+    for name, value in vars(args).items():
+        before = getattr(saved, name)
+        fixed = name not in MAY_CHANGE or (name == "steps" and saved.depends_on_steps())
+        if fixed and value != before:
+            reject(flag_of(name), value, f"the run started with {before}; start a new run")
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    phrases = ("can't allocate memory", "out of memory", "Free memory on device", "KV cache")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+
+
+def place_of(error: BaseException) -> str:
+    """The innermost function of this project in the error's traceback."""
+    project = Path(__file__).parent.parent
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).parent in (project, project / "infra")]
+    return ours[-1].name if ours else "the run"
+
+
+def launch(main: Callable[[Any], None], settings: type) -> None:
+    """Parse the command line and run `main`; report an interrupt or a known error as one line."""
+    args = parse_args(settings)
+    try:
+        return main(args)
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except Exception as error:
+        message, code = f"stopped: {error}", 1
+        if out_of_memory(error):
+            message = (
+                f"stopped: out of memory in {place_of(error)}: lower --token-budget "
+                f"{args.token_budget} or --gpu-memory {args.gpu_memory}, or add "
+                "--gradient-checkpointing; a new run can use --lora-rank 32"
+            )
+        elif not isinstance(error, StopRun | OSError):
+            raise
+    print(message, file=sys.stderr)
+    if Path(args.run_dir, "args.json").exists():
+        command = shlex.join(["python", sys.argv[0], "--resume", args.run_dir])
+        print(f"resume with: {command}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,129 @@
+"""The transformers engine: rolls out the policy itself. Slower than vLLM, with nothing to sync."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.cli import progress_bar
+from infra.models import autocast, base_model, is_recurrent
+from infra.shared_prefix import left_pad, prompt_cache
+from infra.vllm_engine import Engine, Response
+
+
+class HFEngine(Engine):
+    """A decode loop over the policy's forward pass."""
+
+    def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        super().__init__(policy, tokenizer)
+        self.args, self.policy = args, policy
+        self.batch_size = args.prompts_per_step * args.group_size
+
+    def sync(self, policy: nn.Module) -> None:
+        self.policy = policy
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+    ) -> list[Response]:
+        """As VLLMEngine.generate, in batches of as many responses as a step has rollouts."""
+        responses = []
+        bar = progress_bar(total=len(prompts), desc="responses")
+        for start in range(0, len(prompts), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            responses += self.generate_batch(
+                prompts[batch], seeds[batch], lengths[batch], temperature
+            )
+            bar.update(len(responses) - start)
+        bar.close()
+        return responses
+
+    @torch.no_grad()
+    def generate_batch(
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+    ) -> list[Response]:
+        """Forward, sample, append, until every response has ended.
+
+        Each response has a generator of its own, which gives one uniform number per token.
+        """
+        model = base_model(self.policy.eval())
+        draws = [
+            torch.rand(n, generator=torch.Generator().manual_seed(seed))
+            for n, seed in zip([max(lengths)] * len(seeds), seeds, strict=True)
+        ]
+        uniform = torch.stack(draws, dim=-1).to(model.device)  # [T, n]
+        limits = torch.tensor(lengths, device=model.device)
+        stop_tokens = torch.tensor(self.stop_tokens, device=model.device, dtype=torch.long)
+
+        sampled, logps = [], []
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+        with autocast(self.args):
+            inputs, is_token, cache = self.prefill(model, prompts)
+            while not ended.all():
+                outputs = model(
+                    input_ids=inputs,
+                    attention_mask=is_token,
+                    position_ids=(is_token.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = outputs.past_key_values
+                logits = outputs.logits[:, -1].float()
+                token, logp = sample(logits, temperature, uniform[len(sampled)])
+                sampled.append(token)
+                logps.append(logp)
+                ended |= torch.isin(token, stop_tokens) | (limits <= len(sampled))
+                inputs = token[:, None]
+                is_token = torch.cat([is_token, torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+
+        rows = zip(
+            torch.stack(sampled, dim=1).tolist(),
+            torch.stack(logps, dim=1).tolist(),
+            lengths,
+            strict=True,
+        )
+        return [self.cut(tokens, logp, length) for tokens, logp, length in rows]
+
+    def prefill(self, model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Any]:
+        """The first inputs, which positions are tokens, and the cache of what comes before.
+
+        Each different prompt is computed once, except its last token, which is the first input.
+        A recurrent model has no cache that rows could share: its first inputs are whole prompts.
+        """
+        if is_recurrent(model):
+            inputs, is_token, _ = left_pad(prompts, model.device)
+            return inputs, is_token, None
+        rows: dict[tuple[int, ...], int] = {}
+        which = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+        which = torch.tensor(which, device=model.device)
+        cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in rows], which)
+        inputs = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
+        is_token = torch.cat([is_token, torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+        return inputs, is_token, cache
+
+    def cut(self, tokens: list[int], logp: list[float], length: int) -> Response:
+        """A response up to its first stop token, that token included, or to its length."""
+        for position, token in enumerate(tokens[:length]):
+            if token in self.stop_tokens:
+                length = position + 1
+                break
+        return tokens[:length], logp[:length]
+
+
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, [n] each; temperature 0 takes the most likely.
+
+    logits: [n, V]. The token is the first whose cumulative probability exceeds uniform, [n].
+    """
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1, keepdim=True)
+    else:
+        cumulative = logp.exp().cumsum(-1)
+        # Rounding keeps the total from being exactly 1.
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True)
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token[:, 0], logp.gather(-1, token)[:, 0]

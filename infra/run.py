@@ -1,0 +1,359 @@
+"""A run's folder: settings, logs, checkpoints, signals.
+
+    args.json         the settings              metrics.jsonl    one line per step
+    checkpoints/      step-000050/ and so on    rollouts.jsonl   some rollouts of each step
+    model/            the final policy          tensorboard/     the same metrics
+
+Checkpoints are written under another name and renamed, so a kill at any moment leaves complete
+ones. In float32 on a CPU a resumed run is bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor, nn
+
+from infra.cli import StopRun, first_line, out_of_memory, reject
+from infra.models import load_weights, save_model, seed_for
+
+# ------------------------------------------------------------------ files
+
+UNFINISHED = ".unfinished"  # suffix of what is being written or deleted
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield another name to write a file or folder under, then rename it to `path`.
+
+    Raises StopRun if it cannot be written.
+    """
+    partial = path.with_name(path.name + UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if partial.is_dir():
+            delete_folder(path)
+        partial.rename(path)
+    except Exception as error:  # torch and safetensors raise their own kinds on a full disk
+        delete_folder(partial)
+        if isinstance(error, StopRun):
+            raise
+        cause = first_line(error)
+        raise StopRun(f"{path} cannot be written; is the disk full? ({cause})") from error
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it."""
+    if folder.is_dir():
+        doomed = folder.with_name(f"{folder.name}.old{UNFINISHED}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what a killed run was writing."""
+    for pattern in (f"*{UNFINISHED}", f"checkpoints/*{UNFINISHED}"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def lock_folder(folder: Path, flag: str) -> filelock.FileLock:
+    """Create a folder and make this process its only writer. A kill releases the lock."""
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        reject(flag, folder, "another process is writing here")
+    except OSError as error:
+        reject(flag, folder, f"cannot be written: {error.strerror}")
+    return lock
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file, without a last line that a kill left incomplete."""
+    rows = []
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+# ------------------------------------------------------------------ the run
+
+# Metrics that at this value leave nothing to learn, and the warning after five such steps.
+NOTHING_TO_LEARN = {
+    "boxed": (0.0, "no response held a \\boxed{} answer: --instruction can ask for one"),
+    "zero_variance": (1.0, "in each group all rewards were equal, so GRPO's advantages are 0"),
+}
+
+
+class Run:
+    """The folder, the clock, the log and the checkpoints of one run."""
+
+    def __init__(self, args: Any) -> None:
+        script = Path(inspect.getfile(type(args))).stem
+        args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
+        self.args, self.folder = args, Path(args.run_dir)
+        self.settings = {"script": script, **vars(args), "resume": ""}
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.rollouts_file = self.folder / "rollouts.jsonl"
+        self.lock = lock_folder(self.folder, "--run-dir")
+        delete_unfinished(self.folder)
+        self.check_folder()
+
+        self.step = 0  # the last step that was logged
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}  # of the step's parts
+        self.failures, self.skipped_updates = 0, 0
+        self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)
+        self.first_gap = math.inf
+        self.interrupted, self.stopped = False, False
+
+    def check_folder(self) -> None:
+        """Reject a folder that holds another run, and exit if the run is finished."""
+        checkpoints = self.checkpoints()
+        last = step_of(checkpoints[-1]) if checkpoints else 0
+        if not self.args.resume and (checkpoints or self.metrics_file.exists()):
+            reject("--run-dir", self.folder, f"holds a run; resume it with --resume {self.folder}")
+        if self.args.steps < last:
+            reject("--steps", self.args.steps, f"the run has already reached step {last}")
+        if self.args.steps == last and (self.folder / "model").exists():
+            print(f"{self.folder} is finished after {last} steps; --steps can extend it")
+            raise SystemExit(0)
+
+    def steps(self) -> Iterator[int]:
+        """Yield the remaining step numbers, from 1.
+
+        The first SIGINT or SIGTERM finishes the step and saves; a second exits immediately.
+        """
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, self.interrupt)
+        try:
+            while self.step < self.args.steps and not self.stopped:
+                self.step_started = time.perf_counter()
+                self.seconds, self.skipped_updates = {}, 0
+                yield self.step + 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        os.write(2, b"\nfinishing the step, then saving; Ctrl-C again exits immediately\n")
+
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time spent inside to the step's seconds of that part."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def update_is_finite(self, loss: float, grad_norm: float) -> bool:
+        """Whether to take the optimiser's step. Raises StopRun after three that were skipped."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.failures = 0
+            return True
+        self.failures += 1
+        self.skipped_updates += 1
+        warn(f"loss {loss:g}, gradient norm {grad_norm:g}: update skipped")
+        if self.failures == 3:
+            raise StopRun("3 updates in a row were not finite")
+        return False
+
+    # -------------------------------------------------------------- logs
+
+    def log(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
+        """Write one step's metrics to metrics.jsonl and TensorBoard, and print some of them.
+
+        tokens: response tokens of a training step; 0 for the evaluation before training.
+        """
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if tokens:
+            metrics |= self.timing(tokens)
+            self.check_health(metrics)
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()  # a kill would lose up to two minutes of events
+        self.step = step
+
+        line = f"step {step} of {self.args.steps}"
+        for name in ("reward", "length", "entropy", "eval/accuracy"):
+            if name in metrics:
+                line += f"  {name} {metrics[name]:.3f}"
+        print(line, file=sys.stderr)
+
+    def timing(self, tokens: int) -> dict[str, float]:
+        total = time.perf_counter() - self.step_started
+        other = total - sum(self.seconds.values())
+        metrics = {f"seconds/{part}": spent for part, spent in self.seconds.items()}
+        metrics |= {"seconds/other": other, "seconds/step": total}
+        metrics |= {"tokens_per_second": tokens / total, "skipped_updates": self.skipped_updates}
+        if torch.cuda.is_available():
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return metrics
+
+    def check_health(self, metrics: dict[str, float]) -> None:
+        """Warn once if nothing can be learned, or if engine and trainer drift apart."""
+        for name, (value, why) in NOTHING_TO_LEARN.items():
+            idle = metrics.get(name) == value
+            self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
+            if self.idle_steps[name] == 5:
+                warn(f"warning: for 5 steps {why}")
+        gap = metrics.get("logp_gap/mean", 0.0)
+        if self.first_gap == math.inf:
+            self.first_gap = gap
+        if gap > max(3 * self.first_gap, 1e-3):  # below 1e-3 it is rounding
+            warn(f"warning: logp_gap/mean {gap:.2g} is three times that of the first step")
+            self.first_gap = gap
+
+    def log_rollouts(self, step: int, rollouts: Any, rewards: Tensor, **per_token: Tensor) -> None:
+        """Write the first --log-rollouts groups to rollouts.jsonl.
+
+        per_token: tensors [P, G, T], of which each rollout gets its response tokens' values.
+        """
+        per_token["tokens"] = rollouts.tokens
+        with self.rollouts_file.open("a") as file:
+            for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
+                for g, text in enumerate(rollouts.texts[p]):
+                    row = {"step": step, "problem": problem.text, "answer": problem.answer}
+                    row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
+                    for name, values in per_token.items():
+                        row[name] = values[p, g][rollouts.mask[p, g]].tolist()
+                    file.write(json.dumps(row) + "\n")
+
+    def open_logs(self) -> None:
+        """Write args.json, discard what was logged after the checkpoint, start TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with atomic_write(self.folder / "args.json") as partial:
+            partial.write_text(json.dumps(self.settings, indent=1))
+        first = self.step + 1 if self.step else 0  # the evaluation before training is step 0
+        for path in (self.metrics_file, self.rollouts_file):
+            rows = [row for row in read_lines(path) if row["step"] < first]
+            with atomic_write(path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        delete_folder(self.folder / "model")  # of fewer steps
+        if self.args.wandb_project:
+            import wandb
+
+            wandb.init(
+                project=self.args.wandb_project,
+                id=self.folder.name,  # so that a resumed run continues there
+                resume="allow",
+                config=self.settings,
+                sync_tensorboard=True,
+            )
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)
+
+    # -------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
+
+    def restore(self, policy: nn.Module, **state: Any) -> None:
+        """Load the newest checkpoint that loads, if there is one, then open the logs.
+
+        state: objects with a state_dict, under the names that `save` gets.
+        """
+        torch.manual_seed(seed_for(self.args.seed, "training"))
+        checkpoints = self.checkpoints()
+        for folder in reversed(checkpoints):
+            try:
+                self.load(folder, policy, state)
+                break
+            except Exception as error:  # torch and safetensors raise many kinds
+                if out_of_memory(error):
+                    raise
+                warn(f"{folder} does not load ({first_line(error)}); trying an older checkpoint")
+        if checkpoints and not self.step:
+            reject("--resume", self.folder, "none of its checkpoints loads")
+        self.open_logs()
+
+    def load(self, folder: Path, policy: nn.Module, state: dict[str, Any]) -> None:
+        saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        load_weights(policy, folder)
+        for name, owner in state.items():
+            owner.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        self.step = step_of(folder)
+
+    def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
+        """Write a checkpoint every --save-every steps, after the last, and when interrupted."""
+        self.stopped = self.interrupted
+        due = self.args.save_every and step % self.args.save_every == 0
+        if not (due or step == self.args.steps or self.stopped):
+            return
+        for weight in policy.parameters():
+            if not weight.isfinite().all():
+                raise StopRun("the weights are not finite")
+        trainer = {name: owner.state_dict() for name, owner in state.items()}
+        trainer["rng"] = torch.get_rng_state()
+        with atomic_write(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
+            policy.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            torch.save(trainer, folder / "trainer.pt")
+        self.delete_old_checkpoints(step)
+
+    def delete_old_checkpoints(self, step: int) -> None:
+        """Keep the latest --keep-checkpoints, and the one with the best held-out accuracy."""
+        accuracy = {}
+        for row in read_lines(self.metrics_file):
+            if "eval/accuracy" in row:
+                accuracy[row["step"]] = row["eval/accuracy"]
+        # A checkpoint of a later step did not load, or the run would have resumed from it.
+        loadable = [folder for folder in self.checkpoints() if step_of(folder) <= step]
+        best = max(reversed(loadable), key=lambda folder: accuracy.get(step_of(folder), -1))
+        for folder in loadable[: -self.args.keep_checkpoints]:
+            if folder != best:
+                delete_folder(folder)
+
+    def finish(self, policy: nn.Module, tokenizer: Any) -> None:
+        """Write model/, the policy as an ordinary model folder, and print the result."""
+        self.board.close()
+        if self.stopped and self.step < self.args.steps:
+            raise KeyboardInterrupt
+        with atomic_write(self.folder / "model") as folder:
+            save_model(policy, tokenizer, folder)
+        rows = [row for row in read_lines(self.metrics_file) if "eval/accuracy" in row]
+        for label, row in zip(("before", "after"), rows[:1] + rows[-1:], strict=False):
+            low, high = row["eval/accuracy_low"], row["eval/accuracy_high"]
+            print(
+                f"held-out accuracy {label:6}  {row['eval/accuracy']:.3f}  "
+                f"95% interval [{low:.3f}, {high:.3f}]  greedy {row['eval/greedy']:.3f}"
+            )
+        print(f"wall time {time.perf_counter() - self.started:.0f} s")
+        print(f"checkpoint {self.folder / 'model'}")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)

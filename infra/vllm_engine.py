@@ -1,0 +1,201 @@
+"""The rollout engine: vLLM in this process. `make_engine` chooses between it and transformers."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from infra.cli import StopRun, progress_bar, reject, require
+from infra.models import base_model, device, eos_ids, is_recurrent, merged_weights, precision
+
+Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
+
+# vLLM reads these when it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+class Engine:
+    """Rolls out the policy. VLLMEngine and HFEngine add sync and generate."""
+
+    def __init__(self, policy: nn.Module, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.stop_tokens = eos_ids(policy, tokenizer)
+        self.vocab_size = base_model(policy).config.get_text_config().vocab_size
+
+    def decode(self, responses: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def sleep(self) -> None:
+        """Give memory to the update. `sync` wakes the engine."""
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory unless it is asked
+            libc.malloc_trim(0)
+
+
+class VLLMEngine(Engine):
+    """vLLM in this process, so that weights pass by reference."""
+
+    def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        super().__init__(policy, tokenizer)
+        on_cuda = device(args).type == "cuda"
+        if precision(args) is torch.float32:  # otherwise Triton's attention computes in TF32
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        if not on_cuda:  # vLLM would compile with g++, which not every machine has
+            torch._dynamo.config.disable = True
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        import vllm
+
+        body = type(base_model(policy).base_model)
+        constructor = body.__init__
+        self.sampling_params = vllm.SamplingParams
+        self.on_cuda = on_cuda
+        if on_cuda:
+            for_device = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
+            for_device |= {"max_num_seqs": 512}
+        else:
+            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
+            for_device = {"enable_chunked_prefill": False}
+            for_device |= {"max_num_batched_tokens": max(context, 8192)}
+            for_device |= {"max_num_seqs": min(args.prompts_per_step * args.group_size, 512)}
+        self.llm = vllm.LLM(
+            args.model,
+            dtype=str(precision(args)).removeprefix("torch."),
+            max_model_len=context,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled
+            hf_overrides={"head_dtype": "float32"},  # as the trainer computes its logits
+            generation_config="vllm",  # no top-p or top-k from the model's folder
+            enforce_eager=not on_cuda,
+            enable_prefix_caching=True,
+            use_tqdm_on_load=False,
+            trust_remote_code=args.trust_remote_code,
+            seed=args.seed,
+            **for_device,
+        )
+        # vLLM runs transformers' class for a model that it has no class for, and patches that
+        # class so that it compiles. The policy may be of that class and must not be compiled.
+        body.__init__ = constructor
+        body.do_not_compile = True
+
+        [self.model] = self.llm.apply_model(lambda model: model)  # it is in this process
+        self.syncs = 0
+        # vLLM's Gemma 2 has no LM head, so a tied one must not be handed to it.
+        in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
+        self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
+
+    def sync(self, policy: nn.Module) -> None:
+        """Load the policy's weights, a tied LM head included.
+
+        Raises StopRun if the second sync, the first after an update, did not load them.
+        """
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(policy)})
+        self.syncs += 1
+        if self.syncs == 2:
+            self.check_vectors(policy)
+        if self.on_cuda:  # after the weights, because merging LoRA takes memory
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def weights(self, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in merged_weights(policy):
+            if name not in self.not_in_vllm:
+                yield name, weight
+
+    def check_vectors(self, policy: nn.Module) -> None:
+        """Compare every vector, such as a norm's weight, that has the same name in both models.
+
+        tools/check_model.py compares matrices too, which vLLM fuses, transposes or packs.
+        """
+        in_engine = dict(self.model.named_parameters())
+        for name, weight in merged_weights(policy):
+            if weight.dim() == 1 and name in in_engine:
+                loaded = in_engine[name]
+                if not loaded.equal(weight.to(loaded.device, loaded.dtype)):
+                    raise StopRun(
+                        f"vLLM holds stale weights: {name} differs from the policy's after a sync; "
+                        "try --engine transformers"
+                    )
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+    ) -> list[Response]:
+        """One response to each prompt, of at most that many tokens, sampled with its own seed."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        sampling = [
+            self.sampling_params(
+                seed=seed,
+                max_tokens=length,
+                temperature=temperature,
+                logprobs=0,  # of the sampled token alone
+                stop_token_ids=self.stop_tokens,
+                detokenize=False,
+            )
+            for seed, length in zip(seeds, lengths, strict=True)
+        ]
+        # vLLM divides by the bar's elapsed time, which is 0 if tqdm has disabled the bar.
+        bar = progress_bar if sys.stderr.isatty() else False
+        responses = []
+        for output in self.llm.generate(requests, sampling, use_tqdm=bar):
+            tokens = list(output.outputs[0].token_ids)
+            logprobs = output.outputs[0].logprobs
+            logp = [at[token].logprob for at, token in zip(logprobs, tokens, strict=True)]
+            responses.append((tokens, logp))
+        return responses
+
+    def sleep(self) -> None:
+        if self.on_cuda:
+            self.llm.sleep(level=2)  # drops the weights, because each sync writes them
+
+
+def why_not_vllm(args: Any, policy: nn.Module) -> str:
+    """The reason why vLLM cannot roll out this policy, or an empty text."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed; see README.md"
+    if any(name.endswith(".experts") for name, _ in policy.named_modules()):
+        return "the model is a mixture of experts, whose logits differ in vLLM after a sync"
+    if is_recurrent(policy):
+        return "some layers keep a recurrent state, which was not tried with vLLM"
+    from vllm.platforms import current_platform
+
+    of_vllm, wanted = current_platform.device_type, device(args).type
+    if of_vllm != wanted:
+        return f"the installed vLLM runs on {of_vllm} here, not on {wanted}"
+    return ""
+
+
+def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: list[Any]) -> Engine:
+    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets."""
+    lengths = [len(problem.prompt) for problems in problem_sets for problem in problems]
+    context = max(lengths) + args.max_new_tokens
+    limit = getattr(base_model(policy).config, "max_position_embeddings", context)
+    if context > limit:
+        room = max(0, limit - args.max_new_tokens)
+        too_long = sum(length > room for length in lengths)
+        why = (
+            f"{too_long} of {len(lengths)} prompts leave less than that in the model's context of "
+            f"{limit} tokens; --max-prompt-tokens {room} discards them"
+        )
+        reject("--max-new-tokens", args.max_new_tokens, why)
+
+    if args.engine != "transformers":
+        why_not = why_not_vllm(args, policy)
+        require(args.engine == "auto" or not why_not, "--engine", args.engine, why_not)
+        if not why_not:
+            return VLLMEngine(args, policy, tokenizer, context)
+    from infra.hf_engine import HFEngine
+
+    return HFEngine(args, policy, tokenizer, context)
