@@ -1062,13 +1062,3 @@ def test_resume_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
     killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
     script(command[0], "--resume", str(killed))
     assert_same(tmp_path / "alone", killed)
-
-
-def test_short_soak(tiny_model: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments; benchmark/soak.py has the long one."""
-    results = tmp_path / "results.json"
-    command = ["benchmark/soak.py", "--engine", "transformers", "--kills", "4", "--steps", "20"]
-    folders = ["--folder", str(tmp_path / "soak"), "--results", str(results)]
-    script(*command, *folders, *SHORT.split(), "--eval-every", "4")
-    result = json.loads(results.read_text())
-    assert result["kills"] == 4 and all(result["same"].values())
