@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -140,17 +140,19 @@ def first_token_logits(policy: nn.Module, prompts: list[list[int]], args: Args) 
 
 def choose_openers(
     policy: nn.Module,
-    tokenizer: Any,
+    engine: common.Engine,
     prompts: list[list[int]],
     args: Args,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Every rollout's first token and its rank among the candidates, from 1: two [P, G].
 
-    Special tokens are never chosen, nor ids beyond the tokenizer's, which pad the embedding.
+    Special tokens and tokens that end a response are never chosen, nor ids beyond the tokenizer's,
+    which pad the embedding.
     """
+    tokenizer = engine.tokenizer
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
+    special.update(tokenizer.all_special_ids, engine.stop_tokens)
     logits = first_token_logits(policy, prompts, args).cpu()
     logits[:, sorted(special)] = -math.inf  # Eq. forbidden openers [open]
     logits[:, len(tokenizer) :] = -math.inf
@@ -176,7 +178,7 @@ def roll_out_openers(
     """`common.roll_out` with chosen first tokens. Each rollout's note is the rank of its own."""
     generator = torch.Generator().manual_seed(common.seed_for(*seed, "openers"))
     prompts = [problem.prompt for problem in problems]
-    tokens, ranks = choose_openers(policy, engine.tokenizer, prompts, args, generator)
+    tokens, ranks = choose_openers(policy, engine, prompts, args, generator)
     groups = common.roll_out(engine, problems, args, seed, first_tokens=tokens)
     for group, of_group in zip(groups, ranks.tolist(), strict=True):
         group.notes = of_group

@@ -106,14 +106,15 @@ class Tokenizer:
         return 90
 
 
-FORBIDDEN = [0, 1, 3, *range(90, 100)]
+ENGINE = SimpleNamespace(tokenizer=Tokenizer(), stop_tokens=[2])
+FORBIDDEN = [0, 1, 2, 3, *range(90, 100)]
 
 
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The policy's logits of first tokens: forbidden tokens are the likeliest, then 4."""
     logits = random_logits()
-    logits[:, [0, 1, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15])
+    logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
     monkeypatch.setattr(reft, "first_token_logits", lambda *_: logits.clone())
     return logits
 
@@ -121,7 +122,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
 def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
     args = SimpleNamespace(candidates=20, openers=4, group_size=8)
     vars(args).update(numbers)
-    return choose_openers(None, Tokenizer(), [[5]] * 50, args, seeded())
+    return choose_openers(None, ENGINE, [[5]] * 50, args, seeded())
 
 
 def test_special_and_unknown_tokens_never_open(logits: Tensor):
