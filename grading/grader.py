@@ -94,8 +94,8 @@ class Cache:
 
         self.verdicts = {}
         with suppress(OSError):  # no cache yet
-            for line in self.path.read_text().splitlines():
-                with suppress(ValueError):  # a line that a kill left incomplete
+            for line in self.path.read_text(errors="replace").splitlines():
+                with suppress(ValueError, TypeError):  # a line that a kill left incomplete
                     text, verdict = json.loads(line)
                     self.verdicts[text] = verdict
 

@@ -426,8 +426,8 @@ def test_readable_references_are_cached(stand_in: Callable, started: list[Worker
     with Grader() as grader:
         first = grader.readable(references)
         assert first == [True, True, False, True, False, True]
-    with Cache().path.open("a") as file:
-        file.write('\n["torn')
+    with Cache().path.open("ab") as file:
+        file.write(b'\n7\n\xff\n["torn')
     stand_in("raise ImportError('no worker is wanted')")
     started.clear()
     with Grader() as grader:
