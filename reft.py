@@ -48,21 +48,14 @@ class Args(common.RunArgs):
     """K: different first tokens in a group (paper: 4)"""
     mask_opener: bool = False
     """leave the first token out of the loss"""
-    base: Literal["grpo", "dapo"] = "grpo"
-    """dapo: --dynamic-sampling, --clip-high 0.28 and --loss-average token"""
 
     def __post_init__(self) -> None:
-        if self.base == "dapo":
-            unchanged = self.clip_high in (Args.clip_high, 0.28) and self.loss_average == "token"
-            why = "sets --clip-high and --loss-average: use --base grpo"
-            common.require(unchanged, "--base", "dapo", why)
-            self.dynamic_sampling, self.clip_high = True, 0.28
         super().__post_init__()
-        try:
-            check_openers(self.candidates, self.openers, self.group_size)
-        except ValueError as error:
-            flags, why = str(error).split(": ")
-            common.reject(*flags.rsplit(" ", 1), why)
+        why = f"must be from 1 to --candidates {self.candidates}"
+        common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
+        why = f"must be a multiple of --openers {self.openers}"
+        divides = self.group_size % self.openers == 0
+        common.require(divides, "--group-size", self.group_size, why)
         why = "must leave room after the first token"
         common.require(self.max_new_tokens > 1, "--max-new-tokens", self.max_new_tokens, why)
 
@@ -84,17 +77,6 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     return torch.where(varied, advantages, 0.0)
 
 
-def check_openers(candidates: int, openers: int, group_size: int) -> None:
-    """Raises ValueError for numbers that do not fit together."""
-    flags = f"--candidates {candidates} --openers {openers} --group-size {group_size}"
-    if min(candidates, openers, group_size) < 1:
-        raise ValueError(f"{flags}: each must be at least 1")
-    if openers > candidates:
-        raise ValueError(f"{flags}: --openers must not exceed --candidates")
-    if group_size % openers:
-        raise ValueError(f"{flags}: --group-size must be a multiple of --openers")
-
-
 def pick_first_tokens(
     logits: Tensor,
     *,
@@ -106,15 +88,16 @@ def pick_first_tokens(
     """The first token of every rollout of every prompt: [P, V] -> [P, G] token ids.
 
     logits: [P, V], or any values that rank tokens alike; -inf for tokens that cannot be chosen.
-    Raises ValueError as `check_openers` does, or if a prompt has fewer than `candidates` tokens.
+    Raises ValueError if the numbers do not fit together, or if a prompt has too few candidates.
     """
-    check_openers(candidates, openers, group_size)
     prompts, vocabulary = logits.shape
-    if candidates > vocabulary:
-        raise ValueError(f"--candidates {candidates} exceeds the vocabulary of {vocabulary} tokens")
+    if not 1 <= openers <= candidates <= vocabulary:
+        raise ValueError(f"1 <= {openers=} <= {candidates=} <= {vocabulary=} does not hold")
+    if group_size < 1 or group_size % openers:
+        raise ValueError(f"{group_size=} must be a multiple of {openers=}")
     likeliest = logits.topk(candidates)  # Eq. candidates [paper]
     if not likeliest.values.isfinite().all():
-        raise ValueError(f"--candidates {candidates}: a prompt has fewer allowed tokens")
+        raise ValueError(f"a prompt has fewer than {candidates=} tokens to choose from")
     # The ranks of independent uniform numbers are a random permutation.
     permutation = torch.rand(prompts, candidates, generator=generator).argsort(-1)
     drawn = permutation[:, :openers].to(logits.device)  # Eq. distinct openers [second-hand]

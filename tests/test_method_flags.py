@@ -63,11 +63,9 @@ REJECTED = [  # script, settings, how the message begins
     ("arca", {"lora_rank": 0}, "--lora-rank 0: "),
     ("arca", {"sharpening": -1.0}, "--sharpening -1.0: "),
     ("reft", {"max_new_tokens": 1}, "--max-new-tokens 1: "),
-    (
-        "reft",
-        {"openers": 3},
-        "--candidates 20 --openers 3 --group-size 8: --group-size must be a multiple of --openers",
-    ),
+    ("reft", {"openers": 0}, "--openers 0: must be from 1 to --candidates 20"),
+    ("reft", {"openers": 21}, "--openers 21: must be from 1 to --candidates 20"),
+    ("reft", {"openers": 3}, "--group-size 8: must be a multiple of --openers 3"),
     ("vineppo", {"continuations": 0}, "--continuations 0: "),
     ("vineppo", {"step_end": "("}, "--step-end (: "),
 ]
@@ -79,8 +77,6 @@ WITHOUT_EFFECT = [
     ("gtpo", {"level": "sequence", "loss_average": "constant"}, "--loss-average constant: "),
     ("holderpo", {"schedule": "constant", "p_end": 1.0}, "--p-end 1.0: "),
     ("arca", {"credit": "uniform", "sharpening": 3.0}, "--sharpening 3.0: "),
-    ("reft", {"base": "dapo", "clip_high": 0.3}, "--base dapo: "),
-    ("reft", {"base": "dapo", "loss_average": "sequence"}, "--base dapo: "),
 ]
 
 
