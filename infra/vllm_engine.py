@@ -68,14 +68,6 @@ class VLLMEngine(Engine):
         constructor = body.__init__
         self.sampling_params = vllm.SamplingParams
         self.on_cuda = on_cuda
-        if on_cuda:
-            for_device = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
-            for_device |= {"max_num_seqs": 512}
-        else:
-            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
-            for_device = {"enable_chunked_prefill": False}
-            for_device |= {"max_num_batched_tokens": max(context, 8192)}
-            for_device |= {"max_num_seqs": min(args.prompts_per_step * args.group_size, 512)}
         self.llm = vllm.LLM(
             args.model,
             dtype=str(precision(args)).removeprefix("torch."),
@@ -88,7 +80,7 @@ class VLLMEngine(Engine):
             use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
             seed=args.seed,
-            **for_device,
+            **self.device_options(args, context),
         )
         # vLLM runs transformers' class for a model that it has no class for, and patches that
         # class so that it compiles. The policy may be of that class and must not be compiled.
@@ -100,6 +92,20 @@ class VLLMEngine(Engine):
         # vLLM's Gemma 2 has no LM head, so a tied one must not be handed to it.
         in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
         self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
+
+    def device_options(self, args: Any, context: int) -> dict[str, Any]:
+        if self.on_cuda:
+            return {
+                "gpu_memory_utilization": args.gpu_memory,
+                "enable_sleep_mode": True,
+                "max_num_seqs": 512,
+            }
+        return {
+            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, 8192),
+            "max_num_seqs": min(args.prompts_per_step * args.group_size, 512),
+        }
 
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, a tied LM head included.
