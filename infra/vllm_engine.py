@@ -110,14 +110,14 @@ class VLLMEngine(Engine):
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, a tied LM head included.
 
-        Raises StopRun if the second sync, the first after an update, did not load them.
+        Raises StopRun if one of the first three syncs of a run did not load them.
         """
         if self.on_cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(policy)})
         self.syncs += 1
-        if self.syncs == 2:
+        if self.syncs <= 3:  # the third sync at the latest follows an update
             self.check_vectors(policy)
         if self.on_cuda:  # after the weights, because merging LoRA takes memory
             torch.cuda.empty_cache()
