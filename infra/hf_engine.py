@@ -114,7 +114,9 @@ class HFEngine(Engine):
 
 def uniform_numbers(seed: int, count: int) -> Tensor:
     """The numbers of a response's own generator, one per token: [T]."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return torch.rand(count, generator=generator)
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
