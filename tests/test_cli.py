@@ -1,296 +1,377 @@
-"""The command line: what it refuses, how a run is interrupted, and how it goes on."""
+"""The command line of every script: its help, the settings that it rejects, and --resume."""
 
+import ast
 import dataclasses
+import gc
 import importlib
 import json
-import os
-import shutil
-import signal
-import subprocess
+import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
-from conftest import ROOT, read_metrics, save_model
-from run import check, launch, parse_args
+from conftest import ROOT, save_model
 
+import common
 import grpo
-import holderpo
+from infra.cli import MAY_CHANGE, flag_of, launch, parse_args
+from infra.run import Run
 
-Command = Callable[..., list[str]]
-
-
-@pytest.fixture
-def command(tied_model: Path, problem_file: Path, tmp_path: Path) -> Command:
-    """The flags of a short run, and more of them."""
-
-    def command(*more: str) -> list[str]:
-        flags = {
-            "--model": tied_model,
-            "--dataset": problem_file,
-            "--eval-dataset": problem_file,
-            "--engine": "transformers",
-            "--device": "cpu",
-            "--steps": 2,
-            "--prompts-per-step": 2,
-            "--group-size": 2,
-            "--max-new-tokens": 8,
-            "--lr": 1e-3,
-            "--eval-problems": 2,
-            "--eval-samples": 2,
-            "--run-dir": tmp_path / "run",
-        }
-        flags |= dict(zip(more[::2], more[1::2], strict=True))
-        return [str(word) for flag in flags.items() for word in flag]
-
-    return command
-
-
-def start(arguments: list[str], **options: object) -> subprocess.Popen:
-    script = [sys.executable, "-W", "ignore", str(ROOT / "grpo.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(script + arguments, cwd=ROOT, **pipes, **options)
+SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 
 
 @pytest.fixture
-def refusal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[[list[str]], str]:
-    """Runs grpo.py in this process; returns the one line with which it refuses its arguments."""
+def rejection(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """The one line with which a command line is rejected, without "error: "."""
 
-    def refusal(arguments: list[str], script: str = "grpo") -> str:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    def rejection(script: str, *command: str) -> str:
         module = importlib.import_module(script)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", [f"{script}.py", *command])
             launch(module.main, module.Args)
         assert stop.value.code == 2
+        del stop
+        gc.collect()  # the exception's frames hold the lock of the run's folder
         output = capsys.readouterr()
         assert output.out == ""
         (line,) = output.err.splitlines()
-        return line
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
 
-    return refusal
-
-
-# ------------------------------------------------------------------------------- numbers
+    return rejection
 
 
-LEAST, ABOVE, BELOW = "must be at least 0 and finite", "must be above 0", "must be below 1"
-NO_ADAPTERS = "changes nothing without --lora-rank"
-IMPOSSIBLE = [
+# ------------------------------------------------------------------ help
+
+
+def texts(path: Path, name: str) -> dict[str, str]:
+    """The comment or the docstring of each field of a dataclass."""
+    source = path.read_text()
+    (node,) = (n for n in ast.parse(source).body if getattr(n, "name", "") == name)
+    found = {}
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+            comment = source.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+            found[field.target.id] = comment or after.value.value
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_setting_with_its_text(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    args = importlib.import_module(script).Args
+    with pytest.raises(SystemExit) as stop:
+        parse_args(args, ["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    assert len(printed.out.splitlines()) <= 110
+    shown = re.sub(r"[\s│]", "", printed.out)
+    assert args.__module__ == script and f"{script}.py" in shown
+    described = texts(ROOT / "common.py", "RunArgs") | texts(ROOT / f"{script}.py", "Args")
+    for field in dataclasses.fields(args):
+        prefix = "--no-" if field.default is True else "--"
+        assert prefix + field.name.replace("_", "-") in shown
+        assert re.sub(r"\s", "", described[field.name]) in shown, field.name
+
+
+# ------------------------------------------------------------------ impossible settings
+
+LEAST, ABOVE, BELOW, FINITE = (
+    *("must be at least 0", "must be above 0", "must be below 1", "must be finite"),
+)
+ALONE = "has no effect without --lora-rank"
+NO_WARMUP = "has no effect with --lr-schedule constant: use constant_with_warmup"
+REJECTED = [  # script, flags, the message after the last flag
     ("grpo", "--group-size 1", "must be at least 2"),
     ("grpo", "--prompts-per-step 0", ABOVE),
     ("grpo", "--max-new-tokens 0", ABOVE),
     ("grpo", "--max-prompt-tokens 0", ABOVE),
     ("grpo", "--steps 0", ABOVE),
     ("grpo", "--token-budget 0", ABOVE),
+    ("grpo", "--temperature 0.0", ABOVE),
+    ("grpo", "--lr 0.0", ABOVE),
+    ("grpo", "--lr nan", FINITE),
+    ("grpo", "--max-grad-norm 0.0", ABOVE),
     ("grpo", "--eval-every -1", LEAST),
     ("grpo", "--lora-rank -1", LEAST),
     ("grpo", "--kl -1.0", LEAST),
     ("grpo", "--overlong-buffer -4", LEAST),
-    ("grpo", "--overlong-buffer 9", "must be at most --max-new-tokens 8"),
-    ("grpo", "--updates-per-rollout 3", "must divide --prompts-per-step 2"),
-    ("grpo", "--temperature 0.0", ABOVE),
-    ("grpo", "--lr nan", LEAST),
-    ("grpo", "--lr 0.0", ABOVE),
-    ("grpo", "--max-grad-norm 0.0", ABOVE),
     ("grpo", "--weight-decay -0.1", LEAST),
-    ("grpo", "--clip-low 1.0", BELOW),
     ("grpo", "--clip-low -0.1", LEAST),
     ("grpo", "--clip-high -0.1", LEAST),
-    ("grpo", "--gpu-memory 1.0", BELOW),
     ("grpo", "--max-logp-gap -1.0", LEAST),
+    ("grpo", "--gpu-memory 1.0", BELOW),
     ("grpo", "--lora-rank 2 --lora-dropout 1.0", BELOW),
-    ("grpo", "--lora-dropout 0.1", NO_ADAPTERS),
-    ("grpo", "--lora-alpha 4", NO_ADAPTERS),
-    ("grpo", "--generation-rounds 3", "changes nothing without --dynamic-sampling"),
-    (
-        "grpo",
-        "--warmup-steps 2 --warmup-ratio 0.1",
-        "cannot be given together with --warmup-steps 2",
-    ),
-    ("grpo", "--warmup-ratio 1.0", BELOW),
-    ("ep_grpo", "--eta -1.0", LEAST),
-    ("ep_grpo", "--gamma inf", LEAST),
+    ("grpo", "--lr-schedule linear --warmup-ratio 1.0", BELOW),
+    ("grpo", "--overlong-buffer 1025", "must be at most --max-new-tokens 1024"),
+    ("grpo", "--updates-per-rollout 3", "must divide --prompts-per-step 16"),
+    ("grpo", "--lora-dropout 0.1", ALONE),
+    ("grpo", "--lora-alpha 4", ALONE),
+    ("grpo", "--generation-rounds 3", "has no effect without --dynamic-sampling"),
+    ("grpo", "--warmup-ratio 0.1", NO_WARMUP),
     ("ep_grpo", "--buckets 0", ABOVE),
+    ("ep_grpo", "--gamma -1.0", LEAST),
+    ("ep_grpo", "--gamma inf", FINITE),
+    ("ep_grpo", "--eta -0.1", LEAST),
+    ("erpo", "--buckets 0", ABOVE),
+    ("erpo", "--gamma -1.0", LEAST),
+    ("erpo", "--eta -0.1", LEAST),
     ("erpo", "--sigma-target 0.0", ABOVE),
-    ("holderpo", "--p-end inf", "must be finite"),
+    ("gtpo", "--alpha2 -0.1", LEAST),
+    ("gtpo", "--alpha2 nan", FINITE),
+    ("gtpo", "--entropy-clamp 0.3 0.2", "needs 0 <= LOW <= HIGH"),
+    ("gtpo", "--entropy-clamp -1.0 0.2", "needs 0 <= LOW <= HIGH"),
+    ("gtpo", "--overlong-gamma 0.5", "must lie in (0.5, 1], or be 0: off"),
+    ("gtpo", "--overlong-gamma 1.5", "must lie in (0.5, 1], or be 0: off"),
+    ("gtpo", "--overlong-buffer 8", "only verdicts count here"),
+    ("gtpo", "--alpha2 0.0 --entropy-clamp 0.2 0.28", "has no effect with --alpha2 0"),
+    ("gtpo", "--level sequence --normalize own-set", "has no effect with --level sequence"),
+    ("gtpo", "--level sequence --normalize joint", "has no effect with --level sequence"),
+    ("gtpo", "--level sequence --loss-average constant", "has no effect with --level sequence"),
+    ("holderpo", "--clip 0.0", "must be above 0 and below 1"),
+    ("holderpo", "--clip 1.0", "must be above 0 and below 1"),
+    ("holderpo", "--p-start nan", FINITE),
+    ("holderpo", "--p-end inf", FINITE),
+    ("holderpo", "--schedule constant --p-end 1.0", "has no effect with --schedule constant"),
     ("arca", "--lora-rank 0", "ARCA compares the model with and without LoRA"),
+    ("arca", "--sharpening -1.0", LEAST),
+    ("arca", "--credit uniform --sharpening 3.0", "has no effect with --credit uniform"),
+    ("reft", "--max-new-tokens 1", "must leave room after the first token"),
+    ("reft", "--openers 0", "must be from 1 to --candidates 20"),
+    ("reft", "--openers 21", "must be from 1 to --candidates 20"),
+    ("reft", "--openers 3", "must be a multiple of --openers 3"),  # of --group-size 8
+    ("vineppo", "--continuations 0", "must be at least 1"),
+    ("vineppo", "--step-end (", "is not a regular expression"),
 ]
 
 
-@pytest.mark.parametrize(("script", "flags", "why"), IMPOSSIBLE, ids=lambda text: text)
-def test_impossible_number(refusal: Callable, command: Command, script: str, flags: str, why: str):
-    last = " ".join(flags.split()[-2:])
-    assert refusal(command(*flags.split()), script) == f"error: {last}: {why}"
+@pytest.mark.parametrize(("script", "flags", "why"), REJECTED)
+def test_rejected_before_anything_is_loaded(
+    rejection: Callable, script: str, flags: str, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("Run", "Grader", "load_tokenizer", "load_policy"):
+        monkeypatch.setattr(common, name, lambda *_: pytest.fail("something is loaded"))
+    line = rejection(script, *flags.split())
+    flag, *values = flags[flags.rindex("--") :].split()
+    value = values[0] if len(values) == 1 else f"({', '.join(values)})"
+    if why.endswith("multiple of --openers 3"):
+        flag, value = "--group-size", "8"
+    assert line.startswith(f"{flag} {value}: {why}")
 
 
-def test_numbers_that_are_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """At the edge of what is refused."""
-    flags = "--kl 0 --clip-low 0 --warmup-ratio 0.99 --eval-every 0 --overlong-buffer 1024"
-    flags += " --generation-rounds 3 --dynamic-sampling --lora-rank 2 --lora-dropout 0.5 --seed 0"
-    check(parse_args(grpo.Args, flags.split()))
-    check(parse_args(holderpo.Args, ["--p-start", "-3", "--p-end", "0"]))
+def test_values_at_the_edge_are_accepted():
+    flags = "--kl 0 --clip-low 0 --eval-every 0 --overlong-buffer 1024 --generation-rounds 3"
+    flags += " --dynamic-sampling --lora-rank 2 --lora-dropout 0.5 --seed 0"
+    flags += " --lr-schedule cosine --warmup-ratio 0.99"
+    parse_args(grpo.Args, flags.split())
+    holderpo = importlib.import_module("holderpo").Args
+    assert parse_args(holderpo, ["--p-start", "-3", "--p-end", "0"]).p_start == -3
 
 
-def test_refused_before_anything_is_loaded(command: Command):
-    """In a real process: exit code 2, one line, and no time to import a model."""
-    run = start(command("--group-size", "1"))
-    out, err = run.communicate(timeout=300)
-    assert (run.returncode, out) == (2, "")
-    assert err == "error: --group-size 1: must be at least 2\n"
+# ------------------------------------------------------------------ models and problems
 
 
-# ------------------------------------------------------------------------------- model and data
+@pytest.fixture
+def command(make_args: Callable, tmp_path: Path) -> Callable[..., list[str]]:
+    """The flags of a short run that differ from the defaults, and others."""
+
+    def command(**settings: Any) -> list[str]:
+        words = []
+        for name, value in vars(make_args(**settings)).items():
+            if value != getattr(grpo.Args, name):
+                words += [flag_of(name), str(value)]
+        return words
+
+    return command
 
 
-def test_missing_model(refusal: Callable, command: Command, tmp_path: Path):
-    missing = tmp_path / "no" / "model"
-    assert refusal(command("--model", str(missing))).startswith(f"error: --model {missing}: ")
+def test_missing_model(rejection: Callable, command: Callable, tmp_path: Path):
+    missing = str(tmp_path / "no" / "model")
+    line = rejection("grpo", *command(model=missing))
+    assert line.startswith(f"--model {missing}: cannot be loaded")
 
 
 @pytest.mark.parametrize("absent", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_incomplete_model(refusal: Callable, command: Command, tmp_path: Path, absent: str):
+def test_incomplete_model(rejection: Callable, command: Callable, tmp_path: Path, absent: str):
     folder = save_model(tmp_path / "model", tied=True, pad="<|im_end|>", eos=("<|im_end|>",))
     (folder / absent).unlink()
-    assert refusal(command("--model", str(folder))).startswith(f"error: --model {folder}: ")
-
-
-@pytest.mark.parametrize("flag", ["--dataset", "--eval-dataset"])
-def test_missing_dataset(
-    refusal: Callable,
-    command: Command,
-    tmp_path: Path,
-    flag: str,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(grpo, "load_policy", lambda _: pytest.fail("the weights were loaded first"))
-    missing = tmp_path / "nothing.jsonl"
-    assert (
-        refusal(command(flag, str(missing))) == f"error: {flag} {missing}: no such file or folder"
-    )
+    line = rejection("grpo", *command(model=str(folder)))
+    assert line.startswith(f"--model {folder}: ")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (None, ["no such file or folder"]),
         ("", ["holds no problems"]),
         ('{"frage": 1}\n', ["found: ['frage']", "problem", "question", "--question-column"]),
         ('{"problem": "1", "answer": "1"}\n{"problem":\n', ["JSONDecodeError", "line 3"]),
     ],
-    ids=["empty", "columns", "broken line"],
+    ids=["missing", "empty", "columns", "broken line"],
 )
+@pytest.mark.parametrize("name", ["dataset", "eval_dataset"])
 def test_unusable_dataset(
-    refusal: Callable, command: Command, tmp_path: Path, content: str, words: list[str]
+    rejection: Callable,
+    command: Callable,
+    tmp_path: Path,
+    name: str,
+    content: str | None,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(common, "load_policy", lambda _: pytest.fail("the weights were loaded"))
     path = tmp_path / "data.jsonl"
-    path.write_text(content)
-    line = refusal(command("--dataset", str(path)))
-    assert line.startswith(f"error: --dataset {path}: ")
+    if content is not None:
+        path.write_text(content)
+    line = rejection("grpo", *command(**{name: str(path)}))
+    assert line.startswith(f"{flag_of(name)} {path}: ")
     assert all(word in line for word in words)
 
 
-def test_prompts_longer_than_the_context(refusal: Callable, command: Command, tmp_path: Path):
-    """The model has 256 positions; the template takes 19."""
-    path = tmp_path / "data.jsonl"
-    rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = refusal(command("--dataset", str(path), "--max-new-tokens", "40"))
-    expected = (
-        "error: --max-new-tokens 40: 2 of 17 prompts leave less than that in the model's context "
-        "of 256 tokens; --max-prompt-tokens 216 drops them"
-    )
-    assert line == expected
-
-
-def test_dropping_long_prompts_as_told(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_prompts_longer_than_the_context(
+    rejection: Callable,
+    command: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ):
+    """The model has 256 positions and the template takes 19. The advice in the message works."""
     path = tmp_path / "data.jsonl"
     rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ("--max-new-tokens", "40", "--max-prompt-tokens", "216", "--steps", "1")
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *command("--dataset", str(path), *more)])
+    settings = {"dataset": str(path), "max_new_tokens": 40}
+    line = rejection("grpo", *command(**settings))
+    assert line == (
+        "--max-new-tokens 40: 2 of 17 prompts leave less than that in the model's context of 256 "
+        "tokens; --max-prompt-tokens 216 discards them"
+    )
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *command(**settings, max_prompt_tokens=216)])
     launch(grpo.main, grpo.Args)
-    assert (
-        "2 of 5 prompts exceed --max-prompt-tokens 216 and are dropped" in capsys.readouterr().err
-    )
+    discarded = "discarded 2 of 5: prompts exceed --max-prompt-tokens 216"
+    assert discarded in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------- Ctrl-C
+# ------------------------------------------------------------------ --resume
 
 
-def wait_for(path: Path, lines: int, run: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not path.exists() or path.read_text().count("\n") < lines:
-        assert run.poll() is None, run.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The folder of a run of a script that was killed before its first step."""
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", MagicMock())
+
+    def begin(script: str = "grpo", **settings: Any) -> str:
+        folder = str(tmp_path / f"{script}'s folder")
+        args = importlib.import_module(script).Args
+        Run(args(**{"model": "none", "dataset": "none", "run_dir": folder} | settings)).open_logs()
+        return folder
+
+    return begin
 
 
-def test_interrupt_then_go_on(command: Command, tmp_path: Path):
-    folder = tmp_path / "run"
-    arguments = command("--steps", "100000", "--eval-every", "0")
-    run = start(arguments)
-    wait_for(folder / "metrics.jsonl", 3, run)
-    run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 130
-    assert "Traceback" not in err
-    assert f"--resume {folder}" in err
-    before = read_metrics(folder)
-    assert [row["step"] for row in before] == list(range(len(before)))
-    for line in (folder / "rollouts.jsonl").read_text().splitlines():
-        assert json.loads(line)["step"] < len(before)
-
-    steps = str(len(before) + 1)
-    again = start(["--resume", str(folder), "--steps", steps])
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    after = read_metrics(folder)
-    assert [row["step"] for row in after] == list(range(len(before) + 2))
-    assert after[: len(before)] == before
-    assert "held-out accuracy after" in out
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_are_read_back(script: str, begin: Callable):
+    """The saved ones count, even if the defaults have changed since, tuples included."""
+    settings = {"lr": 1e-7, "dynamic_sampling": True}
+    if script == "gtpo":
+        settings["entropy_clamp"] = (0.2, 0.28)
+    folder = begin(script, **settings)
+    args = importlib.import_module(script).Args
+    again = parse_args(args, ["--resume", folder])
+    assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
 
 
-# ------------------------------------------------------------------------------- the help text
-
-
-def test_help_shows_every_setting_with_its_text():
-    run = start(["--help"], env=os.environ | {"COLUMNS": "100"})
-    out, _ = run.communicate(timeout=300)
-    assert run.returncode == 0
-    assert out.count("GRPO: Group Relative Policy Optimization") == 1
-    for field in dataclasses.fields(grpo.Args):
-        assert "--" + field.name.replace("_", "-") in out
-    assert "ε_low" in out and "{auto,vllm,transformers}" in out
-    assert len(out.splitlines()) < 100
-
-
-# ------------------------------------------------------------------------------- copying
-
-
-def test_a_script_and_what_it_shares_are_all_it_needs(
-    command: Command, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "started"),
+    [
+        ("--group-size 4", 8),
+        ("--seed 2", 1),
+        ("--lr 1.0", 1e-6),
+        ("--temperature 0.5", 1.0),
+        ("--max-new-tokens 9", 1024),
+        ("--lr-schedule cosine", "constant"),
+        ("--engine transformers", "auto"),
+        ("--kl 0.5", 0.0),
+        ("--model other", "none"),
+        ("--dataset other", "none"),
+        ("--run-dir other", "FOLDER"),
+        ("--no-scale-rewards", True),
+    ],
+)
+def test_training_settings_may_not_change(
+    flags: str, started: Any, begin: Callable, rejection: Callable
 ):
-    """As the README promises: copied into an empty folder, they train there."""
-    for name in ("ep_grpo.py", "common.py", "engine.py", "run.py", "data.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "grading", tmp_path / "grading")
-    data = ("--dataset", tiny_model / "train.jsonl", "--eval-dataset", tiny_model / "test.jsonl")
-    flags = command("--model", tiny_model, *data, "--run-dir", "run", "--max-new-tokens", "16")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "ep_grpo.py", *flags],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    """One line names the flag and both values."""
+    folder = begin()
+    files = {path: path.read_bytes() for path in Path(folder).iterdir()}
+    shown = flags.replace("--no-scale-rewards", "--scale-rewards False")
+    started = folder if started == "FOLDER" else started
+    line = rejection("grpo", "--resume", folder, *flags.split())
+    assert line == f"{shown}: the run started with {started}; start a new run"
+    assert files == {path: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_other_settings_may_change(begin: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(__spec__=MagicMock()))
+    changes = {
+        "steps": 200,
+        "eval_dataset": "other",
+        "eval_every": 3,
+        "eval_problems": 5,
+        "eval_samples": 6,
+        "save_every": 7,
+        "keep_checkpoints": 8,
+        "log_rollouts": 9,
+        "wandb_project": "other",
+        "token_budget": 10,
+        "gradient_checkpointing": True,
+        "gpu_memory": 0.5,
+        "max_logp_gap": 1.0,
+    }
+    assert changes.keys() | {"resume"} == MAY_CHANGE
+    folder = begin(lr=0.5)
+    words = ["--gradient-checkpointing"]
+    for name, value in changes.items():
+        words += [flag_of(name), str(value)] if value is not True else []
+    args = parse_args(grpo.Args, ["--resume", folder, *words])
+    assert vars(args).items() >= (changes | {"lr": 0.5, "run_dir": folder}).items()
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "may_change"),
+    [
+        ("grpo", {}, True),
+        ("grpo", {"lr_schedule": "cosine"}, False),
+        ("grpo", {"lr_schedule": "constant_with_warmup", "warmup_ratio": 0.1}, False),
+        ("holderpo", {}, False),
+        ("holderpo", {"schedule": "constant"}, True),
+        ("holderpo", {"schedule": "constant", "lr_schedule": "linear"}, False),
+    ],
+)
+def test_steps_may_not_change_if_a_schedule_depends_on_them(
+    script: str, settings: dict, may_change: bool, begin: Callable, rejection: Callable
+):
+    words = ["--resume", begin(script, steps=4, **settings), "--steps", "8"]
+    if may_change:
+        assert parse_args(importlib.import_module(script).Args, words).steps == 8
+    else:
+        assert rejection(script, *words) == "--steps 8: the run started with 4; start a new run"
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "7", "{}", '{"script": "grpo", "no": 1}'])
+def test_folder_of_no_run(text: str | None, tmp_path: Path, rejection: Callable):
+    if text is not None:
+        (tmp_path / "args.json").write_text(text)
+    line = rejection("grpo", "--resume", str(tmp_path))
+    assert line.startswith(f"--resume {tmp_path}: is not the folder of a run: ")
+
+
+def test_run_of_another_script(begin: Callable, rejection: Callable):
+    folder = begin()
+    assert rejection("erpo", "--resume", folder) == f"--resume {folder}: is a run of grpo.py"
