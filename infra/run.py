@@ -264,7 +264,7 @@ class Run:
 
             wandb.init(
                 project=self.args.wandb_project,
-                id=self.folder.name,  # so that a resumed run continues there
+                id=self.folder.resolve().name,  # so that a resumed run continues there
                 resume="allow",
                 config=self.settings,
                 sync_tensorboard=True,
