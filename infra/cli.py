@@ -110,13 +110,7 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     folder = only_resume.parse_known_args(command)[0].resume
 
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
-    args = tyro.cli(
-        settings,
-        description=script.__doc__,
-        args=command,
-        default=saved,
-        config=(tyro.conf.FlagCreatePairsOff,),  # --x or --no-x, whichever is not the default
-    )
+    args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
         check_resume(args, saved)
     return args
