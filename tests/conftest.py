@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(pad: str) -> Any:
-    """One token a byte, any text goes; responses end with <|im_end|>."""
+    """One token per byte, so any text can be encoded. Responses end with <|im_end|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def byte_tokenizer(pad: str) -> Any:
 def save_model(
     folder: Path, *, tied: bool, pad: str, eos: tuple[str, ...], **generation: Any
 ) -> Path:
-    """A random Qwen3 whose responses end now and then, and whose distributions are not flat."""
+    """A random Qwen3 whose responses sometimes end, and whose distributions are not uniform."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -97,7 +97,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its own LM head, two EOS ids, and sampling settings in the folder as Qwen2.5 has them."""
+    """Its own LM head, two EOS ids, and sampling settings in the folder, as in Qwen2.5's."""
     return save_model(
         tmp_path_factory.mktemp("models") / "untied",
         tied=False,
@@ -113,7 +113,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
-    """The trained model that the scripts take by default."""
+    """The trained model that the scripts load by default."""
     if not list((ROOT / "tiny").glob("*.safetensors")):
         pytest.skip("tiny/ has no weights")
     return ROOT / "tiny"
@@ -131,7 +131,7 @@ def problem_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Puts back the handlers that a run in this process installs."""
+    """Restores the signal handlers that a run in this process replaces."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -139,28 +139,32 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def short_settings(model: Path, problems: Path) -> dict[str, Any]:
+    """Settings with which a run of any script takes about a second."""
+    return {
+        "model": str(model),
+        "dataset": str(problems),
+        "eval_dataset": str(problems),
+        "engine": "transformers",
+        "device": "cpu",
+        "steps": 1,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "max_new_tokens": 12,
+        "lr": 1e-3,
+        "eval_problems": 2,
+        "eval_samples": 2,
+    }
+
+
 @pytest.fixture
 def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Settings of a short run of grpo.py on two cores; any of them can be overridden."""
+    """Settings of a short run of grpo.py; any of them can be overridden."""
     import grpo
 
     def make(**settings: Any) -> grpo.Args:
-        defaults = {
-            "model": str(tied_model),
-            "dataset": str(problem_file),
-            "eval_dataset": str(problem_file),
-            "engine": "transformers",
-            "device": "cpu",
-            "steps": 1,
-            "prompts_per_step": 4,
-            "group_size": 4,
-            "max_new_tokens": 12,
-            "lr": 1e-3,
-            "eval_problems": 2,
-            "eval_samples": 2,
-            "run_dir": str(tmp_path / "run"),
-        }
-        return grpo.Args(**defaults | settings)
+        short = short_settings(tied_model, problem_file) | {"run_dir": str(tmp_path / "run")}
+        return grpo.Args(**short | settings)
 
     return make
 

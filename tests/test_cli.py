@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from conftest import ROOT, save_model
+from pytest import CaptureFixture, MonkeyPatch
 
 import common
 import grpo
@@ -24,13 +26,13 @@ SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vinep
 
 
 @pytest.fixture
-def rejection(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def rejection(capsys: CaptureFixture) -> Callable[..., str]:
     """The one line with which a command line is rejected, without "error: "."""
 
     def rejection(script: str, *command: str) -> str:
         module = importlib.import_module(script)
         capsys.readouterr()
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        with MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(sys, "argv", [f"{script}.py", *command])
             launch(module.main, module.Args)
         assert stop.value.code == 2
@@ -62,7 +64,7 @@ def texts(path: Path, name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_setting_with_its_text(
-    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    script: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ):
     monkeypatch.setenv("COLUMNS", "100")
     args = importlib.import_module(script).Args
@@ -83,87 +85,82 @@ def test_help_shows_every_setting_with_its_text(
 
 # ------------------------------------------------------------------ impossible settings
 
-LEAST, ABOVE, BELOW, FINITE = (
-    *("must be at least 0", "must be above 0", "must be below 1", "must be finite"),
-)
-ALONE = "has no effect without --lora-rank"
-NO_WARMUP = "has no effect with --lr-schedule constant: use constant_with_warmup"
-REJECTED = [  # script, flags, the message after the last flag
-    ("grpo", "--group-size 1", "must be at least 2"),
-    ("grpo", "--prompts-per-step 0", ABOVE),
-    ("grpo", "--max-new-tokens 0", ABOVE),
-    ("grpo", "--max-prompt-tokens 0", ABOVE),
-    ("grpo", "--steps 0", ABOVE),
-    ("grpo", "--token-budget 0", ABOVE),
-    ("grpo", "--temperature 0.0", ABOVE),
-    ("grpo", "--lr 0.0", ABOVE),
-    ("grpo", "--lr nan", FINITE),
-    ("grpo", "--max-grad-norm 0.0", ABOVE),
-    ("grpo", "--eval-every -1", LEAST),
-    ("grpo", "--lora-rank -1", LEAST),
-    ("grpo", "--kl -1.0", LEAST),
-    ("grpo", "--overlong-buffer -4", LEAST),
-    ("grpo", "--weight-decay -0.1", LEAST),
-    ("grpo", "--clip-low -0.1", LEAST),
-    ("grpo", "--clip-high -0.1", LEAST),
-    ("grpo", "--max-logp-gap -1.0", LEAST),
-    ("grpo", "--gpu-memory 1.0", BELOW),
-    ("grpo", "--lora-rank 2 --lora-dropout 1.0", BELOW),
-    ("grpo", "--lr-schedule linear --warmup-ratio 1.0", BELOW),
-    ("grpo", "--overlong-buffer 1025", "must be at most --max-new-tokens 1024"),
-    ("grpo", "--updates-per-rollout 3", "must divide --prompts-per-step 16"),
-    ("grpo", "--lora-dropout 0.1", ALONE),
-    ("grpo", "--lora-alpha 4", ALONE),
-    ("grpo", "--generation-rounds 3", "has no effect without --dynamic-sampling"),
-    ("grpo", "--warmup-ratio 0.1", NO_WARMUP),
-    ("ep_grpo", "--buckets 0", ABOVE),
-    ("ep_grpo", "--gamma -1.0", LEAST),
-    ("ep_grpo", "--gamma inf", FINITE),
-    ("ep_grpo", "--eta -0.1", LEAST),
-    ("erpo", "--buckets 0", ABOVE),
-    ("erpo", "--gamma -1.0", LEAST),
-    ("erpo", "--eta -0.1", LEAST),
-    ("erpo", "--sigma-target 0.0", ABOVE),
-    ("gtpo", "--alpha2 -0.1", LEAST),
-    ("gtpo", "--alpha2 nan", FINITE),
-    ("gtpo", "--entropy-clamp 0.3 0.2", "needs 0 <= LOW <= HIGH"),
-    ("gtpo", "--entropy-clamp -1.0 0.2", "needs 0 <= LOW <= HIGH"),
-    ("gtpo", "--overlong-gamma 0.5", "must lie in (0.5, 1], or be 0: off"),
-    ("gtpo", "--overlong-gamma 1.5", "must lie in (0.5, 1], or be 0: off"),
-    ("gtpo", "--overlong-buffer 8", "only verdicts count here"),
-    ("gtpo", "--alpha2 0.0 --entropy-clamp 0.2 0.28", "has no effect with --alpha2 0"),
-    ("gtpo", "--level sequence --normalize own-set", "has no effect with --level sequence"),
-    ("gtpo", "--level sequence --normalize joint", "has no effect with --level sequence"),
-    ("gtpo", "--level sequence --loss-average constant", "has no effect with --level sequence"),
-    ("holderpo", "--clip 0.0", "must be above 0 and below 1"),
-    ("holderpo", "--clip 1.0", "must be above 0 and below 1"),
-    ("holderpo", "--p-start nan", FINITE),
-    ("holderpo", "--p-end inf", FINITE),
-    ("holderpo", "--schedule constant --p-end 1.0", "has no effect with --schedule constant"),
-    ("arca", "--lora-rank 0", "ARCA compares the model with and without LoRA"),
-    ("arca", "--sharpening -1.0", LEAST),
-    ("arca", "--credit uniform --sharpening 3.0", "has no effect with --credit uniform"),
-    ("reft", "--max-new-tokens 1", "must leave room after the first token"),
-    ("reft", "--openers 0", "must be from 1 to --candidates 20"),
-    ("reft", "--openers 21", "must be from 1 to --candidates 20"),
-    ("reft", "--openers 3", "must be a multiple of --openers 3"),  # of --group-size 8
-    ("vineppo", "--continuations 0", "must be at least 1"),
-    ("vineppo", "--step-end (", "is not a regular expression"),
-]
+REJECTED = {  # by the message after the last flag of each command line
+    "must be at least 2": ["grpo --group-size 1"],
+    "must be above 0": [
+        *("grpo --prompts-per-step 0", "grpo --max-new-tokens 0", "grpo --max-prompt-tokens 0"),
+        *("grpo --steps 0", "grpo --token-budget 0", "grpo --temperature 0.0", "grpo --lr 0.0"),
+        *("grpo --max-grad-norm 0.0", "ep_grpo --buckets 0", "erpo --buckets 0"),
+        "erpo --sigma-target 0.0",
+    ],
+    "must be finite": [
+        *("grpo --lr nan", "ep_grpo --gamma inf", "gtpo --alpha2 nan"),
+        *("holderpo --p-start nan", "holderpo --p-end inf"),
+    ],
+    "must be at least 0": [
+        *("grpo --eval-every -1", "grpo --lora-rank -1", "grpo --kl -1.0"),
+        *("grpo --overlong-buffer -4", "grpo --weight-decay -0.1", "grpo --clip-low -0.1"),
+        *("grpo --clip-high -0.1", "grpo --max-logp-gap -1.0", "ep_grpo --gamma -1.0"),
+        *("ep_grpo --eta -0.1", "erpo --gamma -1.0", "erpo --eta -0.1", "gtpo --alpha2 -0.1"),
+        "arca --sharpening -1.0",
+    ],
+    "must be below 1": [
+        *("grpo --gpu-memory 1.0", "grpo --lora-rank 2 --lora-dropout 1.0"),
+        "grpo --lr-schedule linear --warmup-ratio 1.0",
+    ],
+    "must be at most --max-new-tokens 1024": ["grpo --overlong-buffer 1025"],
+    "must divide --prompts-per-step 16": ["grpo --updates-per-rollout 3"],
+    "has no effect without --lora-rank": ["grpo --lora-dropout 0.1", "grpo --lora-alpha 4"],
+    "has no effect without --dynamic-sampling": ["grpo --generation-rounds 3"],
+    "has no effect with --lr-schedule constant: use constant_with_warmup": [
+        "grpo --warmup-ratio 0.1",
+    ],
+    "needs 0 <= LOW <= HIGH": ["gtpo --entropy-clamp 0.3 0.2", "gtpo --entropy-clamp -1.0 0.2"],
+    "must lie in (0.5, 1], or be 0: off": [
+        *("gtpo --overlong-gamma 0.5", "gtpo --overlong-gamma 1.5"),
+    ],
+    "only verdicts count here, which it does not change; use --overlong-gamma": [
+        "gtpo --overlong-buffer 8",
+    ],
+    "has no effect with --alpha2 0": ["gtpo --alpha2 0.0 --entropy-clamp 0.2 0.28"],
+    "has no effect with --level sequence": [
+        "gtpo --level sequence --normalize own-set",
+        "gtpo --level sequence --normalize joint",
+        "gtpo --level sequence --loss-average constant",
+    ],
+    "must be above 0 and below 1": ["holderpo --clip 0.0", "holderpo --clip 1.0"],
+    "has no effect with --schedule constant": ["holderpo --schedule constant --p-end 1.0"],
+    "ARCA compares the model with and without LoRA": ["arca --lora-rank 0"],
+    "has no effect with --credit uniform": ["arca --credit uniform --sharpening 3.0"],
+    "must leave room after the first token": ["reft --max-new-tokens 1"],
+    "must be from 1 to --candidates 20": ["reft --openers 0", "reft --openers 21"],
+    "must be a multiple of --openers 3": ["reft --openers 3"],
+    "must be at least 1": ["vineppo --continuations 0"],
+    "is not a regular expression: missing ), unterminated subpattern at position 0": [
+        "vineppo --step-end (",
+    ],
+}
 
 
-@pytest.mark.parametrize(("script", "flags", "why"), REJECTED)
+@pytest.mark.parametrize(("command", "why"), [(c, why) for why in REJECTED for c in REJECTED[why]])
 def test_rejected_before_anything_is_loaded(
-    rejection: Callable, script: str, flags: str, why: str, monkeypatch: pytest.MonkeyPatch
+    rejection: Callable, command: str, why: str, monkeypatch: MonkeyPatch
 ):
     for name in ("Run", "Grader", "load_tokenizer", "load_policy"):
         monkeypatch.setattr(common, name, lambda *_: pytest.fail("something is loaded"))
-    line = rejection(script, *flags.split())
-    flag, *values = flags[flags.rindex("--") :].split()
+    line = rejection(*command.split())
+    flag, *values = command[command.rindex("--") :].split()
     value = values[0] if len(values) == 1 else f"({', '.join(values)})"
     if why.endswith("multiple of --openers 3"):
         flag, value = "--group-size", "8"
-    assert line.startswith(f"{flag} {value}: {why}")
+    assert line == f"{flag} {value}: {why}"
+
+
+def test_rejected_in_a_real_process():
+    command = [sys.executable, "grpo.py", "--group-size", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --group-size 1: must be at least 2\n"
 
 
 def test_values_at_the_edge_are_accepted():
@@ -224,7 +221,7 @@ def test_unusable_dataset(
     name: str,
     content: str | None,
     words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ):
     monkeypatch.setattr(common, "load_policy", lambda _: pytest.fail("the weights were loaded"))
     path = tmp_path / "data.jsonl"
@@ -239,8 +236,8 @@ def test_prompts_longer_than_the_context(
     rejection: Callable,
     command: Callable,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    monkeypatch: MonkeyPatch,
+    capsys: CaptureFixture,
 ):
     """The model has 256 positions and the template takes 19. The advice in the message works."""
     path = tmp_path / "data.jsonl"
@@ -262,7 +259,7 @@ def test_prompts_longer_than_the_context(
 
 
 @pytest.fixture
-def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def begin(tmp_path: Path, monkeypatch: MonkeyPatch) -> Callable[..., str]:
     """The folder of a run of a script that was killed before its first step."""
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", MagicMock())
 
@@ -283,7 +280,7 @@ def test_settings_are_read_back(script: str, begin: Callable):
         settings["entropy_clamp"] = (0.2, 0.28)
     folder = begin(script, **settings)
     args = importlib.import_module(script).Args
-    again = parse_args(args, ["--resume", folder])
+    again = parse_args(args, ["--resume", folder, "--dynamic-sampling"])  # given again
     assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
 
 
@@ -317,7 +314,7 @@ def test_training_settings_may_not_change(
     assert files == {path: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_other_settings_may_change(begin: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_other_settings_may_change(begin: Callable, monkeypatch: MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", MagicMock(__spec__=MagicMock()))
     changes = {
         "steps": 200,
