@@ -14,11 +14,17 @@ from infra.models import base_model
 def left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids padded on the left to length L, which are tokens, their positions: three [n, L]."""
     longest = max(1, *map(len, prompts))
-    rows = [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    rows = []
+    for prompt in prompts:
+        rows.append([-1] * (longest - len(prompt)) + list(prompt))
     ids = torch.tensor(rows, device=device)
     is_token = ids >= 0
-    position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
-    return ids.clamp(min=0), is_token, position_ids
+    return ids.clamp(min=0), is_token, positions(is_token)
+
+
+def positions(is_token: Tensor) -> Tensor:
+    """Position ids, [n, L]: 0 for the first token of each row, then 1, 2, and so on."""
+    return (is_token.cumsum(-1) - 1).clamp(min=0)
 
 
 def prompt_cache(
@@ -45,9 +51,9 @@ def saves_tokens(prompts: list[Sequence[int]], which: Tensor, lengths: Tensor) -
 
     which: [n], the prompt of each row; lengths: [n], response tokens of each row.
     """
-    prompt_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=which.device)
+    prompt_lengths = which.new_tensor(list(map(len, prompts))) - 1
     row_lengths = prompt_lengths[which]
-    shared = len(which) * lengths.max() + len(prompts) * row_lengths.max()
+    shared = len(prompts) * row_lengths.max() + len(which) * lengths.max()
     padded = len(which) * (row_lengths + lengths).max()
     return bool(shared < 0.75 * padded)
 
@@ -61,13 +67,12 @@ def shared_hidden_states(
     last = tokens.new_tensor([prompt[-1] for prompt in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
     is_token = torch.cat([is_prompt, torch.ones_like(mask)], dim=1)  # [n, L + T]
-    position_ids = (is_token.cumsum(-1) - 1)[:, -inputs.shape[1] :]
 
     body = base_model(model).base_model
     outputs = body(
         input_ids=inputs,
         attention_mask=is_token,
-        position_ids=position_ids,
+        position_ids=positions(is_token)[:, -inputs.shape[1] :],
         past_key_values=cache,
     )
     return outputs[0][mask]
