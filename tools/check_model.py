@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from infra.cli import StopRun, first_line, out_of_memory
+from infra.cli import StopRun, first_line
 from infra.models import base_model, device, load_policy, load_tokenizer, merged_weights, precision
 
 Columns = dict[str, Tensor]  # by vLLM's names: vectors, and the first columns of matrices
@@ -56,7 +56,7 @@ class WeightCheck:
         equal = self.equal(self.engine_weights(), of_policy)
         # A constant column is no evidence: it would be equal whatever model it came from.
         self.compared = {name for name in equal if len(of_policy[name].unique()) > 1}
-        self.skipped = of_policy.keys() - self.compared
+        self.skipped = sorted(of_policy.keys() - self.compared)
 
     def add(self, columns: Columns, name: str, weight: Tensor) -> None:
         """Add a weight's first column under vLLM's name, after the ones vLLM fuses it with."""
@@ -95,9 +95,8 @@ class WeightCheck:
 
     def stale(self, policy: nn.Module) -> list[str]:
         """The names that were equal after loading and are not now."""
-        return sorted(
-            self.compared - self.equal(self.engine_weights(), self.policy_weights(policy))
-        )
+        equal = self.equal(self.engine_weights(), self.policy_weights(policy))
+        return sorted(self.compared - equal)
 
 
 @torch.no_grad()
@@ -120,41 +119,33 @@ def main(args: Args) -> int:
     problems = [common.Problem(text, "", tokenizer.encode(text)) for text in TEXTS]
     policy = load_policy(settings)
     engine = common.make_engine(settings, policy, tokenizer, problems)
-
     check = WeightCheck(engine.model, policy, precision(settings))
+
     engine.sync(policy)
     perturb(policy, args.seed)
     try:
         engine.sync(policy)
-    except StopRun as error:  # the check of a run, which names one weight
+        groups = common.roll_out(engine, problems, settings, (args.seed, "check"))
+        rollouts = common.stack(groups, engine.stop_tokens, device(settings))
+        logp, _ = common.score(policy, rollouts, settings)
+        gap = common.check_engine(rollouts, logp, settings)
+    except StopRun as error:  # the checks of a run, the first of which names one weight
         print(error)
+        gap = {}
+
     stale = check.stale(policy)
     held = len(check.compared) - len(stale)
     print(f"vLLM holds the policy's values for {held} of {len(check.compared)} weights")
-    if check.skipped:
-        print(f"not compared, constant or stored in another way: {', '.join(sorted(check.skipped))}")
-    if stale:
-        print(f"stale: {', '.join(stale)}")
-        return 1
-
-    groups = common.roll_out(engine, problems, settings, (args.seed, "check"))
-    rollouts = common.stack(groups, engine.stop_tokens, device(settings))
-    logp, _ = common.score(policy, rollouts, settings)
-    try:
-        gap = common.check_engine(rollouts, logp, settings)
-    except StopRun as error:
-        print(error)
-        return 1
+    print(f"stale: {', '.join(stale) or 'none'}")
+    print(f"not compared, constant or stored otherwise: {', '.join(check.skipped) or 'none'}")
     for name, value in gap.items():
         print(f"{name} {value:.2g}")
-    return 0
+    return 1 if stale or not gap else 0
 
 
 if __name__ == "__main__":
     try:
         raise SystemExit(main(tyro.cli(Args, description=__doc__)))
-    except Exception as error:
-        if not isinstance(error, StopRun | OSError) and not out_of_memory(error):
-            raise
+    except (StopRun, OSError, RuntimeError, ValueError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
