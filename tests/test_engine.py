@@ -52,7 +52,6 @@ both_engines = pytest.mark.parametrize(
 )
 all_models = pytest.mark.parametrize("name", ["tied", "untied", "tiny"])
 tied = pytest.mark.parametrize("name", ["tied"])
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 
 
 def settings(folder: Path, **changes: Any) -> grpo.Args:
@@ -304,7 +303,7 @@ def test_a_progress_bar_is_drawn_only_on_a_terminal(
         monkeypatch.setattr(sys, "stderr", stream)
         responses[type(stream)] = sample(engine)
         drawn[type(stream)] = stream.getvalue()
-    assert drawn[io.StringIO] == "" and "24/24" in drawn[Terminal]
+    assert not drawn[io.StringIO] and drawn[Terminal]
     assert responses[io.StringIO] == responses[Terminal]
 
 
@@ -841,12 +840,3 @@ def test_freed_memory_is_returned_before_the_update():
     Engine.sleep(None)
     assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
     assert last.sum() == 2**14
-
-
-@no_cuda
-def test_the_benchmark_of_cuda_needs_cuda():
-    command = [sys.executable, "benchmark/gpu.py"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == "error: --device cuda: there is no CUDA GPU"
-    assert subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True).returncode == 0
