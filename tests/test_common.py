@@ -41,11 +41,11 @@ def policy(args: grpo.Args) -> nn.Module:
     return load_policy(args)
 
 
-def random_rollouts(lengths: list[list[int]] = LENGTHS) -> Rollouts:
+def random_rollouts(lengths: list[list[int]] = LENGTHS, texts: list[str] = TEXTS) -> Rollouts:
     """Prompts and responses of different lengths, of any tokens: padding and EOS among them."""
     generator = torch.Generator().manual_seed(0)
     groups = []
-    for text, row in zip(TEXTS, lengths, strict=True):
+    for text, row in zip(texts, lengths, strict=True):
         tokens = [torch.randint(259, (n,), generator=generator).tolist() for n in row]
         logp = [[-1.0] * n for n in row]
         groups.append(Group(Problem(text, "", list(text.encode())), tokens, logp, [""] * len(row)))
@@ -366,31 +366,23 @@ def test_no_graph_is_kept_that_the_update_could_not_use(
 
 
 def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn.Module):
+    """With a shared prompt or a padded one: values and gradients, rows in any order."""
     rollouts = random_rollouts()
-    index = (torch.tensor([2, 0, 1, 0]), torch.tensor([0, 1, 2, 2]))
-    with torch.no_grad():
-        hidden = common.hidden_states(policy, rollouts, index, args)
-        _, _, plain = plain_scores(policy, rollouts, 1.0)
-    expected = torch.cat([plain[p, g] for p, g in [(2, 0), (0, 1), (1, 2), (0, 2)]])
-    assert hidden.shape[0] == rollouts.mask[index].sum()
-    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_shared_hidden_states_equal_padded_ones(policy: nn.Module):
-    """Values and gradients, for rows in any order, of prompts of 1 to 16 tokens."""
-    rollouts = random_rollouts()
-    prompts, which = [problem.prompt for problem in rollouts.problems], [2, 0, 1, 0, 2, 1]
-    index = torch.tensor(which), torch.tensor([0, 1, 2, 2, 1, 0])
+    pairs = [(2, 0), (0, 1), (1, 2), (0, 2), (2, 1), (1, 0)]
+    index = tuple(torch.tensor(pairs).T)
     tokens, mask = rollouts.tokens[index], rollouts.mask[index]
-    computed = []
+    prompts = [problem.prompt for problem in rollouts.problems]
+    _, _, plain = plain_scores(policy, rollouts, 1.0)
+    plain = torch.cat([plain[pair] for pair in pairs])
+    assert plain.shape == (12 + 9 + 2 + 1 + 1 + 7, 64)
+    weights = random_like(plain)
+    of_plain = gradients(policy.base_model, (plain * weights).sum())
     for function in (shared_prefix.shared_hidden_states, common.padded_hidden_states):
-        states = function(policy, prompts, torch.tensor(which), tokens, mask)
-        loss = (states * random_like(states)).sum()
-        computed.append((states.detach(), gradients(policy.base_model, loss)))
-    (shared, of_shared), (padded, of_padded) = computed
-    assert shared.shape == (12 + 9 + 2 + 1 + 1 + 7, 64)
-    torch.testing.assert_close(shared, padded, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(of_shared, of_padded)
+        states = function(policy, prompts, index[0], tokens, mask)
+        torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(gradients(policy.base_model, (states * weights).sum()), of_plain)
+    states = common.hidden_states(policy, rollouts, index, args)
+    torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["shared", "checkpointing", "recurrent"])
@@ -419,12 +411,8 @@ def test_gradients_are_bit_identical_each_time(tiny_model: Path, make_args: Make
     """With as many rollouts as a step has, threads could sum gradients in any order."""
     args = make_args(model=str(tiny_model))
     policy, generator = load_policy(args), torch.Generator().manual_seed(0)
-    groups = []
-    for row in torch.randint(8, 32, (16, 8), generator=generator).tolist():
-        problem = Problem("", "", torch.randint(256, (20,), generator=generator).tolist())
-        tokens = [torch.randint(256, (n,), generator=generator).tolist() for n in row]
-        groups.append(Group(problem, tokens, [[-1.0] * n for n in row], [""] * 8))
-    rollouts = common.stack(groups, [256], CPU)
+    lengths = torch.randint(8, 32, (16, 8), generator=generator).tolist()
+    rollouts = random_rollouts(lengths, ["What is 12345 + 678?"] * 16)
     (index,) = common.micro_batches(rollouts, 10**6, torch.arange(16))
     of_each, threads = [], torch.get_num_threads()
     torch.set_num_threads(2)

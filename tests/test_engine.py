@@ -14,32 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
 from damage import BROKEN
 from safetensors.torch import load_file, save_file
+from test_common import all_of, assert_same_gradients, gradients, plain_scores, random_rollouts
 from torch import Tensor, nn
 
 import common
 import grpo
-from common import Group, Problem
+from common import Group, Problem, Reference, autocast, base_model, load_policy, load_tokenizer
 from infra import hf_engine, lm_head, models, vllm_engine
 from infra.cli import StopRun
 from infra.hf_engine import HFEngine
-from infra.models import (
-    Reference,
-    autocast,
-    base_model,
-    eos_ids,
-    is_recurrent,
-    load_policy,
-    load_tokenizer,
-    load_weights,
-    merged_weights,
-    save_model,
-)
+from infra.models import merged_weights, save_model
 from infra.vllm_engine import Engine, VLLMEngine, make_engine, why_not_vllm
 from tools import check_model
 from tools.check_model import WeightCheck
@@ -140,21 +131,16 @@ def perturb(policy: nn.Module, amount: float = 0.05) -> None:
 
 @all_models
 @both_engines
-def test_greedy_takes_the_most_likely_token(setup: Setup, kind: str):
-    """So it is the same in both engines."""
-    responses = setup.engine(kind).generate(PROMPTS, [0] * 4, [40] * 4, 0.0)
+def test_tokens_and_logps_are_the_policys(setup: Setup, kind: str):
+    """Greedy tokens are the most likely ones, so they are the same in both engines."""
+    engine = setup.engine(kind)
+    responses = engine.generate(PROMPTS, [0] * 4, [40] * 4, 0.0)
     for prompt, (tokens, _) in zip(PROMPTS, responses, strict=True):
         with torch.no_grad():
             logits = setup.policy.eval()(torch.tensor([prompt + tokens])).logits[0]
         assert tokens == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        assert len(tokens) == 40 or tokens[-1] in setup.engine(kind).stop_tokens
-
-
-@all_models
-@both_engines
-def test_sampled_logp_is_the_policys(setup: Setup, kind: str):
-    prompts, responses = sample(setup.engine(kind))
-    assert gap(setup.policy, prompts, responses) < 1e-4
+        assert len(tokens) == 40 or tokens[-1] in engine.stop_tokens
+    assert gap(setup.policy, *sample(engine)) < 1e-4
 
 
 @all_models
@@ -200,7 +186,7 @@ def test_samples_follow_the_distribution(setup: Setup, kind: str):
 @both_engines
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind: str):
-    ends = eos_ids(setup.policy, setup.tokenizer)
+    ends = models.eos_ids(setup.policy, setup.tokenizer)
     assert len(ends) == {"tied": 1, "untied": 2}[Path(setup.args.model).name]
     prompts, responses = sample(setup.engine(kind), seeds=16)
     seen = Counter()
@@ -254,18 +240,14 @@ def test_sample_and_end_of_a_response_by_hand(tied_model: Path):
 def test_transformers_samples_in_batches_of_a_steps_rollouts(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ):
-    engine, sizes = setup.engine("transformers"), []
-    complete, generate_batch = sample(engine)[1], engine.generate_batch
+    engine = setup.engine("transformers")
     assert engine.batch_size == setup.args.prompts_per_step * setup.args.group_size
-
-    def counted(prompts: list, *rest: object) -> list:
-        sizes.append(len(prompts))
-        return generate_batch(prompts, *rest)
-
-    monkeypatch.setattr(engine, "generate_batch", counted)
+    complete, generate_batch = sample(engine)[1], Mock(wraps=engine.generate_batch)
+    monkeypatch.setattr(engine, "generate_batch", generate_batch)
     monkeypatch.setattr(engine, "batch_size", 10)
     parts = sample(engine)[1]
-    assert sizes == [10, 10, 4] and [t for t, _ in parts] == [t for t, _ in complete]
+    assert [len(call.args[0]) for call in generate_batch.mock_calls] == [10, 10, 4]
+    assert [tokens for tokens, _ in parts] == [tokens for tokens, _ in complete]
 
 
 @tied
@@ -495,46 +477,47 @@ def test_a_tied_head_is_part_of_each_sync(setup: Setup, monkeypatch: pytest.Monk
 @needs_vllm
 @tied
 def test_adapters_are_merged_once_per_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    policy, calls = setup.lora(), []
-    vllm = setup.engine("vllm", policy)
-
-    def counted(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        calls.append(policy)
-        return merged_weights(policy)
-
+    policy = setup.lora()
+    vllm, counted = setup.engine("vllm", policy), Mock(wraps=merged_weights)
     monkeypatch.setattr(vllm_engine, "merged_weights", counted)
     vllm.sync(policy)
-    assert calls == [policy]
+    counted.assert_called_once_with(policy)
 
 
 @needs_vllm
-@pytest.mark.parametrize("part", ["", "down_proj", "nothing arrives"])
+@pytest.mark.parametrize(
+    ("part", "held", "stale"),
+    [
+        ("nothing", 10, "none"),
+        ("down_proj", 8, ", ".join(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))),
+        ("", 0, "lm_head.weight, model.embed_tokens.weight, model.layers.0.mlp.down_proj.weight"),
+    ],
+)
 def test_check_model_names_stale_weights(
-    part: str, tied_model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    part: str,
+    held: int,
+    stale: str,
+    tied_model: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    if part:
-        saved = dict(load_policy(settings(tied_model)).state_dict())
-        make = common.make_engine
+    """part: of the names of the weights that do not arrive; empty: none of them does."""
+    saved, make = dict(load_policy(settings(tied_model)).state_dict()), common.make_engine
 
-        def broken(*args: Any) -> Engine:
-            engine = make(*args)
-            withhold(monkeypatch, engine, saved, "" if "nothing" in part else part)
-            return engine
+    def broken(*args: Any) -> Engine:
+        engine = make(*args)
+        withhold(monkeypatch, engine, saved, part)
+        return engine
 
-        monkeypatch.setattr(common, "make_engine", broken)
+    monkeypatch.setattr(common, "make_engine", broken)
     code = check_model.main(check_model.Args(model=str(tied_model), device="cpu"))
     lines = capsys.readouterr().out.splitlines()
-    counts = {"": "11 of 11", "down_proj": "9 of 11", "nothing arrives": "0 of 11"}
-    assert f"vLLM holds the policy's values for {counts[part]} weights" in lines
-    assert ("stale: none" in lines) == (part == "")
-    gaps = dict(line.split() for line in lines if line.startswith("logp_gap/"))
-    assert code == (1 if part else 0) and len(gaps) == (0 if part else 2)
-    assert all(float(value) < 1e-4 for value in gaps.values())
-    if part == "down_proj":
-        both = ", ".join(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
-        assert f"stale: {both}" in lines
-    if part == "nothing arrives":
-        assert lines[0].startswith("vLLM holds stale weights: ")
+    gaps = [line.split() for line in lines if line.startswith("logp_gap/")]
+    assert f"vLLM holds the policy's values for {held} of 10 weights" in lines
+    assert f"\nstale: {stale}" in "\n".join(lines)
+    assert code == (0 if held == 10 else 1)
+    assert [float(gap) < 1e-4 for _, gap in gaps] == ([True] * 2 if held == 10 else [])
+    assert lines[0].startswith("vLLM holds stale weights: ") == (held == 0)
 
 
 def test_check_model_reports_errors_as_one_line(tmp_path: Path):
@@ -608,7 +591,7 @@ def test_a_family_is_rolled_out_synced_and_saved(
 ):
     args = settings(family_folder(family), lora_rank=lora_rank, max_new_tokens=20, engine=kind)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
-    assert is_recurrent(policy) == (family in RECURRENT)
+    assert models.is_recurrent(policy) == (family in RECURRENT)
     if kind == "vllm" and family in WITHOUT_VLLM:
         assert WITHOUT_VLLM[family] in why_not_vllm(args, policy)
         args.engine = "auto"
@@ -632,7 +615,7 @@ def test_a_family_is_rolled_out_synced_and_saved(
     )
     policy.save_pretrained(tmp_path / "checkpoint")
     fresh = load_policy(args)
-    load_weights(fresh, tmp_path / "checkpoint")
+    models.load_weights(fresh, tmp_path / "checkpoint")
     saved = policy.state_dict()
     assert all(torch.equal(weight, saved[name]) for name, weight in fresh.state_dict().items())
 
@@ -644,31 +627,14 @@ def test_the_tiled_head_is_the_models_own(
     """Log-probabilities, entropy and gradient, against the model's own logits."""
     args = settings(family_folder(family), temperature=0.7)
     monkeypatch.setattr(lm_head, "TILE_SIZE", 64 * 12)  # several tiles
-    policy = load_policy(args)
-    prompts, tokens = [p[:6] for p in PROMPTS[1:3]], [[5, 6, 7, 256], [70, 80]]
-    groups = [
-        Group(Problem("", "", prompt), [row], [[0.0] * len(row)], [""])
-        for prompt, row in zip(prompts, tokens, strict=True)
-    ]
-    rollouts = common.stack(groups, [256], CPU)
-    index = torch.tensor([0, 1]), torch.tensor([0, 0])
+    policy, rollouts = load_policy(args), random_rollouts()
+    index = all_of(rollouts)
     logp, entropy = common.token_logp(policy, rollouts, index, args)
-    logp.square().sum().backward()
-    tiled = {name: weight.grad.clone() for name, weight in policy.named_parameters()}
-    policy.zero_grad()
-
-    total = torch.zeros(())
-    for i, (prompt, row) in enumerate(zip(prompts, tokens, strict=True)):
-        logits = policy(torch.tensor([prompt + row])).logits[0, len(prompt) - 1 : -1]
-        full = (logits / args.temperature).log_softmax(-1)
-        target_logp = full.gather(-1, torch.tensor(row)[:, None])[:, 0]
-        torch.testing.assert_close(logp[i, : len(row)], target_logp, atol=1e-5, rtol=1e-5)
-        own_entropy = -(full.exp() * full).sum(-1)
-        torch.testing.assert_close(entropy[i, : len(row)], own_entropy, atol=1e-5, rtol=1e-5)
-        total = total + target_logp.square().sum()
-    total.backward()
-    for name, weight in policy.named_parameters():
-        torch.testing.assert_close(tiled[name], weight.grad, atol=1e-4, rtol=1e-4)
+    ours = gradients(policy, logp.square().sum())
+    expected, expected_entropy, _ = plain_scores(policy, rollouts, args.temperature)
+    torch.testing.assert_close(logp, expected[index], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy[index], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(ours, gradients(policy, expected.square().sum()))
 
 
 def test_a_model_that_would_not_load_is_not_kept(
