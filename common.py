@@ -386,7 +386,8 @@ def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[st
         raise StopRun("the policy's log-probabilities are not finite")
     sampled = rollouts.mask & rollouts.engine_logp.isfinite()
     gap = (rollouts.engine_logp - old_logp)[sampled].abs()
-    mean, maximum = gap.mean().item(), gap.max().item()
+    mean = gap.mean().item()
+    maximum = gap.max().item() if len(gap) else math.nan
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
     if math.isnan(mean) or mean > allowed:
