@@ -94,9 +94,6 @@ def pick(args: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-# ------------------------------------------------------------------ the method
-
-
 def method_advantages(args: Any, step: SimpleNamespace) -> Tensor:
     """The advantage of each token, [P, G, T], as the method's script computes it.
 
@@ -155,9 +152,6 @@ def method_loss(args: Any, step: SimpleNamespace, logp: Tensor, index: common.In
     return loss
 
 
-# ------------------------------------------------------------------ several processes
-
-
 def run_inside(model: nn.Module, sharded: bool) -> None:
     """Make `model(run=(f, x))` return `f(model, x)`, computed in the model's forward pass.
 
@@ -207,10 +201,7 @@ class DistributedEngine(HFEngine):
         return model(run=(super().prefill, prompts))
 
 
-# ------------------------------------------------------------------ trainer
-
-
-def trl_config(args: Any, held_out: int) -> GRPOConfig:
+def trl_config(args: Any, held_out: int, needs_reference: bool) -> GRPOConfig:
     """TRL's settings. held_out: the number of held-out problems."""
     processes = PartialState().num_processes
     rows = args.prompts_per_step * args.group_size // processes  # per process and step
@@ -218,25 +209,20 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
     micro_batch = math.gcd(rows_per_update, args.micro_batch)
     eval_problems = math.gcd(held_out // processes, max(1, rows // args.eval_samples))
     dtype = common.precision(args)
-    shared = ("temperature", "seed", "max_grad_norm", "weight_decay", "gradient_checkpointing")
+    same = ("temperature", "seed", "max_grad_norm", "weight_decay", "trust_remote_code")
     return GRPOConfig(
-        **pick(args, *shared),
+        **pick(args, "gradient_checkpointing", *same),
         output_dir=args.run_dir,
         use_cpu=common.device(args).type == "cpu",
         bf16=dtype is torch.bfloat16,
-        model_init_kwargs={
-            "dtype": dtype if args.lora_rank else torch.float32,
-            "trust_remote_code": args.trust_remote_code,
-        },
-        beta=float(needs_reference(args)),  # above 0, TRL loads a reference
-        # Rollouts
+        model_init_kwargs={"dtype": dtype if args.lora_rank else torch.float32},
+        beta=float(needs_reference),  # above 0, TRL loads a reference
         num_generations=args.group_size,
         max_completion_length=args.max_new_tokens - (args.method == "reft"),
         shuffle_dataset=False,
         use_vllm=bool(args.vllm_server),
         vllm_server_base_url=args.vllm_server,
         vllm_importance_sampling_correction=False,  # --importance-cap does it
-        # Update
         per_device_train_batch_size=micro_batch,
         steps_per_generation=rows // micro_batch,
         gradient_accumulation_steps=rows_per_update // micro_batch,
@@ -244,7 +230,6 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         learning_rate=args.lr,
         lr_scheduler_type=args.lr_schedule,
         warmup_steps=args.warmup_updates,
-        # Evaluation, log, checkpoints
         per_device_eval_batch_size=eval_problems * args.eval_samples,
         num_generations_eval=args.eval_samples,
         eval_strategy="steps",
@@ -254,23 +239,6 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         logging_steps=1,
         report_to="tensorboard",
     )
-
-
-def lora_config(args: Any) -> LoraConfig | None:
-    """As infra.models.add_adapters."""
-    if not args.lora_rank:
-        return None
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha or 2 * args.lora_rank,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
-def needs_reference(args: Any) -> bool:
-    return args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
 
 
 class MethodTrainer(GRPOTrainer):
@@ -283,14 +251,17 @@ class MethodTrainer(GRPOTrainer):
         processes = PartialState().num_processes
         held_out = held_out[: len(held_out) // processes * processes]
         self.settings, self.grader = args, grader
+        self.needs_reference = args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
+        lora = {"r": args.lora_rank or 1, "lora_alpha": args.lora_alpha or 2 * args.lora_rank}
+        lora |= {"lora_dropout": args.lora_dropout, "target_modules": "all-linear"}
         super().__init__(
             args.model,
             grader.grade,
-            trl_config(args, len(held_out)),
+            trl_config(args, len(held_out), self.needs_reference),
             Dataset.from_list([vars(problem) for problem in train]),
             Dataset.from_list([vars(problem) for problem in held_out]),
             processing_class=tokenizer,
-            peft_config=lora_config(args),
+            peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
         for model in filter(None, (self.model, self.ref_model)):
             plain = self.accelerator.unwrap_model(model)
@@ -338,44 +309,35 @@ class MethodTrainer(GRPOTrainer):
         return torch.zeros(1, device=self.accelerator.device), None, None
 
     @torch.no_grad()
-    def score(self, rollouts: common.Rollouts) -> dict[str, Tensor]:
-        """logp, entropy, ref_logp and ARCA's residual of all rollouts, [P, G, T] each.
+    def score(self, rollouts: common.Rollouts) -> Tensor:
+        """logp, entropy, ref_logp and ARCA's residual of all rollouts: [4, P, G, T].
 
-        The micro-batches of `common.score` are dealt out to the processes, so that the values are
-        bit-identical to the script's.
+        Micro-batches are `common.score`'s, dealt out to the processes: the same bits as the script.
         """
-        mask, processes = rollouts.mask, self.accelerator.num_processes
-        budget, everything = 4 * self.settings.token_budget, torch.arange(len(mask))
+        args, mask, processes = self.settings, rollouts.mask, self.accelerator.num_processes
+        reference = self.ref_model or self.model
+        adapter_off = self.model.disable_adapter if args.lora_rank else nullcontext
+        budget, everything = 4 * args.token_budget, torch.arange(len(mask))
         batches = list(common.micro_batches(rollouts, budget, everything))
-        names = ("logp", "entropy", "ref_logp", "residual")
-        scores = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
+        scores = torch.zeros(4, *mask.shape, device=mask.device)
         for first in range(0, len(batches), processes):
             place = first + self.accelerator.process_index
             index = batches[place % len(batches)]  # every process runs equally many passes
-            found = self.score_batch(rollouts, index)
+            tokens = common.token_logp, rollouts, index, args
+            states = common.hidden_states, rollouts, index, args
+            found = torch.zeros(4, *mask[index].shape, device=mask.device)
+            found[0], found[1] = self.model(run=tokens)
+            if self.needs_reference:
+                with adapter_off():
+                    found[2], _ = reference(run=tokens)
+            if args.method == "arca":
+                adapted = self.model(run=states)
+                with adapter_off():
+                    found[3][mask[index]] = arca.residual_norm(adapted, self.model(run=states))
             if place < len(batches):
-                for name, values in found.items():
-                    scores[name][index] = values
+                scores[:, *index] = found
         self.model.train()
         return self.accelerator.reduce(scores)
-
-    def score_batch(self, rollouts: common.Rollouts, index: common.Index) -> dict[str, Tensor]:
-        args, batch = self.settings, (rollouts, index, self.settings)
-        reference, adapter_off = self.ref_model or self.model, nullcontext
-        if args.lora_rank:
-            adapter_off = self.accelerator.unwrap_model(self.model).disable_adapter
-        logp, entropy = self.model(run=(common.token_logp, *batch))
-        found = {"logp": logp, "entropy": entropy}
-        if needs_reference(args):
-            with adapter_off():
-                found["ref_logp"], _ = reference(run=(common.token_logp, *batch))
-        if args.method == "arca":
-            adapted = self.model(run=(common.hidden_states, *batch))
-            with adapter_off():
-                base = reference(run=(common.hidden_states, *batch))
-            norm = arca.residual_norm(adapted, base)
-            found["residual"] = torch.zeros_like(logp).masked_scatter(rollouts.mask[index], norm)
-        return found
 
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A step of the script up to its update, with each process's share of the rollouts."""
@@ -389,7 +351,7 @@ class MethodTrainer(GRPOTrainer):
         self.rollouts = rollouts = common.stack(groups, self.eos_token_ids, device)
         mask, lengths = rollouts.mask, rollouts.mask.sum(-1)
         self.step = step = SimpleNamespace(groups=groups, number=number, mask=mask)
-        vars(step).update(self.score(rollouts))
+        step.logp, step.entropy, step.ref_logp, step.residual = self.score(rollouts)
         penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.correct, step.rewards = rollouts.correct, rollouts.correct + penalty
         step.advantages = method_advantages(args, step)
