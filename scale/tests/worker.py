@@ -3,7 +3,6 @@
 python scale/tests/worker.py script FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py compare FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py train FOLDER METHOD ...
-accelerate launch --cpu --num_processes 2 scale/tests/worker.py sharded FOLDER vineppo
 """
 
 from __future__ import annotations
@@ -19,16 +18,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trl_trainer  # puts the repository on the path
-from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
+from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo
 
 from infra.cli import parse_args
 from infra.data import prompt_tokens
-from infra.hf_engine import HFEngine
 from infra.models import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +43,6 @@ OWN = {
     "holderpo": "--updates-per-rollout 1",
     "arca": "--lora-rank 4",
     "reft": "--candidates 6 --openers 2 --mask-opener",
-    "vineppo": "--continuations 3 --kl 0.04 --overlong-buffer 8",
 }
 
 
@@ -85,7 +81,7 @@ def compare(folder: Path, method: str) -> dict[str, float]:
     gaps: dict[str, float] = {}
     credits: list[Tensor] = []
     generate_and_score = trainer._generate_and_score_completions
-    credit_weights, estimate_values = arca.credit_weights, vineppo.estimate_values
+    credit_weights = arca.credit_weights
 
     def watched_step(inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The trainer's step with the script's rollouts of this process."""
@@ -108,14 +104,10 @@ def compare(folder: Path, method: str) -> dict[str, float]:
         credits.append(credit_weights(*inputs, **flags))
         return credits[-1]
 
-    def values_of_second_step(*inputs: Any) -> None:
-        assert inputs[-1] == (args.seed, 1, 0)
-        estimate_values(*inputs[:-1], (args.seed, 2, 0))
-
     trainer._generate_and_score_completions = watched_step
-    arca.credit_weights, vineppo.estimate_values = watched_credit, values_of_second_step
+    arca.credit_weights = watched_credit
     trainer.train()
-    arca.credit_weights, vineppo.estimate_values = credit_weights, estimate_values
+    arca.credit_weights = credit_weights
     log = next(row for row in trainer.state.log_history if "grad_norm" in row)
     gaps["mean_loss"] = abs(log["loss"] - metrics["loss"])
     gaps["grad_norm"] = abs(log["grad_norm"] / metrics["grad_norm"] - 1)
@@ -191,46 +183,12 @@ def train(folder: Path, method: str) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def sharded(folder: Path, method: str) -> dict[str, Any]:
-    """Values with unsharded weights and with FSDP2 shards.
-
-    passes: of this process, with shards; own: those of them that are not a dummy token's.
-    """
-    ends_early = ["--max-new-tokens", "64", "--temperature", "1"]
-    args = trl_trainer.parse(["--method", method, *flags(method, folder), *ends_early])
-    tokenizer, grader = common.load_tokenizer(args), common.Grader()
-    policy = common.load_policy(args)
-    problems = common.load_problems(args, "--dataset", tokenizer, grader).take(P, args.seed)
-    plain = HFEngine(args, policy, tokenizer, context=0)
-    groups = common.roll_out(plain, problems, args, (args.seed,))
-
-    def values(engine: HFEngine) -> list[list[float]]:
-        vineppo.estimate_values(engine, grader, groups, args, (args.seed,))
-        return [group.notes.pop(0)[1] for group in groups for _ in group.tokens]
-
-    whole = values(plain)
-    trl_trainer.run_inside(policy, sharded=True)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for module in (*policy.model.layers, policy):
-        fully_shard(module, mesh=mesh)
-    inputs = []
-
-    def watched_pass(_: Any, __: Any, named: dict[str, Tensor]) -> None:
-        inputs.append(named["input_ids"].shape)
-
-    policy.model.register_forward_pre_hook(watched_pass, with_kwargs=True)
-    shards = values(trl_trainer.DistributedEngine(args, policy, tokenizer, context=0))
-    own = [shape for shape in inputs if shape != (1, 1)]
-    return {"whole": whole, "sharded": shards, "passes": len(inputs), "own": len(own)}
-
-
 def digest(model: torch.nn.Module) -> str:
     weights = [weight.detach().numpy().tobytes() for weight in model.parameters()]
     return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
-MODES = {"compare": compare, "train": train, "sharded": sharded}
+MODES = {"compare": compare, "train": train}
 
 
 def main(mode: str, folder: str, *methods: str) -> None:
