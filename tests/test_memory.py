@@ -13,9 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 import memory
-from memory import GPUS, KINDS, MODELS, Model, Settings
-
 from engine import Reference
+from memory import GPUS, KINDS, MODELS, Model, Settings
 
 SHAPES = {model.name: model for model in MODELS}
 
