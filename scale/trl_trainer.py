@@ -167,8 +167,7 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         learning_rate=args.lr,
         lr_scheduler_type=args.lr_schedule,
         warmup_steps=args.warmup_updates,
-        per_device_eval_batch_size=samples
-        * math.gcd(held_out // processes, max(1, rows // samples)),
+        per_device_eval_batch_size=samples * math.gcd(held_out // processes, rows // samples or 1),
         num_generations_eval=samples,
         eval_strategy="steps",
         eval_on_start=not args.resume,
@@ -206,9 +205,10 @@ class MethodTrainer(GRPOTrainer):
         if args.method != "reft" or not self.model.training:
             return generate(prompts, images, fields, copies)
         of_step = gather_object(prompts)[::copies]
+        engine = common.Engine(self.model, self.processing_class)
         seed = common.seed_for(args.seed, self.state.global_step, "openers")
         draw = torch.Generator().manual_seed(seed)
-        chosen, _ = reft.choose_openers(self.model, self.processing_class, of_step, args, draw)
+        chosen, _ = reft.choose_openers(self.model, engine, of_step, args, draw)
         self.model.train()
         chosen = broadcast(chosen.to(self.accelerator.device)).view(-1, len(prompts))
         first = chosen[self.accelerator.process_index].tolist()
@@ -241,8 +241,7 @@ class MethodTrainer(GRPOTrainer):
         args, mask, processes = self.settings, rollouts.mask, self.accelerator.num_processes
         adapter_off = self.model.disable_adapter if args.lora_rank else nullcontext
         # Processes share the micro-batches of `common.score`: the values have the script's bits.
-        budget, everything = 4 * args.token_budget, torch.arange(len(mask))
-        batches = list(common.micro_batches(rollouts, budget, everything))
+        batches = [*common.micro_batches(rollouts, 4 * args.token_budget, torch.arange(len(mask)))]
         scores = torch.zeros(4, *mask.shape, device=mask.device)
         for first in range(0, len(batches), processes):
             place = first + self.accelerator.process_index
