@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import get_scheduler
 
 from grading import Grader, last_boxed
 from infra.cli import StopRun, check_settings, launch, reject, require
@@ -462,6 +461,13 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
     if average == "sequence":
         return update_mask / update_mask.sum(-1, keepdim=True).clamp(min=1) / responses
     return update_mask / (responses * max_new_tokens)
+
+
+def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
+    """transformers' learning-rate schedule. Its import takes two seconds, which --help need not."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, warmup, updates)
 
 
 # ------------------------------------------------------------------ metrics and evaluation
