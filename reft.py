@@ -173,7 +173,7 @@ def opener_metrics(
 ) -> dict[str, float]:
     """Probability and success of openers by rank, and how often the same opener wins.
 
-    All [P, G], of first tokens, rollouts of one opener side by side. An opener wins where its
+    All [P, G], of first tokens; the rollouts of an opener are adjacent. An opener wins if its
     rollouts succeed more often than those of every other opener of its group.
     """
     metrics = {"opener/probability": logp.exp().mean().item()}

@@ -68,14 +68,6 @@ class VLLMEngine(Engine):
         constructor = body.__init__
         self.sampling_params = vllm.SamplingParams
         self.on_cuda = on_cuda
-        if on_cuda:
-            for_device = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
-            for_device |= {"max_num_seqs": 512}
-        else:
-            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
-            for_device = {"enable_chunked_prefill": False}
-            for_device |= {"max_num_batched_tokens": max(context, 8192)}
-            for_device |= {"max_num_seqs": min(args.prompts_per_step * args.group_size, 512)}
         self.llm = vllm.LLM(
             args.model,
             dtype=str(precision(args)).removeprefix("torch."),
@@ -88,7 +80,7 @@ class VLLMEngine(Engine):
             use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
             seed=args.seed,
-            **for_device,
+            **self.device_options(args, context),
         )
         # vLLM runs transformers' class for a model that it has no class for, and patches that
         # class so that it compiles. The policy may be of that class and must not be compiled.
@@ -101,17 +93,31 @@ class VLLMEngine(Engine):
         in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
         self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
 
+    def device_options(self, args: Any, context: int) -> dict[str, Any]:
+        if self.on_cuda:
+            return {
+                "gpu_memory_utilization": args.gpu_memory,
+                "enable_sleep_mode": True,
+                "max_num_seqs": 512,
+            }
+        return {
+            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, 8192),
+            "max_num_seqs": min(args.prompts_per_step * args.group_size, 512),
+        }
+
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, a tied LM head included.
 
-        Raises StopRun if the second sync, the first after an update, did not load them.
+        Raises StopRun if one of the first three syncs of a run did not load them.
         """
         if self.on_cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(policy)})
         self.syncs += 1
-        if self.syncs == 2:
+        if self.syncs <= 3:  # the third sync at the latest follows an update
             self.check_vectors(policy)
         if self.on_cuda:  # after the weights, because merging LoRA takes memory
             torch.cuda.empty_cache()
