@@ -266,13 +266,12 @@ def summarise(
 
 
 def interval(figure: dict[str, Any] | None) -> str:
+    """A value and its interval, without brackets if it is the value; bold if unlike GRPO's."""
     if figure is None:
         return "–"
-    low, high = figure["interval"]
-    value = f"{figure['value']:.2f}"
-    if figure["differs"]:
-        value = f"**{value}**"
-    return f"{value} [{low:.2f}, {high:.2f}]"
+    value, low, high = (f"{number:.2f}" for number in (figure["value"], *figure["interval"]))
+    shown = f"**{value}**" if figure["differs"] else value
+    return shown if low == value == high else f"{shown} [{low}, {high}]"
 
 
 def number(value: float | None) -> str:
@@ -281,19 +280,26 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
+def methods_table(methods: dict[str, dict[str, Any]]) -> str:
+    """The measures of each method. Methods with equal cells share a row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for method, figures_of_method in methods.items():
+        cells = tuple(map(interval, figures_of_method.values()))
+        names.setdefault(cells, []).append(method)
+    rows = [[", ".join(names[cells]), *cells] for cells in names]
+    return markdown(["credit", *truth.MEASURES], rows)
+
+
 def tables(results: dict[str, Any]) -> str:
     """All tables of the page."""
-    policies = results["policies"]
-    settings = results["settings"]
+    policies, settings = results["policies"], results["settings"]
     parts = [
         f"`{results['command']}`, seed {settings['seed']}: {settings['prompts']} problems, "
         f"{settings['group_size']} rollouts of each, {settings['continuations']} continuations for "
-        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for "
-        f"CPU. All numbers: `benchmark/results/credit.json`. In brackets the 95% interval."
+        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for CPU."
     ]
     for name, policy in policies.items():
-        rows = [[method, *map(interval, row.values())] for method, row in policy["methods"].items()]
-        parts += [f"The {name} policy:", markdown(["credit", *truth.MEASURES], rows)]
+        parts += [f"The {name} policy:", methods_table(policy["methods"])]
     first, *_ = policies.values()
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
         rows = []
@@ -348,15 +354,14 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
             rows, groups = [], []
             for i, problem in enumerate(problems):
                 seed = (args.seed, name, i)
-                row = truth.measure(
-                    engine, grader, policy, problem, settings, args.continuations, seed
-                )
+                sampler = engine, grader, policy
+                row = truth.measure(*sampler, problem, settings, args.continuations, seed)
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
                 rows.append(row)
                 # Nothing below reads the engine's log-probabilities: any floats do.
-                groups.append(
-                    common.Group(problem, row["tokens"], row["others"], [], row["correct"])
-                )
+                any_floats = row["others"]
+                group = common.Group(problem, row["tokens"], any_floats, [], row["correct"])
+                groups.append(group)
             write_json(args.run_dir / f"{name}.json", rows)
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
             summaries[name] = summarise(rows, groups, policy, settings, args.continuations)
