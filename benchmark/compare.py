@@ -368,7 +368,8 @@ def caption(results: dict) -> str:
     runs, steps = at_selected_rates(results), results["steps"]
     seeds = sorted({len(rows) for rows in runs.values()})
     text = f"Means over {' or '.join(map(str, seeds))} seeds; in brackets the 95% interval of the "
-    text += f"paired difference (Student's t). Learning rates tried: {', '.join(results['rates'])}."
+    text += "paired difference (Student's t). Learning rates tried on validation problems: "
+    text += ", ".join(results["rates"]) + "."
     if "†" in table(results):
         text += " † marks the lowest or highest of these: a better rate may lie outside."
     text += f" Each run has {steps * results['prompts'] * GROUP} rollouts in {steps} steps"

@@ -212,12 +212,12 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_caption_describes_the_selection():
     rows = [row("GRPO", "2e-4", 1, 0.5)]
     results = {"rows": rows, "selection": [], "rates": ["2e-4"], **START, **ABOUT}
-    assert "Learning rates tried: 2e-4. Each run" in compare.caption(results)
+    assert "tried on validation problems: 2e-4. Each run" in compare.caption(results)
     results["selection"] = [row("GRPO", "2e-4", 101, 0.5)]
     for rates in (["1e-4", "2e-4"], ["2e-4", "4e-4"]):
-        text = f"Learning rates tried: {', '.join(rates)}. † marks"
+        text = f"tried on validation problems: {', '.join(rates)}. † marks"
         assert text in compare.caption(results | {"rates": rates})
-    text = "Learning rates tried: 1e-4, 2e-4, 4e-4. Each run"
+    text = "tried on validation problems: 1e-4, 2e-4, 4e-4. Each run"
     assert text in compare.caption(results | {"rates": RATES})
 
 
