@@ -143,7 +143,6 @@ class Settings:
     kind: str = "full"
     token_budget: int = TOKEN_BUDGETS[0]
     checkpointing: bool = False
-    eight_bit: bool = False
 
     @property
     def trained(self) -> int:
@@ -153,7 +152,7 @@ class Settings:
     def saved(self) -> tuple[int, int]:
         """Bytes on disk: of a checkpoint (trained weights and moments), and of model/."""
         weight = 2 if self.kind == "lora" else 4
-        return (6 if self.eight_bit else 12) * self.trained, weight * self.model.parameters
+        return 12 * self.trained, weight * self.model.parameters
 
     @property
     def resident(self) -> int:
@@ -188,15 +187,14 @@ class Settings:
         share = min(max(GPU_MEMORY, needed), free)
         words = ["--gradient-checkpointing"] * self.checkpointing
         words += [f"--gpu-memory {share:g}"] * (share != GPU_MEMORY)
-        words += ["--adamw-8bit"] * self.eight_bit
         words += [f"--token-budget {self.token_budget}"] * (self.token_budget != TOKEN_BUDGETS[0])
         return f"`{' '.join(words)}`" if words else "as it is"
 
 
 def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
     """The first settings that fit, from cheap to costly; None if none do."""
-    for eight_bit, checkpointing, budget in product((False, True), (False, True), TOKEN_BUDGETS):
-        settings = Settings(model, kind, budget, checkpointing, eight_bit)
+    for checkpointing, budget in product((False, True), TOKEN_BUDGETS):
+        settings = Settings(model, kind, budget, checkpointing)
         if max(settings.update, settings.rollout) <= gpu * 1e9:
             return settings
     return None

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 import memory
 from memory import GPUS, KINDS, MODELS, Model, Settings
 
-from engine import Reference
+from infra.models import Reference
 
 SHAPES = {model.name: model for model in MODELS}
 
@@ -78,7 +78,6 @@ def test_each_setting_that_costs_saves():
     plain = {"model": SHAPES["7B"], "kind": "reference"}
     for change in (
         {"checkpointing": True},
-        {"eight_bit": True},
         {"token_budget": 4096},
         {"kind": "full"},
         {"kind": "lora"},
