@@ -75,16 +75,16 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 def credit_weights(
     score: Tensor, mask: Tensor, *, sharpening: float = 2.0, eps: float = 1e-8
 ) -> Tensor:
-    """w, each token's share of its response's credit, in proportion to a score to a power.
+    """w, each token's share of its response's credit: (score + eps) ** sharpening, normalised.
 
-    score: [..., T], non-negative. Returns [..., T]: at least 0, 0 outside the mask, sum 1 over
-    each response, and exactly 1 / T where a response's sharpened scores sum to at most 1e-8.
+    score: [..., T], non-negative. Returns [..., T], non-negative, 0 outside the mask, with sum 1
+    over each response. If a response's powers sum to at most 1e-8, its weights are exactly 1 / T.
     """
     score = score.float().masked_fill(~mask, 0.0)
     uniform = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     log_power = sharpening * (score + eps).log()  # Eq. sharpening [code]
     log_power = log_power.masked_fill(~mask, -math.inf)
-    # The softmax of the logarithm is the quotient, and no power overflows.
+    # softmax(log x) is x / Σ x, and cannot overflow.
     weights = log_power.softmax(-1)  # Eq. weight [paper]
     moved = log_power.logsumexp(-1, keepdim=True) > math.log(1e-8)
     return torch.where(moved, weights, uniform)  # Eq. uniform fallback [code]
@@ -113,46 +113,50 @@ def arca_weights(
 def residuals(
     policy: nn.Module, reference: common.Reference, rollouts: common.Rollouts, args: Args
 ) -> Tensor:
-    """`residual_norm` at the position that predicts each response token, [P, G, T], dropout off.
-    Hidden states exist for one micro-batch at a time, of four times the tokens that an update's may
-    have: no activations are kept (as in `common.score`)."""
-    alpha = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
-    everything = torch.arange(len(rollouts.problems))
-    for index in common.micro_batches(rollouts, 4 * args.token_budget, everything):
+    """`residual_norm` at the position that predicts each response token: [P, G, T].
+
+    Hidden states exist for one micro-batch at a time. As in `common.score` there is no gradient,
+    so a micro-batch can have four times the tokens of an update's.
+    """
+    mask = rollouts.mask
+    alpha = torch.zeros(mask.shape, device=mask.device)
+    all_problems = torch.arange(len(rollouts.problems))
+    for index in common.micro_batches(rollouts, 4 * args.token_budget, all_problems):
         adapted = common.hidden_states(policy, rollouts, index, args)  # [tokens, D]
-        with reference() as base:
-            norm = residual_norm(adapted, common.hidden_states(base, rollouts, index, args))
-        alpha[index] = alpha[index].masked_scatter(rollouts.mask[index], norm)
+        with reference() as frozen:
+            base = common.hidden_states(frozen, rollouts, index, args)
+        alpha[index] = alpha[index].masked_scatter(mask[index], residual_norm(adapted, base))
     return alpha
 
 
 def surprisal(logp: Tensor) -> Tensor:
-    """High where the sampled token was unlikely: [..., T] -> [..., T]."""
+    """High if the sampled token was unlikely: [..., T] -> [..., T]."""
     return (-logp).clamp(min=0.0)  # Eq. surprisal [paper]
 
 
 def entropy_reduction(entropy: Tensor, mask: Tensor) -> Tensor:
-    """High where the next token is more certain than this one; 0 on the last: [..., T]."""
+    """High if the next token is more certain than this one; 0 on the last: [..., T]."""
     fall = (entropy[..., :-1] - entropy[..., 1:]).clamp(min=0.0)  # Eq. entropy reduction [paper]
     return pad(fall.masked_fill(~mask[..., 1:], 0.0), (0, 1))
 
 
 def divergence(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """High where training has changed the sampled token's probability: [..., T]."""
+    """High if training has changed the sampled token's probability: [..., T]."""
     return (logp - ref_logp).abs()  # Eq. divergence [paper]
 
 
 def gini(weights: Tensor, mask: Tensor) -> Tensor:
-    """Concentration of credit, [..., T] -> [...]: 0 is uniform, (T - 1) / T all on one token."""
-    ordered = weights.masked_fill(~mask, 0.0).sort(-1).values  # padding goes first, and adds 0
-    padding, length = (~mask).sum(-1, keepdim=True), mask.sum(-1)
+    """Concentration of credit, [..., T] -> [...]: 0 if uniform, (T - 1) / T if on one token."""
+    ordered = weights.masked_fill(~mask, 0.0).sort(-1).values  # zeros of the padding come first
+    padding = (~mask).sum(-1, keepdim=True)
+    length = mask.sum(-1)
     rank = torch.arange(1, mask.shape[-1] + 1, device=mask.device) - padding
     area = (rank * ordered).sum(-1) / (length * ordered.sum(-1))
     return 2 * area - (length + 1) / length  # Eq. Gini [open]
 
 
 def effective_fraction(weights: Tensor, mask: Tensor) -> Tensor:
-    """EffN / T, [..., T] -> [...]: 1 is uniform, 1 / T all on one token."""
+    """EffN / T, [..., T] -> [...]: 1 if uniform, 1 / T if on one token."""
     squares = weights.masked_fill(~mask, 0.0).square().sum(-1)
     return 1 / (mask.sum(-1) * squares)  # Eq. effective fraction [paper]
 

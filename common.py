@@ -9,7 +9,6 @@ grading/. Scripts import this module alone, so some of the names below are impor
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from grading import Grader, last_boxed
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import get_scheduler
 
-from infra.cli import StopRun, check_numbers, launch, reject, require
+from grading import Grader, last_boxed
+from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, load_problems
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
@@ -105,41 +103,7 @@ class RunArgs:
     signed: ClassVar[tuple[str, ...]] = ()  # settings that may be negative
 
     def __post_init__(self) -> None:
-        """Reject values that cannot work, before anything heavy is loaded."""
-        positive = (
-            *("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "temperature", "steps"),
-            *("generation_rounds", "updates_per_rollout", "lr", "max_grad_norm", "token_budget"),
-            *("gpu_memory", "eval_problems", "eval_samples", "keep_checkpoints"),
-        )
-        check_numbers(self, positive, below_one=("warmup_ratio", "lora_dropout", "gpu_memory"))
-        require(self.group_size > 1, "--group-size", self.group_size, "must be at least 2")
-
-        divides = self.prompts_per_step % self.updates_per_rollout == 0
-        why = f"must divide --prompts-per-step {self.prompts_per_step}"
-        require(divides, "--updates-per-rollout", self.updates_per_rollout, why)
-        fits = self.overlong_buffer <= self.max_new_tokens
-        why = f"must be at most --max-new-tokens {self.max_new_tokens}"
-        require(fits, "--overlong-buffer", self.overlong_buffer, why)
-
-        for name in ("lora_alpha", "lora_dropout"):
-            value = getattr(self, name)
-            flag = "--" + name.replace("_", "-")
-            require(self.lora_rank or not value, flag, value, "has no effect without --lora-rank")
-        warms_up = self.lr_schedule != "constant" or not self.warmup_ratio
-        why = "has no effect with --lr-schedule constant: use constant_with_warmup"
-        require(warms_up, "--warmup-ratio", self.warmup_ratio, why)
-        rounds = self.generation_rounds
-        used = self.dynamic_sampling or rounds == RunArgs.generation_rounds
-        require(used, "--generation-rounds", rounds, "has no effect without --dynamic-sampling")
-
-        has_vllm = importlib.util.find_spec("vllm") is not None
-        has_wandb = importlib.util.find_spec("wandb") is not None
-        why = "vLLM is not installed; see README.md"
-        require(has_vllm or self.engine != "vllm", "--engine", self.engine, why)
-        why = "wandb is not installed"
-        require(has_wandb or not self.wandb_project, "--wandb-project", self.wandb_project, why)
-        has_cuda = torch.cuda.is_available()
-        require(has_cuda or self.device != "cuda", "--device", self.device, "there is no CUDA GPU")
+        check_settings(self)
 
     def depends_on_steps(self) -> bool:
         """Whether training depends on --steps, so that a resumed run may not change it."""
@@ -497,6 +461,13 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
     if average == "sequence":
         return update_mask / update_mask.sum(-1, keepdim=True).clamp(min=1) / responses
     return update_mask / (responses * max_new_tokens)
+
+
+def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
+    """transformers' learning-rate schedule. Its import takes two seconds, which --help need not."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, warmup, updates)
 
 
 # ------------------------------------------------------------------ metrics and evaluation

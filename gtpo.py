@@ -56,8 +56,8 @@ class Args(common.RunArgs):
         clamp, gamma = self.entropy_clamp, self.overlong_gamma
         ordered = not clamp or 0 <= clamp[0] <= clamp[1]
         common.require(ordered, "--entropy-clamp", clamp, "needs 0 <= LOW <= HIGH")
-        in_range = not gamma or 0.5 < gamma <= 1
-        common.require(in_range, "--overlong-gamma", gamma, "must lie in (0.5, 1], or be 0: off")
+        valid = not gamma or 0.5 < gamma <= 1
+        common.require(valid, "--overlong-gamma", gamma, "must lie in (0.5, 1], or be 0: off")
         why = "only verdicts count here, which it does not change; use --overlong-gamma"
         common.require(not self.overlong_buffer, "--overlong-buffer", self.overlong_buffer, why)
         why = "has no effect with --alpha2 0"
@@ -117,17 +117,16 @@ def gtpo_advantages(
     with 0 on those of the other verdict; own-set: each over its own tokens; joint: both as one.
     A group whose verdicts are all equal gives zeros [open].
     """
+    if normalize not in ("with-zeros", "own-set", "joint"):
+        raise ValueError(f"--normalize cannot be {normalize!r}")
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
-    if normalize == "own-set":
-        plus = standardize(positive, right, eps)
-        minus = standardize(negative, wrong, eps)
-    elif normalize == "joint":
-        plus = minus = standardize(positive + negative, mask, eps)
-    else:
-        plus = standardize(positive, mask, eps)
-        minus = standardize(negative, mask, eps)
+    if normalize == "joint":
+        positive = negative = positive + negative
+    own_set = normalize == "own-set"
+    plus = standardize(positive, right if own_set else mask, eps)
+    minus = standardize(negative, wrong if own_set else mask, eps)
     mixed = (correct > 0).any(-1) & (correct <= 0).any(-1)  # [P]
     learns = mask & mixed[..., None, None]
     return torch.where(learns, torch.where(right, plus, minus), 0.0)  # Eq. 6 [paper]

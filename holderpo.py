@@ -79,16 +79,18 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 def holder_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tensor:
     """ρ, a response's ratio of new to old policy: the power mean of its tokens' ratios.
 
-    logp, old_logp, mask: [N, T]. Returns [N]. Rises with p from the smallest token ratio (-∞)
-    to the largest (∞). In log space, so that it cannot overflow. No live token: 1, no gradient.
+    logp, old_logp, mask: [N, T]. Returns [N]. It rises with p, from the smallest token ratio
+    (p = -∞) to the largest (p = ∞). Computed in log space, so that it cannot overflow. A response
+    without tokens has ratio 1 and no gradient.
     """
-    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).double()  # float32 fails a small p
-    live = mask | ~mask.any(-1, keepdim=True)
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
+    log_ratio = log_ratio.double()  # float32 is not exact enough for a small p
+    mask = mask | ~mask.any(-1, keepdim=True)  # an empty response counts as tokens of ratio 1
     if abs(p) < 1e-6:  # Eq. geometric branch [code]
-        log_mean = log_ratio.sum(-1) / live.sum(-1)
+        log_mean = log_ratio.sum(-1) / mask.sum(-1)
     else:
-        log_sum = (p * log_ratio).masked_fill(~live, -math.inf).logsumexp(-1)
-        log_mean = (log_sum - live.sum(-1).double().log()) / p  # Eq. 1 [paper]
+        log_sum = (p * log_ratio).masked_fill(~mask, -math.inf).logsumexp(-1)
+        log_mean = (log_sum - mask.sum(-1).double().log()) / p  # Eq. 1 [paper]
     return log_mean.exp().to(logp.dtype)
 
 
@@ -102,19 +104,20 @@ def holder_surrogate(
     clip: float = 0.2,
     clip_level: str = "sequence",
 ) -> tuple[Tensor, Tensor]:
-    """Each response's loss, [N], and where the clip cuts its gradient off, [N, T].
+    """Each response's loss, [N], and where the clip removes its gradient, [N, T].
 
     logp, old_logp, mask: [N, T]; advantages: [N]. The loss of a step is the mean over responses.
     """
     if clip_level == "sequence":
         rho = holder_ratio(logp, old_logp, mask, p)
         zero = torch.zeros_like(rho)
-        loss, cut = clipped_loss(rho.log(), zero, advantages, clip, clip)  # Eq. 2 [paper]
-        return loss, cut[:, None] & mask  # Eq. 16 [paper]
+        loss, clipped = clipped_loss(rho.log(), zero, advantages, clip, clip)  # Eq. 2 [paper]
+        return loss, clipped[:, None] & mask  # Eq. 16 [paper]
     if clip_level == "token":
-        log_ratio, up, down = logp - old_logp, math.log1p(clip), math.log1p(-clip)
-        rises = advantages[:, None] > 0
-        kept = torch.where(rises, log_ratio.clamp(max=up), log_ratio.clamp(min=down))
+        log_ratio = logp - old_logp
+        from_above = log_ratio.clamp(max=math.log1p(clip))
+        from_below = log_ratio.clamp(min=math.log1p(-clip))
+        kept = torch.where(advantages[:, None] > 0, from_above, from_below)
         rho = holder_ratio(kept, torch.zeros_like(kept), mask, p)  # Eq. 11 [paper]
         return -rho * advantages, mask & (kept != log_ratio) & (advantages != 0)[:, None]
     raise ValueError(f"--clip-level must be sequence or token, not {clip_level!r}")
@@ -131,8 +134,10 @@ def holder_loss(
     clip_level: str = "sequence",
 ) -> Tensor:
     """The mean of `holder_surrogate` over the responses, a scalar."""
-    clips = {"clip": clip, "clip_level": clip_level}
-    return holder_surrogate(logp, old_logp, mask, advantages, p, **clips)[0].mean()
+    loss, _ = holder_surrogate(
+        logp, old_logp, mask, advantages, p, clip=clip, clip_level=clip_level
+    )
+    return loss.mean()
 
 
 @torch.no_grad()

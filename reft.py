@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,21 +48,14 @@ class Args(common.RunArgs):
     """K: different first tokens in a group (paper: 4)"""
     mask_opener: bool = False
     """leave the first token out of the loss"""
-    base: Literal["grpo", "dapo"] = "grpo"
-    """dapo: --dynamic-sampling, --clip-high 0.28 and --loss-average token"""
 
     def __post_init__(self) -> None:
-        if self.base == "dapo":
-            unchanged = self.clip_high in (Args.clip_high, 0.28) and self.loss_average == "token"
-            why = "sets --clip-high and --loss-average: use --base grpo"
-            common.require(unchanged, "--base", "dapo", why)
-            self.dynamic_sampling, self.clip_high = True, 0.28
         super().__post_init__()
-        try:
-            check_openers(self.candidates, self.openers, self.group_size)
-        except ValueError as error:
-            flags, why = str(error).split(": ")
-            common.reject(*flags.rsplit(" ", 1), why)
+        why = f"must be from 1 to --candidates {self.candidates}"
+        common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
+        why = f"must be a multiple of --openers {self.openers}"
+        divides = self.group_size % self.openers == 0
+        common.require(divides, "--group-size", self.group_size, why)
         why = "must leave room after the first token"
         common.require(self.max_new_tokens > 1, "--max-new-tokens", self.max_new_tokens, why)
 
@@ -84,17 +77,6 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     return torch.where(varied, advantages, 0.0)
 
 
-def check_openers(candidates: int, openers: int, group_size: int) -> None:
-    """Raises ValueError for numbers that do not fit together."""
-    flags = f"--candidates {candidates} --openers {openers} --group-size {group_size}"
-    if min(candidates, openers, group_size) < 1:
-        raise ValueError(f"{flags}: each must be at least 1")
-    if openers > candidates:
-        raise ValueError(f"{flags}: --openers must not exceed --candidates")
-    if group_size % openers:
-        raise ValueError(f"{flags}: --group-size must be a multiple of --openers")
-
-
 def pick_first_tokens(
     logits: Tensor,
     *,
@@ -106,15 +88,16 @@ def pick_first_tokens(
     """The first token of every rollout of every prompt: [P, V] -> [P, G] token ids.
 
     logits: [P, V], or any values that rank tokens alike; -inf for tokens that cannot be chosen.
-    Raises ValueError as `check_openers` does, or if a prompt has fewer than `candidates` tokens.
+    Raises ValueError if the numbers do not fit together, or if a prompt has too few candidates.
     """
-    check_openers(candidates, openers, group_size)
     prompts, vocabulary = logits.shape
-    if candidates > vocabulary:
-        raise ValueError(f"--candidates {candidates} exceeds the vocabulary of {vocabulary} tokens")
+    if not 1 <= openers <= candidates <= vocabulary:
+        raise ValueError(f"1 <= {openers=} <= {candidates=} <= {vocabulary=} does not hold")
+    if group_size < 1 or group_size % openers:
+        raise ValueError(f"{group_size=} must be a multiple of {openers=}")
     likeliest = logits.topk(candidates)  # Eq. candidates [paper]
     if not likeliest.values.isfinite().all():
-        raise ValueError(f"--candidates {candidates}: a prompt has fewer allowed tokens")
+        raise ValueError(f"a prompt has fewer than {candidates=} tokens to choose from")
     # The ranks of independent uniform numbers are a random permutation.
     permutation = torch.rand(prompts, candidates, generator=generator).argsort(-1)
     drawn = permutation[:, :openers].to(logits.device)  # Eq. distinct openers [second-hand]
@@ -140,17 +123,19 @@ def first_token_logits(policy: nn.Module, prompts: list[list[int]], args: Args) 
 
 def choose_openers(
     policy: nn.Module,
-    tokenizer: Any,
+    engine: common.Engine,
     prompts: list[list[int]],
     args: Args,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Every rollout's first token and its rank among the candidates, from 1: two [P, G].
 
-    Special tokens are never chosen, nor ids beyond the tokenizer's, which pad the embedding.
+    Special tokens and tokens that end a response are never chosen, nor ids beyond the tokenizer's,
+    which pad the embedding.
     """
+    tokenizer = engine.tokenizer
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
+    special.update(tokenizer.all_special_ids, engine.stop_tokens)
     logits = first_token_logits(policy, prompts, args).cpu()
     logits[:, sorted(special)] = -math.inf  # Eq. forbidden openers [open]
     logits[:, len(tokenizer) :] = -math.inf
@@ -176,7 +161,7 @@ def roll_out_openers(
     """`common.roll_out` with chosen first tokens. Each rollout's note is the rank of its own."""
     generator = torch.Generator().manual_seed(common.seed_for(*seed, "openers"))
     prompts = [problem.prompt for problem in problems]
-    tokens, ranks = choose_openers(policy, engine.tokenizer, prompts, args, generator)
+    tokens, ranks = choose_openers(policy, engine, prompts, args, generator)
     groups = common.roll_out(engine, problems, args, seed, first_tokens=tokens)
     for group, of_group in zip(groups, ranks.tolist(), strict=True):
         group.notes = of_group
@@ -188,7 +173,7 @@ def opener_metrics(
 ) -> dict[str, float]:
     """Probability and success of openers by rank, and how often the same opener wins.
 
-    All [P, G], of first tokens, rollouts of one opener side by side. An opener wins where its
+    All [P, G], of first tokens; the rollouts of an opener are adjacent. An opener wins if its
     rollouts succeed more often than those of every other opener of its group.
     """
     metrics = {"opener/probability": logp.exp().mean().item()}
@@ -237,6 +222,8 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
+    why = f"the tokenizer has {len(tokenizer)} tokens"
+    common.require(args.candidates <= len(tokenizer), "--candidates", args.candidates, why)
     # </method>
 
     weights = [weight for weight in policy.parameters() if weight.requires_grad]

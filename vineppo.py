@@ -63,10 +63,10 @@ class Args(common.RunArgs):
 
 # <method>
 def step_ends(pieces: list[str], step_end: str) -> list[int]:
-    """The numbers of tokens after which the steps of a response end; the last is all of them.
+    """The token count at the end of each step of a response. The last is the response's length.
 
-    pieces: the text of each token. A step ends with the token in which a match of `step_end` ends.
-    The text after the last match, if there is any, is the last step.
+    pieces: the text of each token. A step ends with the token in which a match of `step_end` ends:
+    the pieces ["2", ".", " So", " 4"] with the pattern "[.]" have the ends [2, 4].
     """
     reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to each token's end
     ends = set()
@@ -113,15 +113,18 @@ def estimate_values(
     Each rollout's note is the step of each token, the value before each step, and the number of
     tokens sampled. Rollouts of a group that share a prefix share its continuations and value.
     """
-    texts = token_texts(engine, {t for group in groups for row in group.tokens for t in row})
-    rollouts = []  # the problem, the tokens, and the prefixes and ends of the steps
+    tokens = {token for group in groups for row in group.tokens for token in row}
+    texts = token_texts(engine, tokens)
+    rollouts = []  # of each: its group, the ends of its steps, the prefixes before them
+    distinct = {}  # all prefixes, each once, in order
     for p, group in enumerate(groups):
-        for row in map(tuple, group.tokens):
+        for row in group.tokens:
             ends = step_ends([texts[token] for token in row], args.step_end)
-            prefixes = [(p, row[:start]) for start in (0, *ends[:-1])]
-            rollouts.append((p, row, prefixes, ends))
+            prefixes = [(p, tuple(row[:start])) for start in (0, *ends[:-1])]
+            rollouts.append((group, ends, prefixes))
+            distinct |= dict.fromkeys(prefixes)
+    distinct = list(distinct)
 
-    distinct = list(dict.fromkeys(prefix for _, _, prefixes, _ in rollouts for prefix in prefixes))
     prompts, seeds, lengths = [], [], []
     for p, prefix in distinct:
         for k in range(args.continuations):
@@ -130,13 +133,14 @@ def estimate_values(
             lengths.append(args.max_new_tokens - len(prefix))
     responses = engine.generate(prompts, seeds, lengths, args.temperature)
 
-    whole, references = [], []
+    responses_with_prefix, references = [], []
     for i, (tokens, _) in enumerate(responses):
         p, prefix = distinct[i // args.continuations]
-        whole.append([*prefix, *tokens])
+        responses_with_prefix.append([*prefix, *tokens])
         references.append(groups[p].problem.answer)
-    correct = torch.tensor(grader.grade(engine.decode(whole), references), dtype=torch.float32)
-    lengths = torch.tensor([len(row) for row in whole])
+    verdicts = grader.grade(engine.decode(responses_with_prefix), references)
+    correct = torch.tensor(verdicts, dtype=torch.float32)
+    lengths = torch.tensor([len(row) for row in responses_with_prefix])
     rewards = correct + common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
     means = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
     values = dict(zip(distinct, means.tolist(), strict=True))
@@ -144,11 +148,12 @@ def estimate_values(
     sampled = sampled.view(-1, args.continuations).sum(-1)
     spent = dict(zip(distinct, sampled.tolist(), strict=True))
 
-    for p, row, prefixes, ends in rollouts:
-        steps = [bisect.bisect_right(ends, t) for t in range(len(row))]
+    for group, ends, prefixes in rollouts:
+        steps = [bisect.bisect_right(ends, t) for t in range(ends[-1])]
+        before = [values[prefix] for prefix in prefixes]
         # The tokens of a shared prefix are counted for the first rollout that has it.
         tokens = sum(spent.pop(prefix, 0) for prefix in prefixes)
-        groups[p].notes.append((steps, [values[prefix] for prefix in prefixes], tokens))
+        group.notes.append((steps, before, tokens))
 
 
 def stack_values(groups: list[common.Group], device: torch.device) -> tuple[Tensor, Tensor]:

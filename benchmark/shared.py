@@ -1,4 +1,4 @@
-"""What the benchmarks share: results written whole, pages filled in from them, and refusals."""
+"""Helpers of the benchmarks: results files, the results blocks of pages, checks of flags."""
 
 from __future__ import annotations
 
@@ -14,58 +14,61 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
-sys.path.insert(0, str(ROOT))  # where the scripts lie
-LINE = 400  # characters of JSON that may stand on one line: a run with its figures
+sys.path.insert(0, str(ROOT))  # the training scripts and their modules
+LINE = 400  # a JSON value of at most this many characters is written on one line
 
 
-def refuse(flag: str, value: Any, why: str) -> NoReturn:
-    """One line that names the flag and the value, then exit code 2."""
+def reject(flag: str, value: Any, why: str) -> NoReturn:
+    """Print one line that names the flag and its value, and exit with code 2."""
     print(f"error: {flag} {value}: {why}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def chosen(flag: str, names: str, known: Iterable[str]) -> list[str]:
-    """The names that a flag lists, separated by commas; all that are known where it is empty."""
+def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
+    """Split the comma-separated value of a flag; an empty value selects all known names."""
     known = list(known)
-    asked = [name.strip() for name in names.split(",")] if names else known
-    for name in asked:
+    if not names:
+        return known
+    selected = [name.strip() for name in names.split(",")]
+    for name in selected:
         if name not in known:
-            refuse(flag, name or "''", f"known are {', '.join(known)}")
-    return asked
+            reject(flag, name or "''", f"known are {', '.join(known)}")
+    return selected
 
 
-def at_least(args: Any, **least: int) -> None:
-    """Refuse what lies below its minimum."""
-    for name, minimum in least.items():
-        if (value := getattr(args, name)) < minimum:
-            refuse("--" + name.replace("_", "-"), value, f"must be at least {minimum}")
+def require_at_least(args: Any, **minimums: int) -> None:
+    """Reject each setting that is below its minimum."""
+    for name, minimum in minimums.items():
+        value = getattr(args, name)
+        if value < minimum:
+            reject("--" + name.replace("_", "-"), value, f"must be at least {minimum}")
 
 
-def cores(count: int) -> str:
-    """How many cores, and of which kind."""
-    return f"{count} {'core' if count == 1 else 'cores'}, {platform.machine()}"
+def describe_cores(count: int) -> str:
+    noun = "core" if count == 1 else "cores"
+    return f"{count} {noun}, {platform.machine()}"
 
 
-def surroundings(*packages: str) -> dict[str, Any]:
-    """What figures were measured on and with; packages by the names they are imported by."""
+def environment(*packages: str) -> dict[str, Any]:
+    """The machine and the versions of Python and of packages, given by their import names."""
     distributions = packages_distributions()
-    installed = {name: distributions[name][0] for name in packages if name in distributions}
-    return {
-        "machine": cores(len(os.sched_getaffinity(0))),
-        "versions": {"python": platform.python_version()}
-        | {name: version(distribution) for name, distribution in installed.items()},
-    }
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        if name in distributions:
+            versions[name] = version(distributions[name][0])
+    machine = describe_cores(len(os.sched_getaffinity(0)))
+    return {"machine": machine, "versions": versions}
 
 
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
-    """What starts a run in a folder, or goes on with the one that is there."""
+    """The command that starts a training run in a folder, or resumes the run in that folder."""
     if (folder / "args.json").exists():
         return [script, "--resume", str(folder)]
     return [script, *flags, "--run-dir", str(folder)]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A reader, or a start after a kill, never sees a part of the file."""
+def atomic_write(path: Path, text: str) -> None:
+    """Write a file so that no reader, and no later start, sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".unfinished")
     partial.write_text(text, encoding="utf-8")
@@ -73,7 +76,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def as_json(value: Any, newline: str = "\n") -> str:
-    """JSON with a line for whatever fits on one."""
+    """JSON with one line for each part that fits on one."""
     text = json.dumps(value, ensure_ascii=False)
     if len(text) <= LINE or not isinstance(value, dict | list):
         return text
@@ -86,7 +89,7 @@ def as_json(value: Any, newline: str = "\n") -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, as_json(value) + "\n")
+    atomic_write(path, as_json(value) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -94,21 +97,23 @@ def read_json(path: Path) -> Any:
 
 
 def markdown(head: list[str], rows: Iterable[Iterable[Any]], words: int = 1) -> str:
-    """A table; its first columns hold words, the others figures."""
-    aligned = ["---"] * words + ["---:"] * (len(head) - words)
+    """A table. The first `words` columns are aligned left, the other columns right."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], f"|{'|'.join(aligned)}|", *lines[1:]])
+    alignment = ["---"] * words + ["---:"] * (len(head) - words)
+    lines.insert(1, "|" + "|".join(alignment) + "|")
+    return "\n".join(lines)
 
 
-def filled(page: Path, blocks: dict[str, str]) -> str:
-    """A page's text with each block between its marks, `<!-- results:NAME -->` and the next
+def fill_blocks(page: Path, blocks: dict[str, str]) -> str:
+    """The text of a page with each block between its marks: `<!-- results:NAME -->` and the next
     `<!-- /results -->`."""
     text = page.read_text(encoding="utf-8")
     for name, block in blocks.items():
         marks = rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)"
-        text = re.sub(marks, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.DOTALL)
+        literal = block.replace("\\", r"\\")  # re.sub reads a backslash as an escape
+        text = re.sub(marks, rf"\g<1>{literal}\n\g<2>", text, flags=re.DOTALL)
     return text
 
 
 def write_page(page: Path, blocks: dict[str, str]) -> None:
-    write_whole(page, filled(page, blocks))
+    atomic_write(page, fill_blocks(page, blocks))

@@ -1,25 +1,27 @@
-"""What a step of grpo.py costs, and what the same step costs in TRL's GRPOTrainer.
+"""Measure a training step of grpo.py and the same step in TRL's GRPOTrainer.
 
-    python benchmark/speed.py                # twenty minutes on two cores; on a GPU, a larger shape
+    python benchmark/speed.py                # about 20 minutes on 2 cores; a larger shape on a GPU
     python benchmark/speed.py --only "ours: tiny: vllm,trl: tiny: transformers"
-    python benchmark/speed.py --write        # puts the numbers into docs/speed.md
+    python benchmark/speed.py --write        # writes the table of docs/speed.md
 
-Each section runs in a process of its own, so that its peak memory is its own, and is written to
-benchmark/results/speed.json when it ends. docs/speed.md says what is compared with what.
+Each section runs in its own process, so that its peak memory is its own. Its result is written to
+benchmark/results/speed.json when the section ends. docs/speed.md describes the comparison.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +34,13 @@ from shared import RESULTS, ROOT, markdown, read_json, write_json
 from trl_side import peak_bytes
 
 import grpo
-from grading import Grader
+from common import Grader, Run
+from infra.cli import parse_args
 
 PAGE = ROOT / "docs" / "speed.md"
-TRL = ROOT / ".venv-trl"  # TRL's own files; all else is this project's
+TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
 PARTS = ("sync", "rollout", "verify", "score", "update", "other")
-QWEN = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
+CONFIGS = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
     "GSM8K": (49152, 576, 30, 9, 3, 1536),  # as SmolLM2-135M
     "0.5B": (151936, 896, 24, 14, 2, 4864),
     "1.5B": (151936, 1536, 28, 12, 2, 8960),
@@ -51,11 +54,11 @@ class Shape(NamedTuple):
     prompts: int
     group: int
     new_tokens: int
-    steps: int  # measured, after one that is not
-    joined: int = 1  # problems of tiny/ that make one prompt, of about 20 tokens each
+    steps: int  # measured steps, after one warm-up step
+    joined: int = 1  # problems of tiny/ joined into one prompt, of about 20 tokens each
 
 
-SHAPES = {  # by model: "tiny" or a key of QWEN
+SHAPES = {  # by model: "tiny" or a key of CONFIGS
     "tiny": Shape("cpu", 16, 8, 27, steps=20),
     "GSM8K": Shape("cpu", 2, 8, 224, steps=1, joined=7),
     "0.5B": Shape("cpu", 2, 4, 24, steps=2),
@@ -64,30 +67,24 @@ SHAPES = {  # by model: "tiny" or a key of QWEN
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECTIONS = [
     f"{side}: {model}: {engine}"
-    for model, shape in SHAPES.items()
-    for side in ("ours", "trl")
-    for engine in ("vllm", "transformers")
-    if shape.device == DEVICE
+    for model, side, engine in itertools.product(SHAPES, ("ours", "trl"), ("vllm", "transformers"))
+    if SHAPES[model].device == DEVICE
 ]
 
 
 @dataclass
 class Args:
-    only: str = ""
-    """sections to run, separated by commas; empty: all"""
-    write: bool = False
-    """only write docs/speed.md from the results"""
-    out: str = ""
-    """run --only, one section of ours, in this process and write what it measured to this file"""
+    only: str = ""  # sections to run, separated by commas; empty: all
+    write: bool = False  # only write docs/speed.md from the results
 
 
 def model_folder(name: str, folder: Path) -> Path:
-    """The tiny model, or random weights in a shape of Qwen2.5 with the tiny tokenizer."""
+    """A copy of the tiny model, or a Qwen2 model with random weights and the tiny tokenizer."""
     if name == "tiny":
-        return ROOT / "tiny"
+        return shutil.copytree(ROOT / "tiny", folder)
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    vocabulary, hidden, layers, heads, kv_heads, intermediate = QWEN[name]
+    vocabulary, hidden, layers, heads, kv_heads, intermediate = CONFIGS[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     config = Qwen2Config(
         vocab_size=vocabulary,
@@ -108,103 +105,99 @@ def model_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+def remove_eos(folder: Path) -> None:
+    """Remove the end-of-sequence token of a model, so that every response has the same length."""
+    for file, name in (
+        ("config.json", "eos_token_id"),
+        ("generation_config.json", "eos_token_id"),
+        ("tokenizer_config.json", "eos_token"),
+    ):
+        settings = read_json(folder / file)
+        settings[name] = None
+        write_json(folder / file, settings)
+
+
 def problem_file(shape: Shape, folder: Path) -> Path:
-    """As many problems as a step takes: every step has the same ones."""
+    """As many problems as one step uses, so every step has the same problems."""
     lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines[: shape.prompts * shape.joined]]
     path = folder / "problems.jsonl"
     with path.open("w") as file:
-        for first in range(0, len(rows), shape.joined):
-            text = " ".join(row["problem"] for row in rows[first : first + shape.joined])
-            file.write(json.dumps({"problem": text, "answer": rows[first]["answer"]}) + "\n")
+        for p in range(shape.prompts):
+            joined = lines[p * shape.joined : (p + 1) * shape.joined]
+            rows = [json.loads(line) for line in joined]
+            text = " ".join(row["problem"] for row in rows)
+            file.write(json.dumps({"problem": text, "answer": rows[0]["answer"]}) + "\n")
     return path
 
 
-class Enough(Exception):
-    """All steps are measured: nothing more is to be saved or evaluated."""
+class MeasurementDone(Exception):
+    """All steps are measured; nothing more is saved or evaluated."""
 
 
 def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
-    """Steps of grpo.py as it is: seconds from one step's end to the next, tokens, peak memory.
+    """Seconds between the ends of steps, tokens and peak memory of grpo.py.
 
-    Nothing ends a response before it has the shape's length. The verdicts alternate once the
-    verifier has done its work: a random model is never right, and groups without variance have no
-    gradient.
+    The grader runs, but its verdicts are replaced by alternating ones, because a random model is
+    never right, and groups of equal rewards have no gradient.
     """
+    model_path = model_folder(model, folder / "model")
+    remove_eos(model_path)
     problems = str(problem_file(shape, folder))
-    args = grpo.Args(
-        model=str(model_folder(model, folder / "model")),
-        dataset=problems,
-        eval_dataset=problems,
-        prompts_per_step=shape.prompts,
-        group_size=shape.group,
-        max_new_tokens=shape.new_tokens,
-        engine=engine,
-        device=shape.device,
-        steps=shape.steps + 2,
-        eval_problems=1,
-        eval_samples=1,
-        eval_every=0,
-        save_every=0,
-        max_logp_gap=1e9 if model in QWEN else 0.0,
-        run_dir=str(folder / "run"),
-    )
-    tokens, ends = collections.Counter(), []
-    make_engine, stack, grade = grpo.make_engine, grpo.common.stack, Grader.grade
+    flags = ["--model", str(model_path), "--dataset", problems, "--eval-dataset", problems]
+    flags += ["--prompts-per-step", str(shape.prompts), "--group-size", str(shape.group)]
+    flags += ["--max-new-tokens", str(shape.new_tokens), "--steps", str(shape.steps + 2)]
+    flags += ["--engine", engine, "--device", shape.device, "--run-dir", str(folder / "run")]
+    flags += ["--eval-problems", "1", "--eval-samples", "1", "--eval-every", "0"]
+    flags += ["--save-every", "0"]
+    if model in CONFIGS:  # with random weights
+        flags += ["--max-logp-gap", "1e9"]
+    ends = []
+    tokens = {"prompt": 0, "generated": 0, "trained": 0}
+    log_rollouts, grade = Run.log_rollouts, Grader.grade
 
-    class Run(grpo.Run):
-        def save(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-            if len(ends) > shape.steps:  # the first one warms up
-                raise Enough
-
-    def make_endless(*given: Any) -> Any:
-        engine = make_engine(*given)
-        engine.stops = []
-        if hasattr(engine, "llm"):
-            generate = engine.llm.generate
-
-            def on(prompts: Any, wanted: list[Any], **rest: Any) -> Any:
-                for params in wanted:
-                    params.ignore_eos = True
-                return generate(prompts, wanted, **rest)
-
-            engine.llm.generate = on
-        return engine
-
-    def counted_stack(*given: Any) -> Any:
-        rollouts = stack(*given)
-        tokens["prompt"] += sum(len(p.prompt) for p in rollouts.problems) * shape.group
-        tokens["generated"] += int(rollouts.engine_logp.isfinite()[rollouts.mask].sum())
+    def count(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
+        log_rollouts(run, step, rollouts, *rest, **more)
+        prompt_tokens = sum(len(problem.prompt) for problem in rollouts.problems)
+        tokens["prompt"] += prompt_tokens * shape.group
+        tokens["generated"] += int(rollouts.engine_logp[rollouts.mask].isfinite().sum())
         tokens["trained"] += int(rollouts.mask.sum())
-        return rollouts
 
-    def alternate(grader: Grader, texts: list[str], golds: list[str]) -> list[bool]:
-        return [bool(i % 2) for i, _ in enumerate(grade(grader, texts, golds))]
+    def stop_when_done(*_: Any, **__: Any) -> None:
+        ends.append(time.perf_counter())
+        if len(ends) > shape.steps:  # the first step is the warm-up
+            raise MeasurementDone
+
+    def alternate(grader: Grader, texts: list[str], references: list[str]) -> list[bool]:
+        verdicts = grade(grader, texts, references)
+        return [i % 2 == 1 for i in range(len(verdicts))]
 
     with (
-        mock.patch.multiple(grpo, make_engine=make_endless, Run=Run),
-        mock.patch.object(grpo.common, "stack", counted_stack),
+        mock.patch.object(Run, "log_rollouts", count),
+        mock.patch.object(Run, "save", stop_when_done),
         mock.patch.object(Grader, "grade", alternate),
-        contextlib.suppress(Enough),
+        contextlib.suppress(MeasurementDone),
     ):
-        grpo.main(args)
+        grpo.main(parse_args(grpo.Args, flags))
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in log[-shape.steps :]]
-    parts = (*PARTS, "step")
+    parts = {}
+    for part in (*PARTS, "step"):
+        parts[part] = statistics.median(row[f"seconds/{part}"] for row in rows)
     return {
-        "seconds": [b - a for a, b in itertools.pairwise(ends)],
-        "parts": {p: statistics.median(row[f"seconds/{p}"] for row in rows) for p in parts},
+        "seconds": [end - start for start, end in itertools.pairwise(ends)],
+        "parts": parts,
         "tokens_a_step": {name: count / len(ends) for name, count in tokens.items()},
         "peak_bytes": peak_bytes(shape.device),
     }
 
 
 def trl_settings(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
-    """What trl_side.py needs to know to do the same work."""
+    """The settings with which trl_side.py does the same work."""
     rollouts = shape.prompts * shape.group
-    context = 28 + 20 * shape.joined + shape.new_tokens  # the longest prompts fit in
-    fitting = (n for n in range(rollouts, 0, -1) if rollouts % n == 0)
+    context = 28 + 20 * shape.joined + shape.new_tokens  # enough for the longest prompt
+    at_once = rollouts
+    while rollouts % at_once or at_once * context > 16384:  # --token-budget
+        at_once -= 1
     return {
         "model": str(model_folder(model, folder / "model")),
         "dataset": str(problem_file(shape, folder)),
@@ -215,108 +208,114 @@ def trl_settings(model: str, shape: Shape, engine: str, folder: Path) -> dict[st
         "engine": engine,
         "device": shape.device,
         "context": context,
-        "rollouts_at_once": next(n for n in fitting if n * context <= 16384),  # --token-budget
+        "rollouts_at_once": at_once,
     }
 
 
-def measure_apart(name: str) -> dict[str, Any]:
-    """One section, in a process of its own; of TRL's, what it says where it fails."""
+def measure_in_process(name: str) -> dict[str, Any]:
+    """Measure one section in its own process. If TRL fails, the result is its error message."""
     side, model, engine = name.split(": ")
-    with tempfile.TemporaryDirectory() as folder:
-        answer, environment = Path(folder, "measured.json"), dict(os.environ)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if side == "ours":
-            command = [sys.executable, __file__, "--only", name, "--out", str(answer)]
-        else:
-            if not (TRL / "trl").exists():
-                pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
-                subprocess.run([sys.executable, *pip], check=True)
-            asked = Path(folder, "settings.json")
-            write_json(asked, trl_settings(model, SHAPES[model], engine, Path(folder)))
-            beside = Path(__file__).with_name("trl_side.py")
-            command = [sys.executable, str(beside), str(asked), str(answer)]
-            environment["PYTHONPATH"] = str(TRL)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if not done.returncode:
-            return read_json(answer)
-        if side == "ours":
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(ours, model, SHAPES[model], engine, folder).result()
+        if not (TRL / "trl").exists():
+            pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
+            subprocess.run([sys.executable, *pip], check=True)
+        settings, output = folder / "settings.json", folder / "measured.json"
+        write_json(settings, trl_settings(model, SHAPES[model], engine, folder))
+        script = str(ROOT / "benchmark" / "trl_side.py")
+        done = subprocess.run(
+            [sys.executable, script, str(settings), str(output)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(TRL)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            return read_json(output)
         return {"failed": done.stderr.strip().splitlines()[-1]}
 
 
-# ------------------------------------------------------------------------------- the page
-
-ROWS = {  # and their goals
+GOALS = {  # of each row of the table
     "step, s": "",
     **{f"of it {part}, s": "" for part in PARTS},
-    "other / step": "5% at most",
-    "transformers on both sides: TRL's step / ours": "1.3 at least",
-    "vLLM on both sides: TRL's step / ours": "1 at least",
-    "transformers on both sides: our peak memory / TRL's": "0.8 at most",
+    "other / step": "at most 5%",
+    "transformers on both sides: TRL's step / ours": "at least 1.3",
+    "vLLM on both sides: TRL's step / ours": "at least 1",
+    "transformers on both sides: our peak memory / TRL's": "at most 0.8",
 }
 MISSING = "not measured"
 
 
-def ratio(sections: dict[str, Any], model: str, engine: str) -> str:
-    """TRL's step over ours; (!) where their work differs."""
-    ours, theirs = (sections.get(f"{side}: {model}: {engine}", {}) for side in ("ours", "trl"))
-    if not ("seconds" in ours and "seconds" in theirs):
-        return "fails in TRL" if "failed" in theirs else MISSING
+def step_ratio(sections: dict[str, Any], model: str, engine: str) -> str:
+    """TRL's step over ours; (!) if the two sides did not process the same number of tokens."""
+    ours = sections.get(f"ours: {model}: {engine}", {})
+    theirs = sections.get(f"trl: {model}: {engine}", {})
+    if "failed" in theirs:
+        return "fails in TRL"
+    if not ours or not theirs:
+        return MISSING
     a, b = statistics.median(ours["seconds"]), statistics.median(theirs["seconds"])
-    alike = ours["tokens_a_step"] == theirs["tokens_a_step"]
-    return f"{b:.3g} / {a:.3g} s = {b / a:.2f}" + ("" if alike else " (!)")
+    ratio = f"{b:.3g} / {a:.3g} s = {b / a:.2f}"
+    if ours["tokens_a_step"] != theirs["tokens_a_step"]:
+        ratio += " (!)"
+    return ratio
+
+
+def memory_ratio(sections: dict[str, Any], model: str) -> str:
+    ours = sections.get(f"ours: {model}: transformers", {}).get("peak_bytes")
+    theirs = sections.get(f"trl: {model}: transformers", {}).get("peak_bytes")
+    if not ours or not theirs:
+        return MISSING
+    return f"{ours / 1e9:.2f} / {theirs / 1e9:.2f} GB = {ours / theirs:.2f}"
 
 
 def column(sections: dict[str, Any], model: str) -> list[str]:
-    """The figures of one shape, in the order of ROWS."""
-    figures = [MISSING] * (len(PARTS) + 2)
-    if step := sections.get(f"ours: {model}: vllm"):
-        seconds = step["parts"]
-        figures = [f"{seconds[part]:.3g}" for part in ("step", *PARTS)]
-        figures.append(f"{seconds['other'] / seconds['step']:.1%}")
-    figures += [ratio(sections, model, engine) for engine in ("transformers", "vllm")]
-    same = [sections.get(f"{side}: {model}: transformers", {}) for side in ("ours", "trl")]
-    if not all("peak_bytes" in side for side in same):
-        return [*figures, MISSING]
-    ours, theirs = (side["peak_bytes"] / 1e9 for side in same)
-    return [*figures, f"{ours:.2f} / {theirs:.2f} GB = {ours / theirs:.2f}"]
+    """The cells of one shape, in the order of GOALS."""
+    cells = [MISSING] * (len(PARTS) + 2)
+    if f"ours: {model}: vllm" in sections:
+        seconds = sections[f"ours: {model}: vllm"]["parts"]
+        cells = [f"{seconds[part]:.3g}" for part in ("step", *PARTS)]
+        cells.append(f"{seconds['other'] / seconds['step']:.1%}")
+    cells.append(step_ratio(sections, model, "transformers"))
+    cells.append(step_ratio(sections, model, "vllm"))
+    cells.append(memory_ratio(sections, model))
+    return cells
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures, goals beside them, and what they were measured with."""
-    columns = [
-        column(results.get(shape.device, {}).get("sections", {}), model)
-        for model, shape in SHAPES.items()
-    ]
-    rows = [[*row, *figures] for row, *figures in zip(ROWS.items(), *columns, strict=True)]
-    said = [
-        f"`{part['command']}`, {part['machine']}, "
-        + ", ".join(f"{name} {number}" for name, number in part["versions"].items())
-        for part in results.values()
-    ]
-    head = ["", "goal", *(f"{model}, {shape.device}" for model, shape in SHAPES.items())]
-    return "\n\n".join([markdown(head, rows, words=2), *said])
+    """How the numbers were measured, and the table."""
+    captions = []
+    for part in results.values():
+        versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+        captions.append(f"`{part['command']}`, {part['machine']}, {versions}")
+    head, columns = ["", "goal"], []
+    for model, shape in SHAPES.items():
+        head.append(f"{model}, {shape.device}")
+        columns.append(column(results.get(shape.device, {}).get("sections", {}), model))
+    rows = zip(GOALS, GOALS.values(), *columns, strict=True)
+    return "\n\n".join([*captions, markdown(head, rows, words=2)])
 
 
 def main(args: Args) -> None:
-    names = shared.chosen("--only", args.only, SECTIONS)
-    if args.out:
-        _, model, engine = names[0].split(": ")
-        with tempfile.TemporaryDirectory() as folder:
-            return write_json(Path(args.out), ours(model, SHAPES[model], engine, Path(folder)))
+    names = shared.parse_names("--only", args.only, SECTIONS)
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
-    for name in names if not args.write else ():
-        measured = measure_apart(name)
-        print(f"{name}: {measured}", flush=True)
-        here = results.setdefault(DEVICE, {"sections": {}})
-        here["command"] = "python benchmark/speed.py"
-        here |= shared.surroundings("torch", "transformers", "vllm")
-        if DEVICE == "cuda":
-            here["machine"] += f", {torch.cuda.get_device_name()}"
-        here["sections"][name] = measured
-        write_json(path, results)
     if args.write:
         shared.write_page(PAGE, {"speed": table(results)})
+        names = []
+    for name in names:
+        measured = measure_in_process(name)
+        print(f"{name}: {measured}", flush=True)
+        of_device = results.setdefault(DEVICE, {"sections": {}})
+        of_device["command"] = "python benchmark/speed.py"
+        of_device.update(shared.environment("torch", "transformers", "vllm"))
+        if DEVICE == "cuda":
+            of_device["machine"] += f", {torch.cuda.get_device_name()}"
+        of_device["sections"][name] = measured
+        write_json(path, results)
     print(table(results))
 
 

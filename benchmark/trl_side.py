@@ -1,7 +1,7 @@
-"""The work of one grpo.py run, done by TRL's GRPOTrainer: what speed.py compares with.
+"""The work of one grpo.py run in TRL's GRPOTrainer, for speed.py.
 
-Run by speed.py, without any of our side's imports. Reads its settings as JSON from the first
-argument's file and writes what it measured to the second's: seconds of each step, tokens, memory.
+speed.py runs this script with TRL on the path. The first argument is a JSON file with the settings;
+the second is the file for the result: seconds of each step, tokens and peak memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from grading import Grader
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory that this process ever held, or on a GPU that PyTorch allocated."""
+    """Peak memory of this process; on a GPU, the peak that PyTorch allocated."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,19 +37,20 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     steps, at_once = settings["steps"], settings["rollouts_at_once"]
-    # Every response gets the same length: nothing ends one early.
+    # No token ends a response before it has the given length.
     endless = {"min_new_tokens": settings["new_tokens"]}
     if settings["engine"] == "vllm":
         endless = {"ignore_eos": True}
-    rows = [json.loads(line) for line in Path(settings["dataset"]).read_text().splitlines()]
-    data = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": r["problem"]}], "gold": r["answer"]} for r in rows]
-    )
+    rows = []
+    for line in Path(settings["dataset"]).read_text().splitlines():
+        row = json.loads(line)
+        prompt = [{"role": "user", "content": row["problem"]}]
+        rows.append({"prompt": prompt, "reference": row["answer"]})
     grader = Grader(1, 5.0)
 
-    def reward(completions: list[Any], gold: list[str], **_: Any) -> list[float]:
-        """The project's verifier, for its time; the verdicts alternate, as on the other side."""
-        grader.grade([completion[0]["content"] for completion in completions], gold)
+    def reward(completions: list[Any], reference: list[str], **_: Any) -> list[float]:
+        """Run the project's grader for its time; return alternating verdicts, as speed.py does."""
+        grader.grade([completion[0]["content"] for completion in completions], reference)
         return [float(i % 2) for i in range(len(completions))]
 
     config = GRPOConfig(
@@ -78,7 +80,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    class Counted(GRPOTrainer):
+    class CountingTrainer(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
             completions, logp = super()._generate_single_turn(prompt_ids, *rest, **more)
             tokens["prompt"] += sum(map(len, prompt_ids))
@@ -89,11 +91,11 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
             tokens["trained"] += int(inputs["completion_mask"].sum())
             return super()._compute_loss(model, inputs)
 
-    trainer = Counted(
-        model=settings["model"],
-        reward_funcs=reward,
-        args=config,
-        train_dataset=data,
+    trainer = CountingTrainer(
+        settings["model"],
+        reward,
+        config,
+        train_dataset=Dataset.from_list(rows),
         callbacks=[Clock()],
     )
     trainer.train()
@@ -101,7 +103,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "trl": version("trl"),
         "optimizer": str(config.optim),
-        "seconds": [b - a for a, b in itertools.pairwise(ends)],
+        "seconds": [end - start for start, end in itertools.pairwise(ends)],
         "tokens_a_step": {name: count / steps for name, count in tokens.items()},
         "peak_bytes": peak_bytes(settings["device"]),
     }

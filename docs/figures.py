@@ -164,5 +164,34 @@ def draw_real(runs: dict[str, dict]) -> None:
     draw_panels("real.svg", "by step", "held-out accuracy", "reward", panels)
 
 
+def draw_credit(example: dict) -> None:
+    """The tokens of one rollout, shaded by the truth and by each method's credit.
+    example: the problem, the text of each token, and each row's value of every token."""
+    pieces, credits = example["pieces"], example["credit"]
+    left, step, tall, top = 190, 12.4, 20, 62
+    right = left + step * len(pieces)
+    drawing = Drawing(int(right) + 12, top + tall * len(credits) + 34)
+    drawing.text(left, 20, example["problem"], anchor="start")
+    for t, piece in enumerate(pieces):
+        blank = "␣" if piece else "¶"
+        drawing.text(left + step * (t + 0.5), top - 8, piece.strip() or blank)
+    for row, (name, credit) in enumerate(credits.items()):
+        y = top + tall * row
+        drawing.text(left - 10, y + 14, name, anchor="end")
+        drawing.line([(left, y + tall - 2), (right, y + tall - 2)], GREY, 0.3)
+        largest = max(map(abs, credit)) or 1.0
+        for t, value in enumerate(credit):
+            opacity = abs(value) / largest
+            if opacity >= 0.01:
+                colour = ORANGE if value < 0 else BLUE
+                x = left + step * t + 0.5
+                drawing.box(x, y, step - 1, tall - 3, colour, round(opacity, 2))
+    legend = top + tall * len(credits) + 12
+    for x, colour, words in ((left, BLUE, "for the token"), (left + 150, ORANGE, "against it")):
+        drawing.box(x, legend, step, 12, colour)
+        drawing.text(x + step + 6, legend + 10, words, anchor="start")
+    drawing.save("credit.svg")
+
+
 if __name__ == "__main__":
     draw_buckets()

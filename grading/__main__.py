@@ -5,9 +5,9 @@ order, with `correct` added. Without a file, or with `-`, standard input is read
 """
 
 import argparse
+import fileinput
 import json
 import os
-import sys
 
 from grading import Grader
 
@@ -23,26 +23,24 @@ def parse_line(line: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("file", nargs="?", default="-")
-    name = parser.parse_args().file
 
-    pairs = []
-    place = name
-    try:
-        with open(0 if name == "-" else name, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                place = f"{name}, line {number}"
-                pairs.append(parse_line(line))
-    except (OSError, ValueError, RecursionError) as error:
-        print(f"error: {place}: {error}", file=sys.stderr)
-        sys.exit(2)
+    pairs, responses, references = [], [], []
+    with fileinput.input(parser.parse_args().file, mode="rb") as lines:
+        try:
+            for line in lines:
+                pair = parse_line(line)
+                pairs.append(pair)
+                responses.append(pair["response"])
+                references.append(pair["reference"])
+        except OSError as error:
+            parser.exit(2, f"error: {error}\n")
+        except (ValueError, RecursionError) as error:
+            parser.exit(2, f"error: {lines.filename()}, line {lines.lineno()}: {error}\n")
 
     with Grader(workers=os.cpu_count() or 1) as grader:
-        responses = [pair["response"] for pair in pairs]
-        references = [pair["reference"] for pair in pairs]
         verdicts = grader.grade(responses, references)
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))
 
 
-if __name__ == "__main__":
-    main()
+main()

@@ -4,7 +4,6 @@ grader.py sends to math-verify what cannot be decided here. README.md lists the 
 examples and the verdicts that are arguable.
 """
 
-import functools
 import itertools
 import re
 import unicodedata
@@ -183,16 +182,13 @@ def plain_number(text: str) -> Fraction | None:
     A sign, thousands separators, dollar signs and surrounding spaces are allowed. The result is
     None for any other text and for texts of more than 40 characters.
     """
-    if len(text) > 40:
-        return None
     match = PLAIN_NUMBER.fullmatch(text)
-    if match is None:
+    if match is None or len(text) > 40:
         return None
     number = match[1].replace(",", "")
     return Fraction(rewrite(number, PYTHON_NUMBER))
 
 
-@functools.lru_cache(maxsize=8192)
 def read(text: str) -> Answer:
     """Read an answer as far as is possible without math-verify."""
     value = plain_number(text)
@@ -205,12 +201,10 @@ def read(text: str) -> Answer:
 def read_quantity(text: str) -> Answer | None:
     """Read a number with or without a unit; None for any other text."""
     match = QUANTITY.fullmatch(text)
-    if match is None:
+    if match is None or plain_number(match["number"]) is None:
         return None
     number = match["number"]
     value = plain_number(number)
-    if value is None:
-        return None
 
     unit = f"{match['currency'] or ''} {match['unit']}".lower()
     unit = rewrite(unit, UNIT_REWRITES)
@@ -235,7 +229,7 @@ def read_quantity(text: str) -> Answer | None:
 def standard_unit(word: str) -> str:
     """Return `km` for `kilometers`, and a word that is not a known unit as it is."""
     singular = word.removesuffix("s")
-    return UNIT.get(word, UNIT.get(singular, word))
+    return UNIT.get(word) or UNIT.get(singular) or word
 
 
 def phrase(text: str) -> str:
@@ -313,8 +307,7 @@ def without_names(reference: str) -> str:
     """Return `(1, 2)` for `a=1, b=2`: an answer that omits the names must keep their order."""
     text = re.sub(AND, ",", reference)
     pairs = re.findall(NAMED_VALUE, text)
-    names = {name for name, _ in pairs}
-    if len(names) == text.count("=") > 1:
+    if len(dict(pairs)) == text.count("=") > 1:  # each `=` belongs to a name of its own
         values = ", ".join(value for _, value in pairs)
         return f"({values})"
     return reference
@@ -331,4 +324,4 @@ def is_prose(text: str) -> bool:
     if re.match(PROOF, text):
         return True
     words = re.findall(WORD_BEFORE_WORD, text)
-    return len(words) > 3 and re.match(PROSE_START, text) is not None
+    return len(words) > 3 and bool(re.match(PROSE_START, text))

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -72,43 +72,39 @@ class Worker:
         pipe = self.process.stdout
         if not wait([pipe], seconds):
             return None
-        return os.read(pipe.fileno(), 1)
+        return pipe.read(1)
 
     def end(self) -> None:
         with self.process:  # closes its pipes and waits
             self.process.kill()
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(repr(text).encode()).hexdigest()
-
-
 class Cache:
-    """Whether reference answers can be read, on disk: 17,000 in LaTeX take 53 s on two cores.
+    """Which references are readable, on disk: without it 17,000 in LaTeX take 53 s on two cores.
 
-    Each line of the file is the hash of a reference, then 1 (readable) or 0. The name of the file
-    changes with this package's code and with the packages that decide.
+    The name of the file changes with this package's code and with the packages that decide.
     """
 
     def __init__(self) -> None:
         deciding = [path.read_text() for path in sorted(FOLDER.glob("*.py"))]
         deciding += [version(package) for package in PACKAGES]
+        digest = hashlib.sha256(" ".join(deciding).encode()).hexdigest()
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        name = f"references-{digest(' '.join(deciding))[:16]}"
-        self.path = Path(folder, "token-credit", name)
+        self.path = Path(folder, "token-credit", f"references-{digest[:16]}.jsonl")
 
         self.verdicts = {}
         with suppress(OSError):  # no cache yet
             for line in self.path.read_text(errors="replace").splitlines():
-                if len(line) == 65:  # a kill may leave a shorter one
-                    self.verdicts[line[:64]] = line[64] == "1"
+                with suppress(ValueError, TypeError):  # a line that a kill left incomplete
+                    text, verdict = json.loads(line)
+                    self.verdicts[text] = verdict
 
     def add(self, text: str, verdict: bool) -> None:
         """Append a verdict. Several runs may do so at once. A read-only folder is no error."""
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(f"\n{digest(text)}{verdict:d}")  # the last line may be incomplete
+                file.write("\n" + json.dumps([text, verdict]))  # the last line may be incomplete
 
 
 @dataclass
@@ -125,47 +121,47 @@ class Grader(AbstractContextManager):
         if self.workers < 1 or self.deadline <= 0:
             raise ValueError(f"workers={self.workers} and deadline={self.deadline} must be above 0")
 
-    def grade(self, responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+    def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         """Whether each response has the answer of its reference. Equal pairs are graded once.
 
         Raises:
             RuntimeError: a worker cannot start.
         """
-        pairs = zip(responses, references, strict=True)
-        found = [self._quick_verdict(*pair) for pair in pairs]  # a verdict, or a request for it
+        found = []  # for each pair its verdict, or the request that decides it
+        for response, reference in zip(responses, references, strict=True):
+            found.append(self._quick_verdict(response, reference))
+
         requests = list(dict.fromkeys(item for item in found if isinstance(item, Request)))
         replies = self._ask_all(requests, self.workers)
         verdicts = dict(zip(requests, replies, strict=True))
         return [bool(verdicts.get(item, item)) for item in found]
 
-    def readable(self, references: Sequence[str]) -> list[bool]:
+    def readable(self, references: list[str]) -> list[bool]:
         """Whether each reference is an answer that math-verify reads as more than text.
 
         Uses all processors. The verdicts are cached on disk for later calls.
         """
         texts = [answers.reference_text(reference) for reference in references]
         cache = Cache()
-        verdicts = {}
+        known = cache.verdicts
         for text in texts:
             if not text or answers.is_prose(text):
-                verdicts[text] = False
+                known[text] = False
             elif answers.read(text).value is not None:
-                verdicts[text] = True
-            else:
-                verdicts[text] = cache.verdicts.get(digest(text))
+                known[text] = True
 
-        unknown = [text for text, verdict in verdicts.items() if verdict is None]
+        unknown = list(dict.fromkeys(text for text in texts if text not in known))
         if len(unknown) > 1000:
             print(f"reading {len(unknown)} reference answers (later from a cache)", file=sys.stderr)
         requests = [Request(answers.in_box(answers.read(text).text)) for text in unknown]
         workers = max(self.workers, min(os.cpu_count() or 1, len(unknown) // 50))
         for text, verdict in zip(unknown, self._ask_all(requests, workers), strict=True):
-            verdicts[text] = bool(verdict)
+            known[text] = bool(verdict)
             if verdict is not None:  # after a timeout, the next call tries again
                 cache.add(text, verdict)
 
         self.close(keep=self.workers)
-        return [verdicts[text] for text in texts]
+        return [known[text] for text in texts]
 
     def close(self, keep: int = 0) -> None:
         """End all workers except `keep` of them. A later call starts new ones."""
@@ -194,7 +190,7 @@ class Grader(AbstractContextManager):
         number_only = self.strict and expected.value is not None
         return Request(answers.in_box(text), answers.in_box(found.text), number_only)
 
-    def _ask_all(self, requests: Sequence[Request], workers: int) -> Iterator[bool | None]:
+    def _ask_all(self, requests: list[Request], workers: int) -> Iterator[bool | None]:
         """Yield the workers' verdicts in order."""
         with ThreadPoolExecutor(workers) as threads:
             yield from threads.map(self._ask, requests)

@@ -10,7 +10,6 @@ pickling a parsed expression may evaluate it.
 
 import functools
 import json
-import logging
 import math
 import os
 import resource
@@ -48,8 +47,7 @@ def is_number(value: Any) -> bool:
     The right side of an equation counts, and the last element of a set.
     """
     while isinstance(value, And | Eq | FiniteSet) and value.args:
-        parts = getattr(value, "_unsorted_args", value.args)
-        value = parts[-1]
+        value = getattr(value, "_unsorted_args", value.args)[-1]
 
     if isinstance(value, Number):
         return True
@@ -70,11 +68,11 @@ def agree(reference: Any, answer: Any) -> bool:
         reference = getattr(reference, "rhs", reference)
         answer = getattr(answer, "rhs", answer)
 
-    numbers = getattr(reference, "is_number", False) and getattr(answer, "is_number", False)
-    if reference == answer or not numbers:
+    if reference == answer:
         return True
-    if reference.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):  # 50% is 50, and also 1/2
-        return True
+    for value in (reference, answer):
+        if not getattr(value, "is_number", False) or value.has(UnevaluatedExpr):
+            return True  # 50% is 50, and also 1/2
 
     decimal = answer.has(Float) and not answer.has(Pow)
     if decimal and not reference.has(Float) and reference.doit().is_rational is False:
@@ -124,10 +122,10 @@ def serve(deadline: float) -> None:
 
 
 def main() -> None:
-    deadline, memory_mb = float(sys.argv[1]), int(sys.argv[2])
+    deadline = float(sys.argv[1])
+    memory = int(sys.argv[2]) << 20  # from MiB to bytes
     with suppress(ValueError, OSError):  # some systems do not support this limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    logging.disable()
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
     parse_reference(r"\boxed{x^2}")  # the parser builds its tables on first use
     os.write(REPLIES, b"R")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import inspect
 import json
 import math
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -48,19 +50,53 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_numbers(args: Any, positive: tuple[str, ...], below_one: tuple[str, ...]) -> None:
-    """Every number must be finite, and at least 0 unless `args.signed` names it.
+POSITIVE = {
+    *("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "temperature", "steps"),
+    *("generation_rounds", "updates_per_rollout", "lr", "max_grad_norm", "token_budget"),
+    *("gpu_memory", "eval_problems", "eval_samples", "keep_checkpoints"),
+}
+BELOW_ONE = {"warmup_ratio", "lora_dropout", "gpu_memory"}
 
-    positive: settings that must also be above 0; below_one: settings that must be below 1.
-    """
+
+def check_numbers(args: Any) -> None:
+    """Reject numbers out of range. All must be at least 0 unless `args.signed` names them."""
     for name, value in vars(args).items():
-        if not isinstance(value, int | float):
-            continue
-        flag = flag_of(name)
-        require(math.isfinite(value), flag, value, "must be finite")
-        require(value >= 0 or name in args.signed, flag, value, "must be at least 0")
-        require(value != 0 or name not in positive, flag, value, "must be above 0")
-        require(value < 1 or name not in below_one, flag, value, "must be below 1")
+        if isinstance(value, int | float):
+            flag = flag_of(name)
+            require(math.isfinite(value), flag, value, "must be finite")
+            require(value >= 0 or name in args.signed, flag, value, "must be at least 0")
+            require(value != 0 or name not in POSITIVE, flag, value, "must be above 0")
+            require(value < 1 or name not in BELOW_ONE, flag, value, "must be below 1")
+
+
+def check_settings(args: Any) -> None:
+    """Reject settings of common.RunArgs that cannot work, before anything heavy is loaded."""
+    check_numbers(args)
+
+    def must(condition: Any, name: str, why: str) -> None:
+        require(condition, flag_of(name), getattr(args, name), why)
+
+    must(args.group_size > 1, "group_size", "must be at least 2")
+    divides = args.prompts_per_step % args.updates_per_rollout == 0
+    must(divides, "updates_per_rollout", f"must divide --prompts-per-step {args.prompts_per_step}")
+    fits = args.overlong_buffer <= args.max_new_tokens
+    must(fits, "overlong_buffer", f"must be at most --max-new-tokens {args.max_new_tokens}")
+
+    unused = "has no effect without "
+    must(args.lora_rank or not args.lora_alpha, "lora_alpha", unused + "--lora-rank")
+    must(args.lora_rank or not args.lora_dropout, "lora_dropout", unused + "--lora-rank")
+    default = args.generation_rounds == type(args).generation_rounds
+    must(args.dynamic_sampling or default, "generation_rounds", unused + "--dynamic-sampling")
+    constant = args.lr_schedule == "constant"
+    why = "has no effect with --lr-schedule constant: use constant_with_warmup"
+    must(not (constant and args.warmup_ratio), "warmup_ratio", why)
+
+    has_vllm = importlib.util.find_spec("vllm")
+    must(has_vllm or args.engine != "vllm", "engine", "vLLM is not installed; see README.md")
+    has_wandb = importlib.util.find_spec("wandb")
+    must(has_wandb or not args.wandb_project, "wandb_project", "wandb is not installed")
+    has_cuda = torch.cuda.is_available()
+    must(has_cuda or args.device != "cuda", "device", "there is no CUDA GPU")
 
 
 def parse_args(settings: type, command: list[str] | None = None) -> Any:

@@ -22,9 +22,9 @@ from typing import Any
 
 import fsspec
 import numpy as np
+
 from grading import Grader
 from grading.answers import NO_ANSWERS, is_prose, last_boxed
-
 from infra.cli import first_line, reject
 from infra.models import seed_for
 

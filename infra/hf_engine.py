@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from infra.cli import progress_bar
-from infra.models import autocast, base_model, is_recurrent
-from infra.shared_prefix import left_pad, prompt_cache
+from infra.models import TokenIds, autocast, base_model, is_recurrent
+from infra.shared_prefix import left_pad, positions, prompt_cache
 from infra.vllm_engine import Engine, Response
 
 
@@ -25,7 +26,7 @@ class HFEngine(Engine):
         self.policy = policy
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """As VLLMEngine.generate, in batches of as many responses as a step has rollouts."""
         responses = []
@@ -41,30 +42,30 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """Forward, sample, append, until every response has ended.
 
         Each response has a generator of its own, which gives one uniform number per token.
         """
         model = base_model(self.policy.eval())
-        draws = [
-            torch.rand(n, generator=torch.Generator().manual_seed(seed))
-            for n, seed in zip([max(lengths)] * len(seeds), seeds, strict=True)
-        ]
-        uniform = torch.stack(draws, dim=-1).to(model.device)  # [T, n]
+        longest = max(lengths)
+        uniform = [uniform_numbers(seed, longest) for seed in seeds]
+        uniform = torch.stack(uniform, dim=1).to(model.device)  # [T, n]
         limits = torch.tensor(lengths, device=model.device)
-        stop_tokens = torch.tensor(self.stop_tokens, device=model.device, dtype=torch.long)
+        stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.long, device=model.device)
 
-        sampled, logps = [], []
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+        sampled: list[Tensor] = []
+        logps: list[Tensor] = []
+        ended = torch.zeros_like(limits, dtype=torch.bool)
         with autocast(self.args):
             inputs, is_token, cache = self.prefill(model, prompts)
             while not ended.all():
+                position_ids = positions(is_token)
                 outputs = model(
                     input_ids=inputs,
                     attention_mask=is_token,
-                    position_ids=(is_token.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+                    position_ids=position_ids[:, -inputs.shape[1] :],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
@@ -74,19 +75,19 @@ class HFEngine(Engine):
                 token, logp = sample(logits, temperature, uniform[len(sampled)])
                 sampled.append(token)
                 logps.append(logp)
-                ended |= torch.isin(token, stop_tokens) | (limits <= len(sampled))
+                ended |= torch.isin(token, stop_tokens) | (limits == len(sampled))
                 inputs = token[:, None]
-                is_token = torch.cat([is_token, torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+                is_token = pad(is_token, (0, 1), value=True)
 
-        rows = zip(
-            torch.stack(sampled, dim=1).tolist(),
-            torch.stack(logps, dim=1).tolist(),
-            lengths,
-            strict=True,
-        )
-        return [self.cut(tokens, logp, length) for tokens, logp, length in rows]
+        rows = torch.stack(sampled, dim=1).tolist()
+        logps = torch.stack(logps, dim=1).tolist()
+        responses = []
+        for row, logp, length in zip(rows, logps, lengths, strict=True):
+            end = self.end_of(row[:length])
+            responses.append((row[:end], logp[:end]))
+        return responses
 
-    def prefill(self, model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Any]:
+    def prefill(self, model: nn.Module, prompts: list[TokenIds]) -> tuple[Tensor, Tensor, Any]:
         """The first inputs, which positions are tokens, and the cache of what comes before.
 
         Each different prompt is computed once, except its last token, which is the first input.
@@ -95,21 +96,25 @@ class HFEngine(Engine):
         if is_recurrent(model):
             inputs, is_token, _ = left_pad(prompts, model.device)
             return inputs, is_token, None
-        rows: dict[tuple[int, ...], int] = {}
-        which = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        which = [distinct.index(tuple(prompt)) for prompt in prompts]
         which = torch.tensor(which, device=model.device)
-        cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in rows], which)
+        cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in distinct], which)
         inputs = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
-        is_token = torch.cat([is_token, torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+        is_token = pad(is_token, (0, 1), value=True)
         return inputs, is_token, cache
 
-    def cut(self, tokens: list[int], logp: list[float], length: int) -> Response:
-        """A response up to its first stop token, that token included, or to its length."""
-        for position, token in enumerate(tokens[:length]):
+    def end_of(self, tokens: TokenIds) -> int:
+        """The length of a response: up to its first stop token, that token included."""
+        for position, token in enumerate(tokens):
             if token in self.stop_tokens:
-                length = position + 1
-                break
-        return tokens[:length], logp[:length]
+                return position + 1
+        return len(tokens)
+
+
+def uniform_numbers(seed: int, count: int) -> Tensor:
+    """The numbers of a response's own generator, one per token: [T]."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from infra.cli import StopRun, first_line, out_of_memory, reject, require
 
+TokenIds = list[int]
+
 # ------------------------------------------------------------------ device, precision, seeds
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infra.models import base_model
+from infra.models import TokenIds, base_model
 
 
-def left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def left_pad(prompts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids padded on the left to length L, which are tokens, their positions: three [n, L]."""
     longest = max(1, *map(len, prompts))
-    rows = [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    rows = []
+    for prompt in prompts:
+        rows.append([-1] * (longest - len(prompt)) + list(prompt))
     ids = torch.tensor(rows, device=device)
     is_token = ids >= 0
-    position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
-    return ids.clamp(min=0), is_token, position_ids
+    ids = ids.clamp(min=0)
+    return ids, is_token, positions(is_token)
 
 
-def prompt_cache(
-    model: nn.Module, prompts: list[Sequence[int]], which: Tensor
-) -> tuple[Any, Tensor]:
+def positions(is_token: Tensor) -> Tensor:
+    """Position ids, [n, L]: 0 for the first token of each row, then 1, 2, and so on."""
+    return (is_token.cumsum(-1) - 1).clamp(min=0)
+
+
+def prompt_cache(model: nn.Module, prompts: list[TokenIds], which: Tensor) -> tuple[Any, Tensor]:
     """Keys and values of prompts, each computed once, for n rows.
 
     which: [n], the prompt that each row continues. Prompts are padded on the left to length L.
@@ -40,20 +44,21 @@ def prompt_cache(
     return outputs.past_key_values, is_token[which]
 
 
-def saves_tokens(prompts: list[Sequence[int]], which: Tensor, lengths: Tensor) -> bool:
+def saves_tokens(prompts: list[TokenIds], which: Tensor, lengths: Tensor) -> bool:
     """Whether sharing prompts computes less than three quarters of the padded batch's tokens.
 
     which: [n], the prompt of each row; lengths: [n], response tokens of each row.
     """
-    prompt_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=which.device)
+    prompt_lengths = which.new_tensor(list(map(len, prompts))) - 1
     row_lengths = prompt_lengths[which]
-    shared = len(which) * lengths.max() + len(prompts) * row_lengths.max()
-    padded = len(which) * (row_lengths + lengths).max()
+    rows, longest = len(which), lengths.max()
+    shared = len(prompts) * row_lengths.max() + rows * longest
+    padded = rows * (row_lengths + lengths).max()
     return bool(shared < 0.75 * padded)
 
 
 def shared_hidden_states(
-    model: nn.Module, prompts: list[list[int]], which: Tensor, tokens: Tensor, mask: Tensor
+    model: nn.Module, prompts: list[TokenIds], which: Tensor, tokens: Tensor, mask: Tensor
 ) -> Tensor:
     """As `common.padded_hidden_states`, with each prompt computed once."""
     # A prompt's last token is an input of its rows: it predicts the first response token.
@@ -61,7 +66,8 @@ def shared_hidden_states(
     last = tokens.new_tensor([prompt[-1] for prompt in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
     is_token = torch.cat([is_prompt, torch.ones_like(mask)], dim=1)  # [n, L + T]
-    position_ids = (is_token.cumsum(-1) - 1)[:, -inputs.shape[1] :]
+    position_ids = positions(is_token)
+    position_ids = position_ids[:, is_prompt.shape[1] :]  # [n, T]
 
     body = base_model(model).base_model
     outputs = body(

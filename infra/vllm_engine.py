@@ -15,9 +15,17 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from infra.cli import StopRun, progress_bar, reject, require
-from infra.models import base_model, device, eos_ids, is_recurrent, merged_weights, precision
+from infra.models import (
+    TokenIds,
+    base_model,
+    device,
+    eos_ids,
+    is_recurrent,
+    merged_weights,
+    precision,
+)
 
-Response = tuple[list[int], list[float]]  # token ids, and their log-probabilities
+Response = tuple[TokenIds, list[float]]  # token ids, and their log-probabilities
 
 # vLLM reads these when it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -33,7 +41,7 @@ class Engine:
         self.stop_tokens = eos_ids(policy, tokenizer)
         self.vocab_size = base_model(policy).config.get_text_config().vocab_size
 
-    def decode(self, responses: list[list[int]]) -> list[str]:
+    def decode(self, responses: list[TokenIds]) -> list[str]:
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     def sleep(self) -> None:
@@ -60,14 +68,6 @@ class VLLMEngine(Engine):
         constructor = body.__init__
         self.sampling_params = vllm.SamplingParams
         self.on_cuda = on_cuda
-        if on_cuda:
-            for_device = {"gpu_memory_utilization": args.gpu_memory, "enable_sleep_mode": True}
-            for_device |= {"max_num_seqs": 512}
-        else:
-            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
-            for_device = {"enable_chunked_prefill": False}
-            for_device |= {"max_num_batched_tokens": max(context, 8192)}
-            for_device |= {"max_num_seqs": min(args.prompts_per_step * args.group_size, 512)}
         self.llm = vllm.LLM(
             args.model,
             dtype=str(precision(args)).removeprefix("torch."),
@@ -80,7 +80,7 @@ class VLLMEngine(Engine):
             use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
             seed=args.seed,
-            **for_device,
+            **self.device_options(args, context),
         )
         # vLLM runs transformers' class for a model that it has no class for, and patches that
         # class so that it compiles. The policy may be of that class and must not be compiled.
@@ -93,17 +93,31 @@ class VLLMEngine(Engine):
         in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
         self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
 
+    def device_options(self, args: Any, context: int) -> dict[str, Any]:
+        if self.on_cuda:
+            return {
+                "gpu_memory_utilization": args.gpu_memory,
+                "enable_sleep_mode": True,
+                "max_num_seqs": 512,
+            }
+        return {
+            # vLLM's CPU build fails on a seeded request whose prompt is split into chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, 8192),
+            "max_num_seqs": min(args.prompts_per_step * args.group_size, 512),
+        }
+
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, a tied LM head included.
 
-        Raises StopRun if the second sync, the first after an update, did not load them.
+        Raises StopRun if one of the first three syncs of a run did not load them.
         """
         if self.on_cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(policy)})
         self.syncs += 1
-        if self.syncs == 2:
+        if self.syncs <= 3:  # the third sync at the latest follows an update
             self.check_vectors(policy)
         if self.on_cuda:  # after the weights, because merging LoRA takes memory
             torch.cuda.empty_cache()
@@ -131,7 +145,7 @@ class VLLMEngine(Engine):
                     )
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], lengths: list[int], temperature: float
+        self, prompts: list[TokenIds], seeds: list[int], lengths: list[int], temperature: float
     ) -> list[Response]:
         """One response to each prompt, of at most that many tokens, sampled with its own seed."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]

@@ -1,11 +1,13 @@
 """Small random models, their problems, and a run of grpo.py in the test's own process."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -163,5 +165,39 @@ def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[
     return make
 
 
+@pytest.fixture
+def short_args(make_args: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Settings of a short run of any script, each in its own folder, without gradient clipping."""
+    from one_step import short_settings
+
+    number = itertools.count(1)
+
+    def short_args(script: ModuleType, **settings: Any) -> Any:
+        folder = {"run_dir": str(tmp_path / f"run{next(number)}")}
+        return short_settings(script, make_args(), **folder | settings)
+
+    return short_args
+
+
+@pytest.fixture
+def record(short_args: Callable[..., Any], signals: None) -> Callable[..., Any]:
+    """Runs a script for a step, or for `steps`, and returns its one_step.Recording."""
+    from one_step import record_run
+
+    recording = ("grade", "edit_groups", "edit_rollouts")
+
+    def record(script: ModuleType, **settings: Any) -> Any:
+        options = {name: settings.pop(name) for name in recording if name in settings}
+        return record_run(script, short_args(script, **settings), **options)
+
+    return record
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The metrics without those that measure time."""
+    timed = ("seconds/", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics]

@@ -1,7 +1,7 @@
-"""The methods once more, one token at a time in plain Python floats, and random groups to try them.
+"""Independent loops for the methods, one token at a time in Python floats, and random groups.
 
-Written from the pages in docs/ and not from the scripts, so that a mistake has to be made twice.
-A group is a list of rollouts, a rollout a list of its tokens' values.
+They follow the pages in docs/ and not the scripts, so that a shared mistake is unlikely.
+A group is a list of rollouts, and a rollout is a list of its tokens' values.
 """
 
 import math
@@ -75,7 +75,7 @@ def entropy_buckets(entropy: Rows, buckets: int) -> list[list[int]]:
     result = []
     for row in entropy:
         spent, numbers, total = 0.0, [], 0.0
-        for value in row:
+        for value in row:  # sum() rounds in another order
             total += value
         for value in row:
             spent += value

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_metrics, save_model
+from run import check, launch, parse_args
 
 import grpo
 import holderpo
-from run import check, launch, parse_args
 
 Command = Callable[..., list[str]]
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine import StopRun, Transformers, eos_ids, load_policy, load_tokenizer
+from run import learning_rate
 from torch import Tensor, nn
 
 import common
 import grpo
 from common import Group, Problem, Rollouts
-from engine import StopRun, Transformers, eos_ids, load_policy, load_tokenizer
-from run import learning_rate
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]

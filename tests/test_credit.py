@@ -1,6 +1,5 @@
-"""benchmark/credit.py: its truth against a known tree and new samples, its measures by hand."""
+"""benchmark/credit.py: the truth against new samples, the measures by hand, a small run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def test_a_certain_token_has_no_advantage_and_no_error():
     assert curve.errors[0] == 0.0 < curve.errors[1]
 
 
-def test_estimates_are_unbiased_and_as_noisy_as_they_say():
+def test_estimates_are_unbiased_with_correct_errors():
     others, elsewhere, count = array(0.3, 0.4, 0.9), array(0.2, 0.7, 0.4), 50
     exact = truth.true_advantages(others, elsewhere * count, count, 1.0)
     drawn = [
@@ -90,7 +89,7 @@ TRUE = Truth(
 
 def test_measures_by_hand():
     given = [array(2, 1, -7), array(-1, -2, -1)]
-    # Clear: 2 and 0.5 agree, 1 and -0.1 do not, -1 and 0.3 do not, -1 and -0.6 agree.
+    # Clear signs: 2 and 0.5 agree, 1 and -0.1 do not, -1 and 0.3 do not, -1 and -0.6 agree.
     assert wrong_sign(given, TRUE) == (2, 4)
     assert on_decisive(given, TRUE) == (2 + 1 + 1, 14)  # 0.5, 0.3 and -0.6 exceed 0.2
     assert penalised(given, TRUE) == (2, 2)  # of the failed rollout, its two right steps
@@ -131,57 +130,29 @@ def test_an_estimate_is_a_ratio_of_sums_with_an_interval():
 # ------------------------------------------------------------------------------- a small run
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def smoke(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that is killed after its first problem and goes on; with its engine and policy."""
+    """A small run, with its engine and its last problem."""
     if not HAS_VLLM:
         pytest.skip("vLLM's CPU build is not installed")
     folder = tmp_path_factory.mktemp("credit")
-    args = credit.Args(**SMOKE, run_dir=folder, results=folder / "credit.json")
-    kept: dict[str, Any] = {"folder": folder, "measured": []}
-    patch = pytest.MonkeyPatch()
-    make_engine, measure = credit.make_engine, truth.measure
+    kept: dict[str, Any] = {}
+    measure = truth.measure
 
-    def one_engine(settings: Any, policy: Any, tokenizer: Any, problems: Any) -> Any:
-        if "engine" not in kept:
-            kept["engine"] = make_engine(settings, policy, tokenizer, problems)
-        return kept["engine"]
+    def keep(engine: Any, grader: Any, policy: Any, problem: Any, *rest: Any) -> dict[str, Any]:
+        kept.update(engine=engine, problem=problem)
+        return measure(engine, grader, policy, problem, *rest)
 
-    def killed(engine: Any, grader: Any, policy: Any, problem: Any, *rest: Any, **named: Any):
-        if kept["measured"] == ["first"]:
-            raise Killed
-        kept["measured"].append("first" if not kept["measured"] else problem.text)
-        kept["problem"], kept["policy"] = problem, policy
-        return measure(engine, grader, policy, problem, *rest, **named)
-
-    patch.setattr(credit, "make_engine", one_engine)
-    patch.setattr(truth, "measure", killed)
-    try:
-        with pytest.raises(Killed):
-            credit.main(args)
-        kept["before"] = {p.name: p.read_text() for p in folder.glob("starting/*")}
-        kept["measured"].append("killed")
-        credit.main(args)
-    finally:
-        patch.undo()
-    kept["rows"] = [json.loads(p.read_text()) for p in sorted(folder.glob("starting/*"))]
-    kept["results"] = json.loads((folder / "credit.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(truth, "measure", keep)
+        credit.main(credit.Args(**SMOKE, run_dir=folder, results=folder / "credit.json"))
+    kept["rows"] = shared.read_json(folder / "starting.json")
+    kept["policy"] = shared.read_json(folder / "credit.json")["policies"]["starting"]
     return kept
 
 
-def test_a_killed_run_goes_on_at_the_problem(smoke: dict[str, Any]):
-    assert list(smoke["before"]) == ["problem-000.json"]
-    assert smoke["measured"] == ["first", "killed", smoke["rows"][1]["problem"]]
-    first = smoke["folder"] / "starting" / "problem-000.json"
-    assert first.read_text() == smoke["before"]["problem-000.json"]
-
-
 def test_advantages_sum_to_reward_minus_the_prompts_value(smoke: dict[str, Any]):
-    found = smoke["results"]["policies"]["starting"]["soundness"]
+    found = smoke["policy"]["soundness"]
     assert found["advantages of a rollout − (reward − V(prompt)), largest"] < 1e-12
     assert found["rms z"] < 2.5  # of few rollouts, and those of a group are not independent
     assert found["an advantage measured twice, rms z"] < 1.5
@@ -193,17 +164,17 @@ def test_values_agree_with_plain_continuations(smoke: dict[str, Any]):
     _, curves = credit.read_truth(row, [0, 1], COUNT)
     answer = f"boxed{{{problem.answer}}}"
     for tokens, others, curve in zip(row["tokens"], row["others"], curves, strict=True):
-        t = int(np.argmax(others[3:])) + 3  # the least certain token after the opener
+        t = int(np.argmax(others[3:])) + 3  # the least certain token after the third
         prompts = [problem.prompt + tokens[:t]] * 300
-        went_on = engine.generate(prompts, list(range(300)), [64 - t] * 300, 1.0)
-        texts = engine.decode([tokens[:t] + response for response, _ in went_on])
+        continued = engine.generate(prompts, list(range(300)), [64 - t] * 300, 1.0)
+        texts = engine.decode([tokens[:t] + response for response, _ in continued])
         plain = np.mean([text.endswith(answer) for text in texts])
         error = np.hypot(curve.value_errors[t], np.sqrt(plain * (1 - plain) / 300))
         assert abs(curve.values[t] - plain) < 4 * error + 0.01
 
 
 def test_the_truth_measured_again(smoke: dict[str, Any]):
-    methods = smoke["results"]["policies"]["starting"]["methods"]
+    methods = smoke["policy"]["methods"]
     again = methods["truth, measured again"]
     assert again["cosine"]["value"] > 0.8
     assert again["cosine"]["value"] > methods["GRPO"]["cosine"]["value"]
@@ -211,7 +182,7 @@ def test_the_truth_measured_again(smoke: dict[str, Any]):
 
 
 def test_methods_that_need_a_moved_policy_begin_as_grpo(smoke: dict[str, Any]):
-    methods = smoke["results"]["policies"]["starting"]["methods"]
+    methods = smoke["policy"]["methods"]
     for name in ("ARCA", "ARCA's divergence"):
         assert methods[name] == methods["GRPO"]
     assert not any(figure["differs"] for figure in methods["ERPO"].values() if figure)
@@ -219,7 +190,7 @@ def test_methods_that_need_a_moved_policy_begin_as_grpo(smoke: dict[str, Any]):
     assert methods["GTPO"]["rank, failed rollout"]["value"] != 0
 
 
-def test_steps_lie_on_their_tokens(smoke: dict[str, Any]):
+def test_steps_match_their_tokens(smoke: dict[str, Any]):
     for row in smoke["rows"]:
         judged = credit.read_truth(row, [0], COUNT)[0].steps
         for pieces, steps in zip(row["pieces"], judged, strict=True):
@@ -227,47 +198,21 @@ def test_steps_lie_on_their_tokens(smoke: dict[str, Any]):
                 assert credit.check_steps(row["problem"], "".join(pieces[tokens]))
 
 
-def test_the_figure_has_a_row_for_each_method(smoke: dict[str, Any], tmp_path: Path):
-    credit.draw(smoke["results"], tmp_path / "credit.svg")
+def test_the_figure_has_a_row_for_each_method(
+    smoke: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(credit.figures, "FOLDER", tmp_path)
+    credit.figures.draw_credit(smoke["policy"]["example"])
     drawn = (tmp_path / "credit.svg").read_text()
-    for name in smoke["results"]["policies"]["starting"]["methods"]:
+    for name in smoke["policy"]["methods"]:
         if "again" not in name:
             assert f">{name.replace(chr(39), '&#x27;')}<" in drawn
 
 
-# ------------------------------------------------------------------------------- the rest
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"prompts": 1},
-        {"continuations": 1},
-        {"policies": "final"},
-    ],
-)
-def test_mistakes_name_the_flag(
-    flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+@pytest.mark.parametrize("flags", [{"prompts": 1}, {"continuations": 1}, {"policies": "final"}])
+def test_a_mistake_is_one_line(flags: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        credit.main(credit.Args(**flags, run_dir=tmp_path))
+        credit.main(credit.Args(**flags))
+    [(name, value)], error = flags.items(), capsys.readouterr().err
     assert stopped.value.code == 2
-    (name, value), error = next(iter(flags.items())), capsys.readouterr().err
-    assert f"--{name}" in error and str(value) in error and error.count("\n") == 1
-
-
-def test_other_settings_need_another_folder(tmp_path: Path):
-    credit.check(credit.Args(run_dir=tmp_path))
-    credit.check(credit.Args(run_dir=tmp_path, prompts=5))
-    with pytest.raises(SystemExit):
-        credit.check(credit.Args(run_dir=tmp_path, continuations=128))
-
-
-def test_the_page_and_the_figure_show_the_results_file(tmp_path: Path):
-    results = shared.read_json(credit.Args.results)
-    stale = "is stale: python benchmark/credit.py --write"
-    page = credit.PAGE.read_text(encoding="utf-8")
-    assert page == shared.filled(credit.PAGE, {"credit": credit.tables(results)}), f"page {stale}"
-    credit.draw(results, tmp_path / "credit.svg")
-    drawn = (tmp_path / "credit.svg").read_text()
-    assert drawn == credit.FIGURE.read_text(), f"the figure {stale}"
+    assert error.startswith(f"error: --{name} {value}: ") and error.count("\n") == 1

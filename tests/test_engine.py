@@ -12,17 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
 from damage import BROKEN
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-import common
-import engine
-import grpo
-from common import Group, Problem, Rollouts
 from engine import (
     Engine,
     Reference,
@@ -35,6 +29,12 @@ from engine import (
     merged_weights,
     save_model,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import common
+import grpo
+from common import Group, Problem, Rollouts
 
 PROMPTS = [list(b"1+1"), list(b"What is 12 + 34?"), list(b"x"), list(b"so\nthe answer is ")]
 NAMES = ["tied", "untied", "tiny"]
@@ -741,12 +741,3 @@ def test_freed_memory_goes_back_before_the_update():
     Engine.sleep(None)
     assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
     assert last.sum() == 2**14
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_the_benchmark_of_cuda_needs_cuda():
-    command = [sys.executable, "benchmark/gpu.py"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == "error: --device cuda: no CUDA device is there"
-    assert subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True).returncode == 0

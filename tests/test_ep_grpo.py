@@ -1,31 +1,25 @@
 """EP-GRPO's advantages: docs/ep_grpo.md, by hand, token by token, and at the edges."""
 
-import math
-from pathlib import Path
-
-import progress
 import pytest
-import shared
 import slow
 import torch
 import worked_example as example
 from torch import Tensor
-from worked_example import pad, pad_mask
+from worked_example import pad, pad_mask, tensors
 
-import ep_grpo
 from ep_grpo import ep_grpo_advantages, grpo_advantages
-
-
-def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, ...]:
-    """rewards [1, G]; entropy, logp, ref_logp and mask [1, G, T]."""
-    rewards = torch.tensor([group.rewards], dtype=torch.float64)
-    rows = (pad(values, fill) for values in (group.entropy, group.logp, group.ref_logp))
-    return rewards, *rows, pad_mask(group.entropy)
 
 
 def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
     return ep_grpo_advantages(
         rewards, example.entropy, example.logp, example.ref_logp, example.mask, **settings
+    )
+
+
+def equal_policies(**settings: float) -> Tensor:
+    """The example's advantages when the policy equals the reference."""
+    return ep_grpo_advantages(
+        example.rewards, example.entropy, example.logp, example.logp, example.mask, **settings
     )
 
 
@@ -43,9 +37,7 @@ def test_worked_example_of_equal_rewards(reward: float, direction: int):
 
 def test_worked_example_of_a_policy_equal_to_the_reference():
     expected = [[0.8584, 0.0124, 0.4866], [0.0124, 0.8584], [-0.0013, -0.4866, -0.0124], [-0.8659]]
-    advantages = ep_grpo_advantages(
-        example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
-    )
+    advantages = equal_policies(eps=0)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
 
@@ -62,25 +54,16 @@ def test_agrees_with_a_loop_over_tokens(settings: dict):
         torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
 
 
-def test_policy_equal_to_reference_leaves_the_gated_outcome():
-    advantages = ep_grpo_advantages(
-        example.rewards, example.entropy, example.logp, example.logp, example.mask, eps=0
-    )
+@pytest.mark.parametrize("left_out", ["signal", "eta"])
+def test_without_progress_the_gated_outcome_is_left(left_out: str):
+    advantages = equal_policies(eps=0) if left_out == "signal" else on_example(eta=0, eps=0)
     gate = pad(slow.gates(example.ENTROPY, gamma=5, eps=0))
     outcome = grpo_advantages(example.rewards, eps=0)[..., None]
     torch.testing.assert_close(advantages, gate * outcome * example.mask)
 
 
-def test_without_eta_the_gated_outcome_alone_is_left():
-    gate = pad(slow.gates(example.ENTROPY, gamma=5, eps=0))
-    outcome = grpo_advantages(example.rewards, eps=0)[..., None]
-    torch.testing.assert_close(on_example(eta=0, eps=0), gate * outcome * example.mask)
-
-
 def test_policy_equal_to_reference_and_no_gate_gives_exactly_half_of_grpo():
-    advantages = ep_grpo_advantages(
-        example.rewards, example.entropy, example.logp, example.logp, example.mask, gamma=0
-    )
+    advantages = equal_policies(gamma=0)
     half = grpo_advantages(example.rewards)[..., None] / 2 * example.mask
     assert torch.equal(advantages, half)
 
@@ -157,140 +140,3 @@ def test_a_rollout_without_entropy_lies_in_the_first_bucket(nothing: float):
     )
     pair = torch.tensor([-0.2, 0.2], dtype=torch.float64)  # two alone in a bucket: -η and η
     torch.testing.assert_close(advantages[0, 0], pair)
-
-
-def test_finite_in_float32():
-    grid = torch.tensor([-1e-7, 0.0, 1e-45, 1e-30, 1e-6, 1.0, slow.LARGEST_ENTROPY])
-    generator = torch.Generator().manual_seed(0)
-    entropy = grid[torch.randint(len(grid), (64, 8, 16), generator=generator)]
-    logp, ref_logp = -10 * torch.rand(2, 64, 8, 16, generator=generator)
-    mask = torch.arange(16) < torch.randint(1, 17, (64, 8, 1), generator=generator)
-    for rewards in (torch.zeros(64, 8), torch.randint(2, (64, 8), generator=generator).float()):
-        advantages = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask)
-        assert advantages.dtype == torch.float32
-        assert advantages.isfinite().all()
-
-
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_nothing_outside_the_mask_is_read(garbage: float):
-    for seed in range(20):
-        group = slow.random_group(seed)
-        clean, dirty = (ep_grpo_advantages(*tensors(group, fill)) for fill in (0.0, garbage))
-        assert torch.equal(clean, dirty)
-        assert not dirty[~pad_mask(group.entropy)].any()
-
-
-def test_no_gradient():
-    inputs = [x.clone().requires_grad_() for x in (example.rewards, example.entropy, example.logp)]
-    advantages = ep_grpo_advantages(
-        *inputs, example.ref_logp.clone().requires_grad_(), example.mask
-    )
-    assert not advantages.requires_grad
-
-
-def test_inputs_are_left_alone():
-    inputs = tensors(slow.random_group(1), fill=7.0)
-    before = [x.clone() for x in inputs]
-    ep_grpo_advantages(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-def test_groups_do_not_mix():
-    first = example.rewards, example.entropy, example.logp, example.ref_logp, example.mask
-    second = (
-        1 - example.rewards,
-        example.entropy.flip(1),
-        example.ref_logp,
-        example.logp,
-        example.mask,
-    )
-    both = ep_grpo_advantages(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
-    apart = torch.cat([ep_grpo_advantages(*first), ep_grpo_advantages(*second)])
-    torch.testing.assert_close(both, apart, atol=1e-12, rtol=0)
-
-
-# ------------------------------------------------------------------------------- the benchmark
-
-INPUTS = (example.rewards, example.entropy, example.logp, example.ref_logp, example.mask)
-ALL_WRONG = (torch.zeros_like(example.rewards), *INPUTS[1:])
-
-
-def last_tokens(values: Tensor) -> list[float]:
-    """They share the example's last bucket of ten; in the others there is one token at most."""
-    assert not values[0, [0, 0, 1, 2, 2], [0, 1, 0, 0, 1]].any()
-    return values[0, [0, 1, 2, 3], [2, 1, 2, 0]].tolist()
-
-
-# Their log-ratios are .1, .2, -.2, -.2. Signed by the verdict: .1, .2, .2, .2, with the mean .175
-# and the deviation .0433; unsigned: with the mean -.025 and the deviation .1785.
-def test_variants_of_progress_by_hand():
-    expected = {
-        "progress": [-0.3464, 0.1155, 0.1155, 0.1155],
-        "progress in right answers": [-0.3464, 0.1155, 0, 0],
-        "progress in failed answers": [0, 0, 0.1155, 0.1155],
-        "progress in groups of equal rewards": [0, 0, 0, 0],
-        "progress not signed by the verdict": [0.1400, 0.2520, -0.1960, -0.1960],
-        "progress not divided by its deviation": [-0.015, 0.005, 0.005, 0.005],
-    }
-    found = progress.variants(*INPUTS)
-    assert found.keys() == expected.keys() == {"progress", *progress.CHANGED}
-    for name, values in expected.items():
-        assert last_tokens(found[name]) == pytest.approx(values, abs=5e-5), name
-    assert progress.pull(*INPUTS) == pytest.approx(0.2 / 0.0433, abs=5e-3)
-
-
-def test_variants_of_progress_in_a_group_of_equal_rewards():
-    found = progress.variants(*ALL_WRONG, eta=0.4)
-    there = [0.2801, 0.5041, -0.3921, -0.3921]
-    assert last_tokens(found["progress not signed by the verdict"]) == pytest.approx(
-        there, abs=5e-5
-    )
-    for name in ("progress", "progress in groups of equal rewards", "progress in failed answers"):
-        assert last_tokens(found[name]) == pytest.approx([-x for x in there], abs=5e-5), name
-    assert not found["progress in right answers"].any()
-
-
-def test_pull_is_that_of_failed_answers_where_rewards_vary():
-    """In the first group buckets 3, 5 and 9 hold log-ratios, signed by the verdict, of deviations
-    .025, .1 and .05: the term weighs them by 8, 2 and 4. Of failed answers' tokens four are in
-    bucket 5, two in bucket 9, and three alone in theirs, where there is no deviation. All answers
-    of the second group failed, with deviations of .01: it has no outcome to hold the term against.
-    """
-    entropy = [[5, 0.5, 4.5], [1, 1, 2, 1, 0.5, 4.5], [3, 7], [3, 7], *[[5, 5]] * 4]
-    buckets = [[5, 5, 9], [1, 2, 4, 5, 5, 9], [3, 9], [3, 9], *[[5, 9]] * 4]
-    ratio = [[0, -0.2, 0], [-0.3, -0.5, -0.7, 0, -0.2, -0.1], [0, 0], [0.05, 0.1]]
-    ratio += [[0, 0], [0, 0], [0.02, 0.02], [0.02, 0.02]]
-    entropy, buckets, ratio, mask = (
-        table.view(2, 4, -1)
-        for table in (pad(entropy), pad(buckets), pad(ratio), pad_mask(entropy))
-    )
-    rewards = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0, 0]])
-    assert ep_grpo.entropy_buckets(entropy, mask, 10)[mask].equal(buckets[mask].long())
-    inputs = rewards, entropy, ratio, torch.zeros_like(ratio), mask
-    assert progress.pull(*inputs) == pytest.approx(2)
-
-
-def test_an_interrupted_variant_says_to_start_the_benchmark_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """And not the script, which would go on with the method unchanged."""
-
-    def interrupted(args: ep_grpo.Args):
-        (Path(args.run_dir) / "args.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ep_grpo, "main", interrupted)
-
-    def one(args: progress.Args):
-        progress.train("EP-GRPO", 1, tmp_path)
-
-    monkeypatch.setattr(progress, "train_variants", one)
-    with pytest.raises(SystemExit, match="interrupted: the same command goes on"):
-        progress.main(progress.Args(variants=True))
-    assert not capsys.readouterr().err
-
-
-def test_the_page_shows_what_progress_measured():
-    fresh = shared.filled(progress.PAGE, progress.blocks(shared.read_json(progress.RESULTS)))
-    stale = "docs/ep_grpo.md is stale: python benchmark/progress.py --write"
-    assert progress.PAGE.read_text(encoding="utf-8") == fresh, stale

@@ -16,10 +16,10 @@ import pytest
 import tyro
 from conftest import ROOT, SHARED_DATA, needs_vllm
 from damage import BROKEN
-
-from common import bootstrap_interval, evaluate, load_problems
 from data import gold_answer
 from engine import load_policy, load_tokenizer, make_engine
+
+from common import bootstrap_interval, evaluate, load_problems
 from grading import Grader, last_boxed
 from tools import evaluate as tool
 from tools.metrics import difference, majority, metric_values, pass_at_k, summary

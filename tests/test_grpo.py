@@ -1,22 +1,23 @@
-"""GRPO's functions by hand, and the whole of its update against a plain one."""
+"""GRPO: its functions by hand, its gradient against a plain computation, and short runs."""
 
-import copy
-import json
+import functools
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import untimed
+from one_step import Recording, assert_same_gradient, collect, gradient_of, plain_logp
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
-from engine import load_policy
-from grpo import clipped_loss, grpo_advantages, kl_to_reference, overlong_penalty, token_weights
-from run import Run
+from common import overlong_penalty, token_weights
+from grpo import clipped_loss, grpo_advantages, kl_estimate
+from infra.models import load_policy
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -112,7 +113,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 def test_kl_by_hand():
     logp = torch.log(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)).requires_grad_()
     ref_logp = torch.log(torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))
-    kl = kl_to_reference(logp, ref_logp)
+    kl = kl_estimate(logp, ref_logp)
     expected = [0.5 - math.log(0.5) - 1, 0.0, 2 - math.log(2) - 1]  # 0.1931, 0, 0.3069
     torch.testing.assert_close(kl.detach(), torch.tensor(expected, dtype=torch.float64))
     kl.sum().backward()
@@ -123,7 +124,7 @@ def test_kl_by_hand():
 def test_kl_estimate_has_the_kl_as_its_mean():
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
-    mean = (policy.exp() * kl_to_reference(policy, reference)).sum()
+    mean = (policy.exp() * kl_estimate(policy, reference)).sum()
     torch.testing.assert_close(mean, (policy.exp() * (policy - reference)).sum())
 
 
@@ -138,16 +139,15 @@ WEIGHTS = {  # of a token of each response; 8 tokens in 4 responses, T = 5
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_token_weights_by_hand(average: str):
     expected = torch.tensor(WEIGHTS[average]).view(2, 2, 1) * MASK
-    torch.testing.assert_close(token_weights(MASK, average, 5), expected)
+    torch.testing.assert_close(token_weights(MASK, torch.arange(2), average, 5), expected)
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_token_weights_of_a_share_of_the_problems(average: str):
     """An update counts its own tokens and responses, not those of the whole step."""
-    live = MASK.clone()
-    live[0] = False
-    alone = token_weights(MASK[1:], average, 5)
-    torch.testing.assert_close(token_weights(live, average, 5), torch.cat([0 * alone, alone]))
+    alone = token_weights(MASK[1:], torch.tensor([0]), average, 5)
+    of_share = token_weights(MASK, torch.tensor([1]), average, 5)
+    torch.testing.assert_close(of_share, torch.cat([0 * alone, alone]))
 
 
 def test_overlong_penalty_by_hand():
@@ -160,110 +160,42 @@ def test_overlong_penalty_by_hand():
 # ------------------------------------------------------------------------------- the update
 
 
-def verdicts(_: grpo.Grader, texts: list[str], golds: list[str]) -> list[bool]:
-    """A task that a random model is sometimes right about."""
-    return [len(text) % 2 == 0 for text in texts]
+def plain_gradients(recording: Recording) -> list[Tensor]:
+    """The gradient of each update from the definition: full logits, one sequence at a time."""
+    args, rollouts = recording.args, recording.rollouts[0]
+    first, reference = recording.updates[0].policy, load_policy(args)
+    gradients = []
+    for update in recording.updates:
+        losses = []
+        for p in update.problems:
+            rewards = [float(len(text) % 2 == 0) for text in rollouts.texts[p]]
+            mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
+            for g, reward in enumerate(rewards):
+                advantage = (reward - mean) / (std + 1e-6)
+                response = (rollouts, p, g, args.temperature)
+                new = plain_logp(update.policy, *response)
+                with torch.no_grad():
+                    old = plain_logp(first, *response)
+                    ref = plain_logp(reference, *response)
+                ratio = (new - old).exp()
+                clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+                gain = torch.minimum(ratio * advantage, clipped * advantage)
+                kl = (ref - new).exp() - (ref - new) - 1
+                losses.append(args.kl * kl - gain)
+        total = sum(loss.sum() for loss in losses)
+        loss = {
+            "token": total / sum(len(loss) for loss in losses),
+            "sequence": sum(loss.mean() for loss in losses) / len(losses),
+            "constant": total / len(losses) / args.max_new_tokens,
+        }[args.loss_average]
+        gradients.append(gradient_of(loss, update.policy))
+    return gradients
 
 
 @pytest.fixture
-def gradients(
-    make_args: Callable[..., grpo.Args],
-    untied_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> Callable[..., tuple[list[Tensor], list[dict[str, Any]]]]:
-    """Runs one step of grpo.py; returns the gradient of each of its updates, as one vector each,
-    and what went into each: the policy's weights, and the problems."""
-    monkeypatch.setattr(grpo.Grader, "grade", verdicts)
-    runs = []
-
-    def run(stack: Callable = common.stack, **settings: Any) -> tuple[list[Tensor], list[dict]]:
-        found, shares, stacked = [], [], []
-        weights = []
-        load, update, micro_batches = grpo.load_policy, Run.update, common.micro_batches
-
-        def keep_policy(args: grpo.Args) -> Any:
-            weights.append(load(args))
-            return weights[-1]
-
-        def keep_rollouts(*groups: Any) -> common.Rollouts:
-            stacked.append(stack(*groups))
-            return stacked[-1]
-
-        def keep_share(rollouts: Any, budget: int, problems: Tensor) -> Any:
-            if torch.is_grad_enabled():
-                shares.append(problems)
-            return micro_batches(rollouts, budget, problems)
-
-        def keep_gradient(self: Run, *rest: Any) -> float:
-            policy = weights[0]
-            found.append(torch.cat([w.grad.flatten() for w in policy.parameters()]))
-            inputs.append({"policy": copy.deepcopy(policy), "share": shares[-1]})
-            inputs[-1]["policy"].zero_grad()
-            return update(self, *rest)
-
-        inputs: list[dict[str, Any]] = []
-        runs.append(settings)
-        with monkeypatch.context() as patch:
-            patch.setattr(grpo, "load_policy", keep_policy)
-            patch.setattr(common, "stack", keep_rollouts)
-            patch.setattr(common, "micro_batches", keep_share)
-            patch.setattr(Run, "update", keep_gradient)
-            folders = {"model": str(untied_model), "run_dir": str(tmp_path / f"run{len(runs)}")}
-            args = make_args(max_new_tokens=24, **folders, **settings)
-            grpo.main(args)
-        for item in inputs:
-            item |= {"rollouts": stacked[0], "args": args}
-        return found, inputs
-
-    return run
-
-
-def plain_gradients(updates: list[dict[str, Any]]) -> list[Tensor]:
-    """The same gradients from the definition: full logits, one sequence at a time, no masks."""
-    args, rollouts = updates[0]["args"], updates[0]["rollouts"]
-    old, reference = updates[0]["policy"], load_policy(args)
-    old = copy.deepcopy(old)
-
-    def logp(policy: nn.Module, p: int, g: int) -> Tensor:
-        prompt, response = rollouts.problems[p].prompt, rollouts.tokens[p, g][rollouts.mask[p, g]]
-        sequence = torch.cat([torch.tensor(prompt), response])[None]
-        logits = policy.eval()(sequence).logits[0, len(prompt) - 1 : -1] / args.temperature
-        return logits.log_softmax(-1)[torch.arange(len(response)), response]
-
-    found = []
-    for update in updates:
-        policy, losses = update["policy"], []
-        for p in update["share"].tolist():
-            rewards = [float(len(text) % 2 == 0) for text in rollouts.texts[p]]
-            mean = sum(rewards) / len(rewards)
-            std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) ** 0.5
-            for g, reward in enumerate(rewards):
-                advantage = (reward - mean) / (std + 1e-6)
-                now = logp(policy, p, g)
-                with torch.no_grad():
-                    before, first = logp(old, p, g), logp(reference, p, g)
-                ratio = (now - before).exp()
-                clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-                gain = torch.minimum(ratio * advantage, clipped * advantage)
-                kl = (first - now).exp() - (first - now) - 1
-                losses.append(args.kl * kl - gain)
-        tokens = sum(len(loss) for loss in losses)
-        loss = {
-            "token": sum(loss.sum() for loss in losses) / tokens,
-            "sequence": sum(loss.mean() for loss in losses) / len(losses),
-            "constant": sum(loss.sum() for loss in losses) / len(losses) / args.max_new_tokens,
-        }[args.loss_average]
-        loss.backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in policy.parameters()]))
-    return found
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-5) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert b.norm() > 1e-3, "a gradient of nothing would agree with anything"
-        assert (a - b).norm() <= tolerance * b.norm()
+def updates(record: Callable, untied_model: Path) -> Callable[..., Recording]:
+    """Records one step of grpo.py on responses of many lengths."""
+    return functools.partial(record, grpo, model=str(untied_model), max_new_tokens=24)
 
 
 AVERAGES = pytest.mark.parametrize("loss_average", ["token", "sequence", "constant"])
@@ -275,99 +207,81 @@ AVERAGES = pytest.mark.parametrize("loss_average", ["token", "sequence", "consta
     [{}, {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "temperature": 0.8}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(gradients: Callable, loss_average: str, settings: dict):
-    ours, updates = gradients(loss_average=loss_average, **settings)
-    assert len(ours) == settings.get("updates_per_rollout", 1)
-    assert len(updates[0]["rollouts"].mask.sum(-1).unique()) > 3  # lengths
-    assert_same(ours, plain_gradients(updates))
+def test_gradient_is_the_plain_one(updates: Callable, loss_average: str, settings: dict):
+    recording = updates(loss_average=loss_average, **settings)
+    assert len(recording.updates) == settings.get("updates_per_rollout", 1)
+    assert len(recording.rollouts[0].mask.sum(-1).unique()) > 3  # lengths
+    for update, plain in zip(recording.updates, plain_gradients(recording), strict=True):
+        assert_same_gradient(update.gradient, plain, 1e-5)
 
 
 @AVERAGES
-def test_gradient_does_not_depend_on_micro_batches(gradients: Callable, loss_average: str):
+def test_gradient_does_not_depend_on_micro_batches(updates: Callable, loss_average: str):
     budgets = [1, 60, 150, 10**6]  # one rollout at a time .. all at once
-    first, *others = [gradients(loss_average=loss_average, token_budget=n)[0] for n in budgets]
+    first, *others = [updates(loss_average=loss_average, token_budget=n) for n in budgets]
     for other in others:
-        assert_same(other, first)
+        assert_same_gradient(other.updates[0].gradient, first.updates[0].gradient, 1e-5)
+
+
+def widen(rollouts: common.Rollouts) -> None:
+    """Add five columns of padding, and write values into it that must not matter."""
+    for name in ("tokens", "mask", "engine_logp"):
+        setattr(rollouts, name, nn.functional.pad(getattr(rollouts, name), (0, 5), value=0))
+    rollouts.tokens[~rollouts.mask] = 99
+    rollouts.engine_logp[~rollouts.mask] = 7.0
+
+
+def shuffle(groups: list[common.Group]) -> None:
+    for group in groups:
+        for name in ("tokens", "engine_logp", "texts", "correct"):
+            setattr(group, name, [getattr(group, name)[i] for i in (2, 0, 3, 1)])
+    groups.reverse()
 
 
 @AVERAGES
-def test_gradient_does_not_depend_on_padding_or_order(gradients: Callable, loss_average: str):
-    def wider(*call: Any) -> common.Rollouts:
-        rollouts = common_stack(*call)
-        for name in ("tokens", "mask", "engine_logp"):
-            value = getattr(rollouts, name)
-            setattr(rollouts, name, nn.functional.pad(value, (0, 5), value=0))
-        rollouts.tokens[~rollouts.mask] = 99  # what is written there must not matter
-        rollouts.engine_logp[~rollouts.mask] = 7.0
-        return rollouts
-
-    def shuffled(groups: list[common.Group], *rest: Any) -> common.Rollouts:
-        for group in groups:
-            order = [2, 0, 3, 1]
-            for name in ("tokens", "engine_logp", "texts", "correct"):
-                setattr(group, name, [getattr(group, name)[i] for i in order])
-        groups.reverse()
-        return common_stack(groups, *rest)
-
-    common_stack = common.stack
-    plain, padded, reordered = (
-        gradients(stack, loss_average=loss_average)[0] for stack in (common.stack, wider, shuffled)
-    )
-    assert_same(padded, plain)
-    assert_same(reordered, plain)
+def test_gradient_does_not_depend_on_padding_or_order(updates: Callable, loss_average: str):
+    plain = updates(loss_average=loss_average).updates[0]
+    for edit in ({"edit_rollouts": widen}, {"edit_groups": shuffle}):
+        other = updates(loss_average=loss_average, **edit).updates[0]
+        assert_same_gradient(other.gradient, plain.gradient, 1e-5)
 
 
-def test_importance_cap_reaches_the_gradient(gradients: Callable):
-    def other_engine(*call: Any) -> common.Rollouts:
-        rollouts = stack(*call)
+def test_importance_cap_reaches_the_gradient(updates: Callable):
+    def other_engine(rollouts: common.Rollouts) -> None:
         rollouts.engine_logp[rollouts.mask] -= math.log(1.5)
-        return rollouts
 
-    stack = common.stack
-    plain = gradients()[0]
-    weighed = gradients(other_engine, importance_cap=2.0, max_logp_gap=1.0)[0]
-    assert_same(weighed, [1.5 * gradient for gradient in plain])
-    capped = gradients(other_engine, importance_cap=1.2, max_logp_gap=1.0)[0]
-    assert_same(capped, [1.2 * gradient for gradient in plain])
+    plain = updates().updates[0].gradient
+    for cap, factor in ((2.0, 1.5), (1.2, 1.2)):
+        settings = {"importance_cap": cap, "max_logp_gap": 1.0}
+        weighted = updates(edit_rollouts=other_engine, **settings).updates[0].gradient
+        assert_same_gradient(weighted, factor * plain, 1e-5)
 
 
-def test_overlong_penalty_reaches_the_gradient(gradients: Callable):
-    plain, punished = gradients()[0], gradients(overlong_buffer=8)[0]
-    assert (punished[0] - plain[0]).norm() > 0.1 * plain[0].norm()
+def test_overlong_penalty_reaches_the_gradient(updates: Callable):
+    plain, penalised = (updates(overlong_buffer=n).updates[0].gradient for n in (0, 8))
+    assert (penalised - plain).norm() > 0.1 * plain.norm()
 
 
 # ------------------------------------------------------------------------------- whole runs
 
-KEYS = {
+SHARED_METRICS = {
     *("reward", "accuracy", "zero_variance", "length", "truncated", "entropy", "clip_fraction"),
     *("kl_to_old", "loss", "grad_norm", "lr", "logp_gap/mean", "logp_gap/max"),
     *("seconds/sync", "seconds/rollout", "seconds/verify", "seconds/score", "seconds/update"),
     *("seconds/other", "seconds/step", "tokens_per_second", "step"),
 }
-EVALUATION = {"eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/greedy"}
-EVALUATION |= {"eval/length"}
+EVALUATION = {
+    *("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
+    *("eval/greedy", "eval/length"),
+}
 
 
-@pytest.fixture
-def run(
-    make_args: Callable[..., grpo.Args], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[dict[str, float]]]:
-    """Runs grpo.py and returns its metrics."""
-    monkeypatch.setattr(grpo.Grader, "grade", verdicts)
-
-    def run(**settings: Any) -> list[dict[str, float]]:
-        args = make_args(**settings)
-        grpo.main(args)
-        return read_metrics(Path(args.run_dir))
-
-    return run
-
-
-def test_three_steps_log_everything(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
-    metrics = run(steps=3, eval_every=2, kl=0.05)
+def test_three_steps_log_everything(record: Callable, capsys: pytest.CaptureFixture):
+    recording = record(grpo, steps=3, eval_every=2, kl=0.05)
+    metrics = recording.metrics
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     for row in metrics[1:]:
-        assert row.keys() >= KEYS | {"kl_to_reference"}
+        assert row.keys() >= SHARED_METRICS | {"kl_to_reference"}
         assert all(math.isfinite(value) for value in row.values())
         parts = [v for k, v in row.items() if k.startswith("seconds/") and k != "seconds/step"]
         assert sum(parts) == pytest.approx(row["seconds/step"])
@@ -378,68 +292,57 @@ def test_three_steps_log_everything(run: Callable, tmp_path: Path, capsys: pytes
     assert metrics[3]["kl_to_reference"] > 1e-6
     assert [row.keys() >= EVALUATION for row in metrics] == [True, False, True, True]
     printed = capsys.readouterr().out
-    for word in ("before", "after", "95% interval", "wall time", str(tmp_path / "run" / "model")):
+    model = str(Path(recording.args.run_dir) / "model")
+    for word in ("before", "after", "95% interval", "wall time", model):
         assert word in printed
 
 
-def test_model_folder_holds_the_trained_policy(run: Callable, tmp_path: Path, tied_model: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run(steps=2)
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+def test_model_folder_holds_the_trained_policy(record: Callable, tied_model: Path):
+    folder = Path(record(grpo, steps=2).args.run_dir) / "model"
+    trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     start = AutoModelForCausalLM.from_pretrained(tied_model).state_dict()
     assert trained.keys() == start.keys()
     assert all((trained[name] != start[name]).any() for name in start)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    assert tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def untimed(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens_per_second"))}
-        for row in metrics
-    ]
-
-
-def test_same_command_same_metrics(run: Callable, tmp_path: Path):
-    first, second, other = (
-        untimed(run(steps=2, seed=seed, run_dir=str(tmp_path / name)))
-        for seed, name in [(1, "a"), (1, "b"), (2, "c")]
-    )
+def test_same_command_same_metrics(record: Callable):
+    first, second, other = (untimed(record(grpo, steps=2, seed=seed).metrics) for seed in (1, 1, 2))
     assert first == second
     assert first[1] != other[1]
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_lora_run(run: Callable, tmp_path: Path, untied_model: Path, untied: bool):
-    from transformers import AutoModelForCausalLM
-
-    model = {"model": str(untied_model)} if untied else {}
-    metrics = run(steps=3, lora_rank=4, lora_dropout=0.1, lr=1e-2, kl=0.1, **model)
+def test_lora_run(record: Callable, untied_model: Path, untied: bool):
+    settings = {"model": str(untied_model)} if untied else {}
+    settings |= {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "kl": 0.1}
+    recording = record(grpo, steps=3, **settings)
+    metrics = recording.metrics
     assert metrics[1]["kl_to_reference"] == pytest.approx(0, abs=1e-9)
     assert metrics[3]["kl_to_reference"] > 1e-6
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert not any("lora" in name for name in trained.state_dict())
     assert metrics[3]["logp_gap/mean"] < 1e-5
+    folder = Path(recording.args.run_dir) / "model"
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("lora" in name for name in trained.state_dict())
 
 
-def test_updates_per_rollout(run: Callable):
-    metrics = run(steps=2, updates_per_rollout=4, lr=0.02)
+def test_updates_per_rollout(record: Callable):
+    metrics = record(grpo, steps=2, updates_per_rollout=4, lr=0.02).metrics
     assert metrics[1]["kl_to_old"] > 1e-4  # the later updates are off policy
     assert 0 < metrics[1]["clip_fraction"] < 1
 
 
-def test_rollouts_file_is_what_the_metrics_say(run: Callable, tmp_path: Path):
-    metrics = run(steps=2, log_rollouts=99)
-    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+def test_rollouts_file_is_what_the_metrics_say(record: Callable):
+    recording = record(grpo, steps=2, log_rollouts=99)
     for step in (1, 2):
-        rows = [row for row in map(json.loads, lines) if row["step"] == step]
+        metrics = recording.metrics[step]
+        rows = [row for row in recording.lines if row["step"] == step]
         assert len(rows) == 16
-        assert sum(row["reward"] for row in rows) / 16 == pytest.approx(metrics[step]["reward"])
-        tokens = [len(row["tokens"]) for row in rows]
-        assert sum(tokens) / 16 == pytest.approx(metrics[step]["length"])
-        total = sum(sum(row["entropy"]) for row in rows) / sum(tokens)
-        assert total == pytest.approx(metrics[step]["entropy"], rel=1e-5)
+        assert sum(row["reward"] for row in rows) / 16 == pytest.approx(metrics["reward"])
+        tokens = sum(len(row["tokens"]) for row in rows)
+        assert tokens / 16 == pytest.approx(metrics["length"])
+        total = sum(sum(row["entropy"]) for row in rows) / tokens
+        assert total == pytest.approx(metrics["entropy"], rel=1e-5)
         for row in rows:
             lengths = {len(row[name]) for name in ("tokens", "logp", "entropy", "advantage")}
             assert len(lengths) == 1
@@ -450,71 +353,36 @@ def test_rollouts_file_is_what_the_metrics_say(run: Callable, tmp_path: Path):
 # ------------------------------------------------------------------------------- collecting
 
 
-class Verdicts:
-    """Fills in verdicts from a script: rounds of counts of right rollouts, one a group."""
-
-    def __init__(self, rounds: list[list[int]]) -> None:
-        self.rounds = iter(rounds)
-
-    def __call__(self, grader: Any, groups: list[common.Group]) -> None:
-        for group, right in zip(groups, next(self.rounds), strict=True):
-            group.correct = [1.0] * right + [0.0] * (4 - right)
-
-
-def collect(
-    args: grpo.Args, rounds: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[common.Group], common.Problems, list[Any]]:
-    seeds = []
-
-    def roll_out(_: Any, batch: list[common.Problem], __: Any, seed: Any) -> list[common.Group]:
-        seeds.append(seed)
-        return [common.Group(problem, [], [], []) for problem in batch]
-
-    monkeypatch.setattr(common, "roll_out", roll_out)
-    monkeypatch.setattr(common, "verify", Verdicts(rounds))
-    problems = common.Problems(common.Problem(str(i), "", []) for i in range(20))
-    timer = type("Timer", (), {"time": Run.time, "seconds": {}})()
-    return grpo.collect(args, 5, problems, None, None, timer), problems, seeds
-
-
 def counts(groups: list[common.Group]) -> list[int]:
     return [int(sum(group.correct)) for group in groups]
 
 
-def test_dynamic_sampling_replaces_groups_without_variance(
-    make_args: Callable[..., grpo.Args], monkeypatch: pytest.MonkeyPatch
-):
-    args = make_args(dynamic_sampling=True)
-    groups, problems, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]], monkeypatch)
+def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable):
+    args = short_args(grpo, dynamic_sampling=True)
+    groups, taken, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]])
     assert counts(groups) == [2, 3, 1, 2]
-    assert problems.position == 7
+    assert taken == 7
     assert len(set(seeds)) == 3
     assert len({group.problem.text for group in groups}) == 4
 
 
-def test_dynamic_sampling_fills_up_after_the_last_round(
-    make_args: Callable[..., grpo.Args], monkeypatch: pytest.MonkeyPatch
-):
-    args = make_args(dynamic_sampling=True, generation_rounds=2)
-    groups, problems, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]], monkeypatch)
+def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
+    args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
+    groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
     assert counts(groups) == [2, 1, 4, 0]
-    assert problems.position == 7
+    assert taken == 7
 
 
-def test_without_dynamic_sampling_every_group_stays(
-    make_args: Callable[..., grpo.Args], monkeypatch: pytest.MonkeyPatch
-):
-    groups, problems, _ = collect(make_args(), [[0, 2, 4, 0]], monkeypatch)
+def test_without_dynamic_sampling_every_group_stays(short_args: Callable):
+    groups, taken, _ = collect(short_args(grpo), [[0, 2, 4, 0]])
     assert counts(groups) == [0, 2, 4, 0]
-    assert problems.position == 4
+    assert taken == 4
 
 
-def test_dynamic_sampling_run_keeps_all_groups(run: Callable, tmp_path: Path):
-    metrics = run(steps=2, dynamic_sampling=True, group_size=2, log_rollouts=99)
-    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["step"] == 1]
-    assert len(rows) == 8
-    assert metrics[1]["zero_variance"] == 0
+def test_dynamic_sampling_run_keeps_all_groups(record: Callable):
+    recording = record(grpo, steps=2, dynamic_sampling=True, group_size=2, log_rollouts=99)
+    assert len([row for row in recording.lines if row["step"] == 1]) == 8
+    assert recording.metrics[1]["zero_variance"] == 0
 
 
 # ------------------------------------------------------------------------------- precision
@@ -523,9 +391,10 @@ def test_dynamic_sampling_run_keeps_all_groups(run: Callable, tmp_path: Path):
 @pytest.mark.parametrize(
     "settings", [{"kl": 0.1}, {"lora_rank": 4, "kl": 0.1}], ids=["all", "LoRA"]
 )
-def test_bfloat16_run(run: Callable, settings: dict):
-    """The forward passes are bfloat16, the weights that learn are not: a small lr still moves."""
-    metrics = run(steps=2, precision="bfloat16", lr=1e-4, max_logp_gap=0.1, **settings)
+def test_bfloat16_run(record: Callable, settings: dict):
+    """Only the forward pass is in bfloat16: float32 weights still move at a small lr."""
+    settings |= {"precision": "bfloat16", "lr": 1e-4, "max_logp_gap": 0.1}
+    metrics = record(grpo, steps=2, **settings).metrics
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert 1e-5 < metrics[1]["logp_gap/mean"] < 0.1
     assert metrics[1]["kl_to_reference"] < 1e-3
@@ -535,8 +404,9 @@ def test_bfloat16_run(run: Callable, settings: dict):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_run_on_cuda(run: Callable, precision: str, lora_rank: int):
+def test_run_on_cuda(record: Callable, precision: str, lora_rank: int):
     settings = {"updates_per_rollout": 2, "gradient_checkpointing": True, "max_logp_gap": 0.1}
-    metrics = run(steps=2, device="cuda", precision=precision, lora_rank=lora_rank, **settings)
+    settings |= {"precision": precision, "lora_rank": lora_rank}
+    metrics = record(grpo, steps=2, device="cuda", **settings).metrics
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert metrics[2]["logp_gap/mean"] < (1e-4 if precision == "float32" else 0.1)

@@ -1,7 +1,5 @@
 """GTPO's and GRPO-S's advantages: docs/gtpo.md, by hand, token by token, and at the edges."""
 
-import math
-
 import pytest
 import slow
 import torch
@@ -23,26 +21,20 @@ from gtpo import (
 NORMALIZATIONS = ["with-zeros", "own-set", "joint"]
 
 
+EXAMPLE = (example.correct, example.entropy, example.mask)
+
+
 def verdicts(group: slow.Group) -> list[bool]:
     return [reward > 0.5 for reward in group.rewards]
 
 
-def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(group: slow.Group) -> tuple[Tensor, Tensor, Tensor]:
     """correct [1, G]; entropy and mask [1, G, T]."""
-    return torch.tensor([verdicts(group)]), pad(group.entropy, fill), pad_mask(group.entropy)
-
-
-def float32_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """64 groups of 8 rollouts with entropies from (just below) 0 to the largest."""
-    grid = torch.tensor([-1e-7, 0.0, 1e-45, 1e-30, 1e-6, 1.0, slow.LARGEST_ENTROPY])
-    generator = torch.Generator().manual_seed(0)
-    entropy = grid[torch.randint(len(grid), (64, 8, 16), generator=generator)]
-    mask = torch.arange(16) < torch.randint(1, 17, (64, 8, 1), generator=generator)
-    return torch.randint(2, (64, 8), generator=generator).bool(), entropy, mask
+    return torch.tensor([verdicts(group)]), pad(group.entropy), pad_mask(group.entropy)
 
 
 def test_worked_example_rewards():
-    positive, negative = shaped_rewards(example.correct, example.entropy, example.mask, 1, 0.1)
+    positive, negative = shaped_rewards(*EXAMPLE, 1, 0.1)
     expected_positive = pad([[1.15, 1.05, 1.10], [1.05, 1.15], [0.0], [0.0]])
     expected_negative = pad([[0.0], [0.0], [-1.1778, -1.1, -1.1], [-1.0222]])
     torch.testing.assert_close(positive, expected_positive, atol=5e-5, rtol=0)
@@ -51,13 +43,13 @@ def test_worked_example_rewards():
 
 def test_worked_example_advantages():
     expected = [[0.9278, 0.7556, 0.8417], [0.7556, 0.9278], [-1.1856, -1.0517, -1.0517], [-0.9179]]
-    advantages = gtpo_advantages(example.correct, example.entropy, example.mask, eps=0)
+    advantages = gtpo_advantages(*EXAMPLE, eps=0)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
 
 def test_worked_example_grpo_s():
     expected = torch.tensor([[0.866, 0.866, -0.950, -0.7777]], dtype=torch.float64)
-    advantages = grpo_s_advantages(example.correct, example.entropy, example.mask, eps=0)
+    advantages = grpo_s_advantages(*EXAMPLE, eps=0)
     torch.testing.assert_close(advantages, expected, atol=5e-5, rtol=0)
 
 
@@ -81,13 +73,13 @@ def test_grpo_s_agrees_with_a_loop_over_rollouts(settings: dict):
 
 
 def test_the_shaping_only_redistributes():
-    """Propositions 2.2 and, for one entropy per rollout, B.5."""
+    """Proposition 2.2, and Proposition B.5 for one entropy per rollout."""
     alpha1, alpha2 = 0.9, 0.2
     for seed in range(50):
         correct, entropy, mask = tensors(slow.random_group(seed))
-        for rows, live in ((entropy, mask), (entropy.mean(-1, keepdim=True), mask[..., :1])):
-            positive, negative = shaped_rewards(correct, rows, live, alpha1, alpha2)
-            running = (live & correct[..., None]).sum(1), (live & ~correct[..., None]).sum(1)
+        for rows, tokens in ((entropy, mask), (entropy.mean(-1, keepdim=True), mask[..., :1])):
+            positive, negative = shaped_rewards(correct, rows, tokens, alpha1, alpha2)
+            running = (tokens & correct[..., None]).sum(1), (tokens & ~correct[..., None]).sum(1)
             torch.testing.assert_close(positive.sum(1), (alpha1 + alpha2) * running[0].double())
             torch.testing.assert_close(negative.sum(1), -(alpha1 + alpha2) * running[1].double())
 
@@ -113,28 +105,27 @@ def test_uncertain_successes_earn_more_and_confident_errors_lose_more(normalize:
         advantages = gtpo_advantages(correct, entropy, mask, normalize=normalize)
         for verdict in (True, False):
             for t in range(mask.shape[-1]):
-                live = mask[0, :, t] & (correct[0] == verdict)
-                order = entropy[0, live, t].argsort()
-                steps = advantages[0, live, t][order].diff()  # more entropy from each to the next
+                chosen = mask[0, :, t] & (correct[0] == verdict)
+                order = entropy[0, chosen, t].argsort()
+                steps = advantages[0, chosen, t][order].diff()  # by rising entropy
                 assert (steps >= -1e-12).all()
                 compared += (steps > 1e-3).sum()
     assert compared > 100
 
 
 def test_with_zeros_reinforces_correct_rollouts_and_own_set_does_not():
-    """Why "with-zeros" is the default: the other literal reading forgets the verdict."""
+    """Why "with-zeros" is the default: own-set advantages do not depend on the verdict."""
     right = example.mask & example.correct[..., None]
-    arguments = example.correct, example.entropy, example.mask
-    assert (gtpo_advantages(*arguments)[right] > 0).all()
-    own = gtpo_advantages(*arguments, normalize="own-set", eps=0)
+    assert (gtpo_advantages(*EXAMPLE)[right] > 0).all()
+    own = gtpo_advantages(*EXAMPLE, normalize="own-set", eps=0)
     assert own[right].mean().abs() < 1e-12
-    other = gtpo_advantages(*arguments, normalize="own-set", alpha1=3, alpha2=0.5, eps=0)
+    other = gtpo_advantages(*EXAMPLE, normalize="own-set", alpha1=3, alpha2=0.5, eps=0)
     torch.testing.assert_close(own, other)
 
 
 def test_unknown_normalization():
-    with pytest.raises(KeyError, match="batch"):
-        gtpo_advantages(example.correct, example.entropy, example.mask, normalize="batch")
+    with pytest.raises(ValueError, match=r"--normalize.*'batch'"):
+        gtpo_advantages(*EXAMPLE, normalize="batch")
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
@@ -147,17 +138,6 @@ def test_a_group_without_contrast_gives_exact_zeros(verdict: bool, normalize: st
     assert torch.equal(rollouts, torch.zeros_like(rollouts))
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_finite_in_float32(normalize: str):
-    batch = float32_batch()
-    advantages = gtpo_advantages(*batch, normalize=normalize)
-    assert advantages.dtype == torch.float32
-    assert advantages.isfinite().all()
-    rollouts = grpo_s_advantages(*batch)
-    assert rollouts.dtype == torch.float32
-    assert rollouts.isfinite().all()
-
-
 def test_a_certain_token_takes_the_whole_share():
     rows = [[0.0], [2.0], [0.0], [2.0]]
     positive, negative = shaped_rewards(example.correct, pad(rows), pad_mask(rows), 1, 0.2)
@@ -167,47 +147,12 @@ def test_a_certain_token_takes_the_whole_share():
     torch.testing.assert_close(negative[0], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_nothing_outside_the_mask_is_read(garbage: float):
-    for seed in range(20):
-        group = slow.random_group(seed)
-        clean, dirty = tensors(group), tensors(group, garbage)
-        for normalize in NORMALIZATIONS:
-            advantages = gtpo_advantages(*dirty, normalize=normalize)
-            assert torch.equal(advantages, gtpo_advantages(*clean, normalize=normalize))
-            assert not advantages[~pad_mask(group.entropy)].any()
-        assert torch.equal(grpo_s_advantages(*dirty), grpo_s_advantages(*clean))
-
-
-def test_no_gradient():
-    entropy = example.entropy.clone().requires_grad_()
-    assert not gtpo_advantages(example.correct, entropy, example.mask).requires_grad
-    assert not grpo_s_advantages(example.correct, entropy, example.mask).requires_grad
-
-
 def test_verdicts_may_be_rewards():
     for rewards in (example.rewards, 2 * example.rewards - 1):
         assert torch.equal(
             gtpo_advantages(rewards, example.entropy, example.mask),
-            gtpo_advantages(example.correct, example.entropy, example.mask),
+            gtpo_advantages(*EXAMPLE),
         )
-
-
-def test_inputs_are_left_alone():
-    inputs = tensors(slow.random_group(1), fill=7.0)
-    before = [x.clone() for x in inputs]
-    gtpo_advantages(*inputs)
-    grpo_s_advantages(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("function", [gtpo_advantages, grpo_s_advantages])
-def test_groups_do_not_mix(function):
-    first = example.correct, example.entropy, example.mask
-    second = ~example.correct, example.entropy.square(), example.mask
-    both = function(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
-    apart = torch.cat([function(*first), function(*second)])
-    torch.testing.assert_close(both, apart, atol=1e-12, rtol=0)
 
 
 # GRPO-S: one clipped ratio per rollout
@@ -235,31 +180,31 @@ def test_the_ratio_is_clipped_once_per_rollout():
     loss = losses(ADVANTAGES, low=0.1, high=0.05)
     expected = torch.tensor([-1.0384, -2.1, 0.9429, 1.8], dtype=torch.float64)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
-    # Where the clip would make the loss smaller it does not apply.
+    # The clip does not apply if it would make the loss smaller.
     expected = torch.tensor([1.0384, 2 * 1.1107, -0.9429, -2 * 0.8187], dtype=torch.float64)
     torch.testing.assert_close(losses(-ADVANTAGES, low=0, high=0), expected, atol=1e-4, rtol=0)
 
 
 def test_a_clipped_rollout_has_no_gradient_and_padding_none():
-    live = example.mask[0]
-    logp = example.logp[0].masked_fill(~live, 7.0).requires_grad_()
-    old_logp = example.ref_logp[0].masked_fill(~live, -7.0)
+    mask = example.mask[0]
+    logp = example.logp[0].masked_fill(~mask, 7.0).requires_grad_()
+    old_logp = example.ref_logp[0].masked_fill(~mask, -7.0)
     loss, clipped = clipped_loss(
-        rollout_logp(logp, old_logp, live), old_logp, ADVANTAGES[:, None], 0.1, 0.1
+        rollout_logp(logp, old_logp, mask), old_logp, ADVANTAGES[:, None], 0.1, 0.1
     )
-    loss[live].sum().backward()
+    loss[mask].sum().backward()
     moves = torch.tensor([True, False, True, False])[:, None]
-    assert torch.equal(clipped, ~moves.expand_as(live))
-    assert torch.equal(logp.grad != 0, moves & live)
+    assert torch.equal(clipped, ~moves.expand_as(mask))
+    assert torch.equal(logp.grad != 0, moves & mask)
 
 
 def test_on_policy_the_gradient_is_the_plain_policy_gradient():
-    live = example.mask[0]
+    mask = example.mask[0]
     logp = example.logp[0].clone().requires_grad_()
     loss, _ = clipped_loss(
-        rollout_logp(logp, example.logp[0], live), example.logp[0], ADVANTAGES[:, None], 0.2, 0.28
+        rollout_logp(logp, example.logp[0], mask), example.logp[0], ADVANTAGES[:, None], 0.2, 0.28
     )
-    weight = live / live.sum(-1, keepdim=True)
+    weight = mask / mask.sum(-1, keepdim=True)
     (loss * weight).sum().backward()
     torch.testing.assert_close(logp.grad, -ADVANTAGES[:, None] * weight)
 
@@ -298,51 +243,28 @@ def test_no_punishment_at_gamma_0():
 
 
 def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising():
-    arguments = example.correct, example.entropy, example.mask
     punishment = torch.tensor([[0.0, -0.25, 0.0, -0.125]], dtype=torch.float64)
     alpha1 = torch.tensor([[1.0, 0.75, 1.0, 1.125]], dtype=torch.float64)[..., None]
-    shaped = (sum(shaped_rewards(*arguments, 1, 0.1)) + punishment[..., None]) * example.mask
-    torch.testing.assert_close(sum(shaped_rewards(*arguments, alpha1, 0.1)), shaped)
+    shaped = (sum(shaped_rewards(*EXAMPLE, 1, 0.1)) + punishment[..., None]) * example.mask
+    torch.testing.assert_close(sum(shaped_rewards(*EXAMPLE, alpha1, 0.1)), shaped)
     expected = slow.token_z_scores(
         [row[keep].tolist() for row, keep in zip(shaped[0], example.mask[0], strict=True)],
         [[True] * len(row) for row in example.ENTROPY],
         eps=1e-6,
     )
-    joint = gtpo_advantages(*arguments, normalize="joint", alpha1=alpha1)
+    joint = gtpo_advantages(*EXAMPLE, normalize="joint", alpha1=alpha1)
     torch.testing.assert_close(joint, pad(expected))
 
-    plain = gtpo_advantages(*arguments)
+    plain = gtpo_advantages(*EXAMPLE)
     for advantages, before in (
-        (gtpo_advantages(*arguments, alpha1=alpha1)[..., 0], plain[..., 0]),
-        (grpo_s_advantages(*arguments, beta1=alpha1), grpo_s_advantages(*arguments)),
+        (gtpo_advantages(*EXAMPLE, alpha1=alpha1)[..., 0], plain[..., 0]),
+        (grpo_s_advantages(*EXAMPLE, beta1=alpha1), grpo_s_advantages(*EXAMPLE)),
     ):
         assert (advantages < before)[0, [1, 3]].all()
         assert (advantages > before)[0, [0, 2]].all()
 
 
 # Settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"alpha2": -0.1}, "--alpha2 -0.1"),
-        ({"alpha2": math.nan}, "--alpha2 nan"),
-        ({"overlong_buffer": 8}, "--overlong-buffer 8"),
-        ({"alpha2": 0.0, "entropy_clamp": (0.2, 0.28)}, "--entropy-clamp (0.2, 0.28)"),
-        ({"level": "sequence", "normalize": "own-set"}, "--normalize own-set"),
-        ({"level": "sequence", "normalize": "joint"}, "--normalize joint"),
-        ({"level": "sequence", "loss_average": "constant"}, "--loss-average constant"),
-    ],
-)
-def test_settings_that_would_change_nothing_are_refused(
-    settings: dict, named: str, capsys: pytest.CaptureFixture
-):
-    with pytest.raises(SystemExit) as stop:
-        Args(**settings)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: {named}: ") and message.count("\n") == 1
 
 
 def test_grpo_s_is_averaged_over_rollouts():

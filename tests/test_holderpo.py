@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+import worked_example as example
+from torch import Tensor
 
 from holderpo import (
     anneal_p,
@@ -19,13 +21,8 @@ LENGTHS = [7, 1, 4, 2]
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
 ADVANTAGES = torch.tensor([1.5, -0.5, -1.0, 0.75], dtype=torch.float64)
 
-# The worked group of methods/README.md, with ref_logp as the old policy.
-WORKED_MASK = torch.arange(3) < torch.tensor([3, 2, 3, 1])[:, None]
-WORKED_LOGP = torch.tensor([[-0.1, -0.5, -0.2], [-0.3, -0.1, 0], [-0.2, -0.9, -0.4], [-1.2, 0, 0]])
-WORKED_OLD = torch.tensor([[-0.2, -0.4, -0.3], [-0.3, -0.3, 0], [-0.1, -1.0, -0.2], [-1.0, 0, 0]])
 
-
-def random_logp(spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+def random_logp(spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Log-probabilities [4, 7] of the new (a leaf with gradient) and the old policy."""
     generator = torch.Generator().manual_seed(3)
     old_logp = -torch.rand(4, 7, generator=generator, dtype=torch.float64) - 0.1
@@ -33,8 +30,8 @@ def random_logp(spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
     return logp.requires_grad_(), old_logp
 
 
-def token_ratios(logp: torch.Tensor, old_logp: torch.Tensor) -> list[list[float]]:
-    """The live token ratios of each rollout, as Python floats."""
+def token_ratios(logp: Tensor, old_logp: Tensor) -> list[list[float]]:
+    """The ratios of the response tokens of each rollout, as Python floats."""
     difference = (logp - old_logp).tolist()
     return [[math.exp(d) for d in row[:n]] for row, n in zip(difference, LENGTHS, strict=True)]
 
@@ -45,7 +42,7 @@ def slow_mean(ratios: list[float], p: float) -> float:
     return (sum(r**p for r in ratios) / len(ratios)) ** (1 / p)
 
 
-def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+def gradient(value: Tensor, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(value, leaf)[0]
 
 
@@ -63,9 +60,11 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_worked_example(p, expected):
-    ratio = holder_ratio(WORKED_LOGP, WORKED_OLD, WORKED_MASK, p)
+    """With ref_logp as the old policy."""
+    logp, old_logp = example.logp[0].float(), example.ref_logp[0].float()
+    ratio = holder_ratio(logp, old_logp, example.mask[0], p)
     torch.testing.assert_close(ratio, torch.tensor(expected), atol=6e-5, rtol=0)
-    assert ratio.dtype == WORKED_LOGP.dtype
+    assert ratio.dtype == logp.dtype
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -128,7 +127,7 @@ def test_small_p_is_the_geometric_mean(dtype):
     geometric = holder_ratio(logp, old_logp, MASK, 0.0)
     assert torch.equal(holder_ratio(logp, old_logp, MASK, 1e-7), geometric)
     assert torch.equal(holder_ratio(logp, old_logp, MASK, -1e-7), geometric)
-    # Just outside that branch nothing jumps: single precision would be off by about 0.1 here.
+    # The ratio is continuous at the branch: single precision would be off by about 0.1 here.
     for p in (2e-6, -2e-6):
         near = holder_ratio(logp, old_logp, MASK, p)
         torch.testing.assert_close(near, geometric, atol=1e-6, rtol=0)
@@ -141,7 +140,7 @@ def test_no_overflow(p, extremes):
     mask = torch.tensor([[True, True, True, False]])
     old_logp = torch.zeros(1, 4)
     ratio = holder_ratio(logp, old_logp, mask, p)
-    # The largest term r^p / n sets the mean, in logarithms, up to log n / |p|.
+    # In logarithms the largest term r^p / n gives the mean, up to log n / |p|.
     exponents = [p * d for d in (*extremes, 0.0)]
     top = max(exponents)
     log_ratio = (
@@ -154,9 +153,8 @@ def test_no_overflow(p, extremes):
     assert gradient_weights(logp, old_logp, mask, p).isfinite().all()
     for clip_level in ("sequence", "token"):
         for advantage in (1.0, -1.0):
-            loss = holder_loss(
-                logp, old_logp, mask, torch.tensor([advantage]), p, clip_level=clip_level
-            )
+            arguments = (logp, old_logp, mask, torch.tensor([advantage]), p)
+            loss = holder_loss(*arguments, clip_level=clip_level)
             assert loss.isfinite() and gradient(loss, logp).isfinite().all()
 
 
@@ -181,9 +179,8 @@ def test_clip_by_hand(ratio, advantage, value, flows, clip_level, p):
     logp = torch.full((1, 3), math.log(ratio), dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([advantage], dtype=torch.float64)
     mask = torch.ones(1, 3, dtype=torch.bool)
-    loss, clipped = holder_surrogate(
-        logp, torch.zeros(1, 3), mask, advantages, p, clip_level=clip_level
-    )
+    arguments = (logp, torch.zeros(1, 3), mask, advantages, p)
+    loss, clipped = holder_surrogate(*arguments, clip_level=clip_level)
     assert loss.item() == pytest.approx(-value)
     expected = -ratio * advantage / 3 if flows else 0.0
     torch.testing.assert_close(gradient(loss.sum(), logp).tolist(), [[expected] * 3])
@@ -301,20 +298,13 @@ def test_gradient_weights_favour_the_side_that_p_names():
     logp = torch.tensor([[math.log(2.0), 0.0, math.log(0.5), 9.0]])
     mask = torch.tensor([[True, True, True, False]])
     old_logp = torch.zeros(1, 4)
-    torch.testing.assert_close(
-        gradient_weights(logp, old_logp, mask, 1.0), torch.tensor([[2, 1, 0.5, 0]]) / 3.5
-    )
-    torch.testing.assert_close(
-        gradient_weights(logp, old_logp, mask, -2.0), torch.tensor([[0.25, 1, 4, 0]]) / 5.25
-    )
-    torch.testing.assert_close(
-        gradient_weights(logp, old_logp, mask, 0.0), torch.tensor([[1, 1, 1, 0]]) / 3
-    )
-    leaf = logp.clone().requires_grad_()
-    assert not gradient_weights(leaf, old_logp, mask, 1.0).requires_grad
+    cases = {1.0: [2, 1, 0.5, 0], -2.0: [0.25, 1, 4, 0], 0.0: [1, 1, 1, 0]}
+    for p, powers in cases.items():
+        expected = torch.tensor([powers]) / sum(powers)
+        torch.testing.assert_close(gradient_weights(logp, old_logp, mask, p), expected)
 
 
-def test_unknown_clip_level_is_refused():
+def test_unknown_clip_level_is_rejected():
     with pytest.raises(ValueError, match=r"--clip-level.*'tokens'"):
         holder_loss(*random_logp(), MASK, ADVANTAGES, 1.0, clip_level="tokens")
 

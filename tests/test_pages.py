@@ -1,18 +1,22 @@
-"""docs/: the index and the page of metrics say what is so."""
+"""docs/: the index, the results blocks of the pages, the figures, the page of metrics."""
 
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import compare
+import credit
 import pytest
+import real
 import shared
-import sick
+import speed
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+from docs import figures
+
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
-
-import figures  # noqa: E402
+RESULTS = {file.stem: shared.read_json(file) for file in shared.RESULTS.glob("*.json")}
+SICK = {run["name"]: run for run in RESULTS["sick"]["runs"]}
 
 
 def test_the_index_names_every_page():
@@ -20,25 +24,33 @@ def test_the_index_names_every_page():
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
 
 
-# ------------------------------------------------------------------------------- metrics
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        (compare.PAGES[0], lambda: compare.blocks(RESULTS["compare"])),
+        (compare.PAGES[1], lambda: compare.blocks(RESULTS["compare"])),
+        (credit.PAGE, lambda: {"credit": credit.tables(RESULTS["credit"])}),
+        (real.PAGE, lambda: real.blocks(RESULTS["real"])),
+        (speed.PAGE, lambda: {"speed": speed.table(RESULTS["speed"])}),
+    ],
+    ids=["README", "compare", "credit", "real", "speed"],
+)
+def test_a_page_shows_its_results(page: Path, blocks: Callable[[], dict[str, str]]):
+    text = page.read_text(encoding="utf-8")
+    assert text == shared.fill_blocks(page, blocks()), "run the benchmark with --write"
 
-RESULTS = shared.read_json(sick.FILE)
-RUNS = {run["name"]: run for run in RESULTS["runs"]}
 
-
-def test_the_page_of_metrics_shows_the_results():
-    fresh = shared.filled(sick.PAGE, sick.blocks(RESULTS))
-    assert sick.PAGE.read_text(encoding="utf-8") == fresh, (
-        "docs/metrics.md is stale: python benchmark/sick.py --write"
-    )
-
-
-def test_the_figures_are_what_the_results_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.draw_buckets()
-    figures.draw_metrics({name: run["curves"] for name, run in RUNS.items()})
-    for drawn in tmp_path.iterdir():
-        assert drawn.read_text("utf-8") == (DOCS / drawn.name).read_text("utf-8"), drawn.name
+    figures.draw_metrics({name: run["curves"] for name, run in SICK.items()})
+    figures.draw_real(RESULTS["real"]["runs"])
+    figures.draw_credit(RESULTS["credit"]["policies"]["half-trained"]["example"])
+    compare.draw(RESULTS["compare"])
+    drawn = sorted(file.name for file in tmp_path.iterdir())
+    assert drawn == sorted(file.name for file in DOCS.glob("*.svg"))
+    for name in drawn:
+        assert (tmp_path / name).read_text("utf-8") == (DOCS / name).read_text("utf-8"), name
 
 
 def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -48,21 +60,12 @@ def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.Mo
     drawn = (tmp_path / "compare.svg").read_text("utf-8")
     *_, shade, mean, _, baseline = [line for line in drawn.splitlines() if "<polyline" in line]
     right, top, bottom = 38 + figures.WIDTH - 60, 76, 76 + figures.HEIGHT - 56
-    assert f"{right:.1f},{top:.1f}" in shade  # the better seed's 1 is the top
+    assert f"{right:.1f},{top:.1f}" in shade  # 1 of the better seed is at the top
     assert f"{right:.1f},{top + 0.2 * (bottom - top):.1f}" in mean  # 0.9, from 0.5 to 1
     assert f"{right:.1f},{bottom:.1f}" in baseline
 
 
 def test_every_logged_metric_is_explained():
     named = re.findall(r"`([a-z_/…]+)`", (DOCS / "metrics.md").read_text(encoding="utf-8"))
-    for name in RUNS["healthy"]["logged"]:
+    for name in SICK["healthy"]["logged"]:
         assert name in named or f"{name.split('/')[0]}/…" in named, f"{name} is not in metrics.md"
-
-
-def test_the_runs_are_as_sick_as_the_page_says():
-    assert set(RUNS) == set(sick.RUNS)
-    assert RUNS["healthy"]["after"] > RUNS["healthy"]["before"] + 0.25
-    assert max(RUNS["healthy"]["curves"]["logp_gap/mean"]) < 1e-4
-    assert RUNS["stale weights"]["curves"]["logp_gap/mean"][-1] > 1e-2
-    assert RUNS["stale, guarded"]["steps"] == 1
-    assert "vLLM holds stale weights" in RUNS["stale, guarded"]["stopped"]

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import data
 import pytest
 from conftest import SHARED_DATA, byte_tokenizer
+from data import gold_answer
 
-import data
 import grpo
 from common import Problem, Problems, load_problems
-from data import gold_answer
 from grading import Grader
 
 ROWS = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]

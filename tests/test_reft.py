@@ -1,24 +1,29 @@
-"""REFT's choice of first tokens: what is chosen, how evenly, and what is refused."""
+"""REFT's choice of first tokens: which tokens, how evenly, and which numbers are rejected."""
 
 from collections import Counter
 from itertools import combinations
 from types import SimpleNamespace
 from typing import ClassVar
 
-import openers
 import pytest
-import shared
 import torch
+from torch import Tensor
 
-from reft import check_openers, choose_openers, opener_metrics, pick_first_tokens
+import reft
+from reft import choose_openers, opener_metrics, pick_first_tokens
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_logits(prompts: int = 50, vocabulary: int = 100) -> torch.Tensor:
+def random_logits(prompts: int = 50, vocabulary: int = 100) -> Tensor:
     return 3 * torch.randn(prompts, vocabulary, generator=seeded(1))
+
+
+def pick(logits: Tensor, candidates: int, openers: int, group_size: int, seed: int = 0) -> Tensor:
+    numbers = {"candidates": candidates, "openers": openers, "group_size": group_size}
+    return pick_first_tokens(logits, **numbers, generator=seeded(seed))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +31,7 @@ def random_logits(prompts: int = 50, vocabulary: int = 100) -> torch.Tensor:
 )
 def test_each_group_holds_its_openers_equally_often(candidates, openers, group_size):
     logits = random_logits()
-    tokens = pick_first_tokens(
-        logits,
-        candidates=candidates,
-        openers=openers,
-        group_size=group_size,
-        generator=seeded(),
-    )
+    tokens = pick(logits, candidates, openers, group_size)
     assert tokens.shape == (50, group_size) and tokens.dtype == torch.int64
     for row, prompt_logits in zip(tokens.tolist(), logits.tolist(), strict=True):
         by_logit = sorted(range(100), key=prompt_logits.__getitem__, reverse=True)
@@ -44,10 +43,7 @@ def test_each_group_holds_its_openers_equally_often(candidates, openers, group_s
 
 def test_defaults_are_four_of_twenty_for_eight():
     tokens = pick_first_tokens(random_logits(), generator=seeded())
-    same = pick_first_tokens(
-        random_logits(), candidates=20, openers=4, group_size=8, generator=seeded()
-    )
-    assert torch.equal(tokens, same)
+    assert torch.equal(tokens, pick(random_logits(), 20, 4, 8))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])  # equal, graded and all but certain
@@ -61,13 +57,7 @@ def test_subsets_are_uniform_whatever_the_probabilities(scale, candidates, opene
     logits = (-scale * torch.arange(vocabulary).float()).flip(0)
     if scale == 0.0:
         logits[:3] = -1.0  # the top N stay apart from the rest
-    tokens = pick_first_tokens(
-        logits.expand(draws, -1),
-        candidates=candidates,
-        openers=openers,
-        group_size=openers,
-        generator=seeded(7),
-    )
+    tokens = pick(logits.expand(draws, -1), candidates, openers, group_size=openers, seed=7)
     observed = Counter(tuple(sorted(row)) for row in tokens.tolist())
     subsets = list(combinations(range(3, vocabulary), openers))
     assert set(observed) == set(subsets)
@@ -78,13 +68,7 @@ def test_subsets_are_uniform_whatever_the_probabilities(scale, candidates, opene
 def test_every_rollout_is_as_likely_to_get_every_candidate():
     """No place in the group is tied to a rank: 5 candidates, 4 degrees of freedom at 0.001."""
     draws = 20_000
-    tokens = pick_first_tokens(
-        torch.arange(5.0).expand(draws, -1),
-        candidates=5,
-        openers=4,
-        group_size=8,
-        generator=seeded(7),
-    )
+    tokens = pick(torch.arange(5.0).expand(draws, -1), 5, 4, 8, seed=7)
     for place in range(8):
         counts = torch.bincount(tokens[:, place], minlength=5)
         assert ((counts - draws / 5).square() / (draws / 5)).sum() < 18.47
@@ -93,9 +77,7 @@ def test_every_rollout_is_as_likely_to_get_every_candidate():
 def test_one_candidate_is_the_likeliest_token():
     logits = random_logits()
     for seed in range(3):
-        tokens = pick_first_tokens(
-            logits, candidates=1, openers=1, group_size=8, generator=seeded(seed)
-        )
+        tokens = pick(logits, 1, 1, 8, seed)
         assert torch.equal(tokens, logits.argmax(-1, keepdim=True).expand(-1, 8))
 
 
@@ -110,95 +92,85 @@ def test_the_generator_decides():
     assert not torch.equal(pick_first_tokens(logits, generator=generator), first)
 
 
-class StubEngine:
-    """Ranks the tokens of `random_logits`; 2 ends a response, 90 to 99 are not the tokenizer's."""
+class Tokenizer:
+    """0 and 1 are special ids, 3 is a special added token, and 90 to 99 are not its tokens."""
 
-    stops: ClassVar = [2]
-    vocabulary = 100
+    all_special_ids: ClassVar = [0, 1]
+    added_tokens_decoder: ClassVar = {
+        1: SimpleNamespace(special=True),
+        3: SimpleNamespace(special=True),
+        4: SimpleNamespace(special=False),
+    }
 
-    class tokenizer:
-        all_special_ids: ClassVar = [0, 1]
-        added_tokens_decoder: ClassVar = {
-            1: SimpleNamespace(special=True),
-            3: SimpleNamespace(special=True),
-            4: SimpleNamespace(special=False),
-        }
-
-        def __len__(self) -> int:
-            return 90
-
-    def __init__(self) -> None:
-        self.tokenizer = StubEngine.tokenizer()
-        self.logits = random_logits()
-        self.logits[:, [0, 1, 2, 3, 4, 90, 91]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
-
-    def top_tokens(self, prompts, count, temperature):
-        assert len(prompts) == 50
-        top = self.logits.log_softmax(-1).topk(count)
-        return top.indices, top.values
+    def __len__(self) -> int:
+        return 90
 
 
-def chosen(engine: StubEngine, **numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    args = SimpleNamespace(candidates=20, openers=4, group_size=8, temperature=1.0)
+ENGINE = SimpleNamespace(tokenizer=Tokenizer(), stop_tokens=[2])
+FORBIDDEN = [0, 1, 2, 3, *range(90, 100)]
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The policy's logits of first tokens: forbidden tokens are the likeliest, then 4."""
+    logits = random_logits()
+    logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
+    monkeypatch.setattr(reft, "first_token_logits", lambda *_: logits.clone())
+    return logits
+
+
+def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
+    args = SimpleNamespace(candidates=20, openers=4, group_size=8)
     vars(args).update(numbers)
-    problems = [SimpleNamespace(prompt=[5])] * 50
-    return choose_openers(engine, problems, args, seeded())
+    return choose_openers(None, ENGINE, [[5]] * 50, args, seeded())
 
 
-def test_special_and_unknown_tokens_never_open():
-    engine = StubEngine()
-    tokens, ranks = chosen(engine, candidates=10)
-    assert not torch.isin(tokens, torch.tensor([0, 1, 2, 3, *range(90, 100)])).any()
-    # The next-likeliest tokens take their places, and ranks count those that may open.
-    allowed = engine.logits.clone()
-    allowed[:, [0, 1, 2, 3, *range(90, 100)]] = -torch.inf
+def test_special_and_unknown_tokens_never_open(logits: Tensor):
+    tokens, ranks = chosen(candidates=10)
+    assert not torch.isin(tokens, torch.tensor(FORBIDDEN)).any()
+    # The next-likeliest tokens take their places, and ranks count only the allowed ones.
+    allowed = logits.index_fill(-1, torch.tensor(FORBIDDEN), -torch.inf)
     order = allowed.argsort(-1, descending=True)
     assert torch.equal(order.gather(-1, ranks - 1), tokens)
     assert ranks.min() == 1 and ranks.max() == 10
-    one, ranks = chosen(engine, candidates=1, openers=1)
+    one, ranks = chosen(candidates=1, openers=1)
     assert (one == 4).all() and (ranks == 1).all()
 
 
 @pytest.mark.parametrize(
     ("candidates", "openers", "group_size", "named"),
     [
-        (20, 3, 8, "--openers 3 --group-size 8: --group-size must be a multiple"),
-        (3, 4, 8, "--candidates 3 --openers 4 .*must not exceed --candidates"),
-        (20, 0, 8, "--openers 0 .*at least 1"),
-        (0, 1, 8, "--candidates 0 .*at least 1"),
-        (20, 4, 0, "--group-size 0: each must be at least 1"),
-        (20, 16, 8, "--openers 16 --group-size 8: --group-size must be a multiple"),
+        (20, 3, 8, "group_size=8 must be a multiple of openers=3"),
+        (3, 4, 8, "openers=4 <= candidates=3"),
+        (20, 0, 8, "1 <= openers=0"),
+        (0, 1, 8, "openers=1 <= candidates=0"),
+        (20, 4, 0, "group_size=0 must be a multiple"),
+        (20, 16, 8, "group_size=8 must be a multiple of openers=16"),
+        (101, 4, 8, "candidates=101 <= vocabulary=100"),
     ],
 )
-def test_impossible_numbers_are_refused(candidates, openers, group_size, named):
+def test_impossible_numbers_are_rejected(candidates, openers, group_size, named):
     numbers = {"candidates": candidates, "openers": openers, "group_size": group_size}
-    with pytest.raises(ValueError, match=named):
-        check_openers(**numbers)  # no model needed
     with pytest.raises(ValueError, match=named):
         pick_first_tokens(random_logits(), **numbers)
 
 
-def test_more_candidates_than_tokens_are_refused():
-    with pytest.raises(ValueError, match="--candidates 101 exceeds the vocabulary of 100"):
-        pick_first_tokens(random_logits(), candidates=101)
-    pick_first_tokens(random_logits(), candidates=100)
-    with pytest.raises(ValueError, match=r"--candidates 100: .*fewer allowed tokens"):
-        pick_first_tokens(
-            random_logits().index_fill(-1, torch.tensor([0]), -torch.inf), candidates=100
-        )
+def test_too_few_candidates_are_rejected():
     logits = random_logits()
-    logits[7, 19:] = -torch.inf
-    with pytest.raises(ValueError, match=r"--candidates 20: .*fewer allowed tokens"):
-        pick_first_tokens(logits)
-    logits[7, 19] = torch.nan
-    with pytest.raises(ValueError, match=r"--candidates 20: .*fewer allowed tokens"):
-        pick_first_tokens(logits)
+    pick_first_tokens(logits, candidates=100)
+    one_forbidden = logits.index_fill(-1, torch.tensor([0]), -torch.inf)
+    with pytest.raises(ValueError, match="fewer than candidates=100"):
+        pick_first_tokens(one_forbidden, candidates=100)
+    for value in (-torch.inf, torch.nan):
+        logits[7, 19:] = value
+        with pytest.raises(ValueError, match="fewer than candidates=20"):
+            pick_first_tokens(logits)
     logits[7, 19] = 0.0
-    pick_first_tokens(logits)
+    pick_first_tokens(logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
 
 
 def test_metrics_by_hand():
-    """Two prompts, two openers of two rollouts each; then a tie, which nobody wins."""
+    """Two prompts with two openers of two rollouts each, then a tie, which no opener wins."""
     tokens = torch.tensor([[7, 7, 8, 8], [9, 9, 7, 7], [7, 7, 8, 8]])
     ranks = torch.tensor([[1, 1, 2, 2], [1, 1, 3, 3], [1, 1, 2, 2]])
     logp = torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.6, 0.6, 0.1, 0.1], [0.4, 0.4, 0.2, 0.2]]).log()
@@ -219,12 +191,3 @@ def test_metrics_by_hand():
     correct[1] = torch.tensor([1.0, 0, 0, 0])
     assert opener_metrics(tokens, ranks, logp, correct, openers=2)["opener/same_winner"] == 0.5
     assert "opener/same_winner" not in opener_metrics(tokens, ranks, logp, correct * 0, openers=2)
-
-
-def test_the_page_says_what_openers_cost():
-    found = openers.sentence(shared.read_json(openers.FILE))
-    page = openers.PAGE.read_text(encoding="utf-8")
-    assert page == shared.filled(openers.PAGE, {"openers": found}), (
-        "docs/reft.md is stale: python benchmark/openers.py --write"
-    )
-    assert shared.read_json(openers.FILE)["ratio_quartiles"][1] <= 1.03

@@ -1,4 +1,4 @@
-"""What the benchmarks share: results, pages and refusals."""
+"""benchmark/shared.py: results files, pages, rejected flags."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import shared
 
 
-def test_json_has_a_line_for_what_fits_on_one_and_reads_back(tmp_path: Path):
+def test_json_has_a_line_for_each_part_that_fits_on_one(tmp_path: Path):
     row = {"name": "Hölder", "curve": [[step, 0.5] for step in range(20)]}
     value = {"short": [], "rows": [row, row], "nested": {"all": ["x" * 300, {"y": ["z" * 300]}]}}
     shared.write_json(tmp_path / "new" / "results.json", value)
@@ -20,7 +20,7 @@ def test_json_has_a_line_for_what_fits_on_one_and_reads_back(tmp_path: Path):
     assert list(shared.read_json(tmp_path / "steps.json")) == ["0", "1", "2", "3", "4"]
 
 
-def test_a_block_replaces_what_is_between_its_marks(tmp_path: Path):
+def test_a_block_replaces_the_text_between_its_marks(tmp_path: Path):
     page = tmp_path / "page.md"
     marks = "a\n<!-- results:one -->\n{}<!-- /results -->\n"
     marks += "b\n<!-- results:two -->\n{}<!-- /results -->\n"
@@ -35,18 +35,17 @@ def test_a_table_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("refused", "message"),
+    ("names", "seeds", "message"),
     [
-        (lambda: shared.chosen("--only", "a, c", "ab"), "error: --only c: known are a, b\n"),
-        (lambda: shared.chosen("--only", "a,", "ab"), "error: --only '': known are a, b\n"),
-        (
-            lambda: shared.at_least(SimpleNamespace(eval_seeds=1), eval_seeds=2),
-            "error: --eval-seeds 1: must be at least 2\n",
-        ),
+        ("a, c", 2, "error: --only c: known are a, b\n"),
+        ("a,", 2, "error: --only '': known are a, b\n"),
+        ("", 1, "error: --eval-seeds 1: must be at least 2\n"),
     ],
 )
-def test_a_mistake_is_one_line(refused, message: str, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_one_line(
+    names: str, seeds: int, message: str, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(SystemExit) as stopped:
-        refused()
+        assert shared.parse_names("--only", names, "ab") == ["a", "b"]
+        shared.require_at_least(SimpleNamespace(eval_seeds=seeds), eval_seeds=2)
     assert stopped.value.code == 2 and capsys.readouterr().err == message
-    assert shared.chosen("--only", "", "ab") == ["a", "b"]

@@ -19,17 +19,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import engine
 import pytest
+import run as run_module
 import torch
 from conftest import ROOT, needs_vllm, read_metrics
+from run import Run, parse_args
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
-import engine
 import grpo
-import run as run_module
-from run import Run, parse_args
 
 SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 FULL = {"dynamic_sampling": True, "updates_per_rollout": 2}
@@ -1062,13 +1062,3 @@ def test_resume_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
     killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
     script(command[0], "--resume", str(killed))
     assert_same(tmp_path / "alone", killed)
-
-
-def test_short_soak(tiny_model: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments; benchmark/soak.py has the long one."""
-    results = tmp_path / "results.json"
-    command = ["benchmark/soak.py", "--engine", "transformers", "--kills", "4", "--steps", "20"]
-    folders = ["--folder", str(tmp_path / "soak"), "--results", str(results)]
-    script(*command, *folders, *SHORT.split(), "--eval-every", "4")
-    result = json.loads(results.read_text())
-    assert result["kills"] == 4 and all(result["same"].values())

@@ -2,18 +2,21 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_aggregation_scripts import assert_same, gradient, make, plain_logp, run  # noqa: F401
+from one_step import assert_same_gradient, gradient_of, plain_logp
 from torch import Tensor
 from worked_example import mask, pad, rewards
 
 import common
 import vineppo
 from common import Group, Problem
+from infra.hf_engine import HFEngine
+from infra.models import load_policy, load_tokenizer
 from vineppo import Args, estimate_values, step_ends, token_texts, vineppo_advantages
 
 STEP_END = Args.step_end
@@ -31,7 +34,7 @@ def test_worked_example():
 
 
 def test_worked_example_whitened():
-    # In ninths: mean 8/9, sum of squares 114, so variance (114 - 64/9) / 8, deviation 3.6553.
+    # In ninths: mean 8/9, sum of squares 114; the variance (114 - 64/9) / 8 is 3.6553 squared.
     expected = [[0.8511, 0.0304, 0.0304], [1.1247, 1.1247], [0.3040, -1.6111, -0.5168], [-1.3375]]
     advantages = vineppo_advantages(VALUES, STEPS, rewards, mask)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
@@ -53,25 +56,25 @@ def tensors(values: list, lengths: list) -> tuple[Tensor, Tensor, Tensor]:
     steps = [
         [[s for s, n in enumerate(row) for _ in range(n)] for row in group] for group in lengths
     ]
-    live = [[[t < len(row) for t in range(longest)] for row in group] for group in steps]
+    inside = [[[t < len(row) for t in range(longest)] for row in group] for group in steps]
     filled = [[row + [7.0] * (most - len(row)) for row in group] for group in values]
     steps = [[row + [0] * (longest - len(row)) for row in group] for group in steps]
-    return torch.tensor(filled), torch.tensor(steps), torch.tensor(live)
+    return torch.tensor(filled), torch.tensor(steps), torch.tensor(inside)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_advantages_equal_a_slow_loop(seed: int):
     values, lengths, outcome = random_steps(seed)
-    padded, steps, live = tensors(values, lengths)
-    advantages = vineppo_advantages(padded, steps, outcome, live, whiten=False)
+    padded, steps, inside = tensors(values, lengths)
+    advantages = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
     for p, group in enumerate(values):
         for g, row in enumerate(group):
             expected = []
             for s, length in enumerate(lengths[p][g]):
                 after = row[s + 1] if s + 1 < len(row) else outcome[p, g].item()
                 expected += [after - row[s]] * length
-            assert advantages[p, g][live[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
-            assert not advantages[p, g][~live[p, g]].any()
+            assert advantages[p, g][inside[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
+            assert not advantages[p, g][~inside[p, g]].any()
             # A step each: from the prompt's value to the reward.
             firsts = [sum(lengths[p][g][:s]) for s in range(len(row))]
             total = outcome[p, g].item() - row[0]
@@ -80,19 +83,21 @@ def test_advantages_equal_a_slow_loop(seed: int):
 
 def test_whitened_over_all_live_tokens_of_the_step():
     values, lengths, outcome = random_steps(1)
-    padded, steps, live = tensors(values, lengths)
-    plain = vineppo_advantages(padded, steps, outcome, live, whiten=False)
-    white = vineppo_advantages(padded, steps, outcome, live)
-    torch.testing.assert_close(white[live], (plain[live] - plain[live].mean()) / plain[live].std())
-    assert not white[~live].any()
+    padded, steps, inside = tensors(values, lengths)
+    plain = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
+    white = vineppo_advantages(padded, steps, outcome, inside)
+    torch.testing.assert_close(
+        white[inside], (plain[inside] - plain[inside].mean()) / plain[inside].std()
+    )
+    assert not white[~inside].any()
 
 
 def test_nothing_learnt_where_nothing_changes():
     values = torch.full((2, 3, 4), 0.5)
     steps = torch.arange(4).expand(2, 3, 4)
-    live = torch.ones(2, 3, 4, dtype=torch.bool)
+    inside = torch.ones(2, 3, 4, dtype=torch.bool)
     for whiten in (True, False):
-        none = vineppo_advantages(values, steps, torch.full((2, 3), 0.5), live, whiten=whiten)
+        none = vineppo_advantages(values, steps, torch.full((2, 3), 0.5), inside, whiten=whiten)
         assert torch.equal(none, torch.zeros(2, 3, 4))
 
 
@@ -165,8 +170,8 @@ class FakeEngine:
 
 
 class FakeGrader:
-    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
-        assert set(golds) <= {"gold 0", "gold 1"}
+    def grade(self, texts: list[str], references: list[str]) -> list[bool]:
+        assert set(references) <= {"reference 0", "reference 1"}
         return [text.endswith("right") for text in texts]
 
 
@@ -174,7 +179,9 @@ def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
     """Two groups: of the first, two rollouts begin alike; no text is shared by both groups."""
     args = Args(continuations=5, max_new_tokens=6, temperature=0.7, **settings)
     rows = [[[1, 2, 8, END], [1, 2, 3, 9, END], [2, 9, END]], [[1, 8, END], [1, 8, END], [9, END]]]
-    groups = [Group(Problem("", f"gold {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)]
+    groups = [
+        Group(Problem("", f"reference {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)
+    ]
     engine = FakeEngine()
     estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0))
     return groups, engine
@@ -225,55 +232,41 @@ def test_values_hold_the_overlong_penalty():
         assert after == pytest.approx([value - n / 8 for n, value in enumerate(before)])
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"continuations": 0}, "--continuations 0"), ({"step_end": "("}, "--step-end (")],
-)
-def test_refusals(settings: dict, named: str, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as stop:
-        Args(**settings)
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------- a run
 
 
-def test_a_run_takes_the_policy_gradient_of_its_advantages(run: Callable):  # noqa: F811
-    seen = run(vineppo, continuations=2, step_end="[a-z]", kl=0.0, log_rollouts=4)
-    rollouts, policy = seen.rollouts[0], seen.policies[0]
-    ours = gradient(policy)
-    notes = [note for group in seen.groups[0] for note in group.notes]
+def test_a_run_takes_the_policy_gradient_of_its_advantages(record: Callable):
+    settings = {"continuations": 2, "step_end": "[a-z]", "kl": 0.0, "log_rollouts": 4}
+    recording = record(vineppo, **settings)
+    rollouts, update = recording.rollouts[0], recording.updates[0]
+    notes = [note for group in recording.groups[0] for note in group.notes]
+    correct = [verdict for group in recording.groups[0] for verdict in group.correct]
     assert len({len(values) for _, values, _ in notes}) > 1  # several steps
+
     advantages = []
-    rows = [row for group in seen.groups[0] for row in zip(group.notes, group.correct, strict=True)]
-    for (steps, values, _), reward in rows:
-        gains = [b - a for a, b in zip(values, [*values[1:], reward], strict=True)]
-        advantages.append([gains[step] for step in steps])
-    flat = torch.tensor([a for row in advantages for a in row])
-    policy.zero_grad()
+    for (steps, values, _), reward in zip(notes, correct, strict=True):
+        gains = [after - before for before, after in pairwise([*values, reward])]
+        advantages.append(torch.tensor([gains[step] for step in steps]))
+    flat = torch.cat(advantages)
     loss = 0.0
     for number, row in enumerate(advantages):
-        scores = (torch.tensor(row) - flat.mean()) / flat.std()
-        assert seen.log[number]["advantage"] == pytest.approx(scores.tolist(), abs=1e-4)
-        logp = plain_logp(policy, rollouts, *divmod(number, 4))
-        loss = loss - (scores * logp).sum() / len(flat)
-    loss.backward()
-    assert_same(ours, gradient(policy), 1e-3)
-    metrics = seen.metrics[1]
-    assert metrics["value/tokens"] == sum(note[2] for note in notes)
-    assert metrics["value/prompt"] == pytest.approx(sum(v[0] for _, v, _ in notes) / 16)
-    assert metrics["value/steps"] == pytest.approx(sum(len(v) for _, v, _ in notes) / 16)
+        z_scores = (row - flat.mean()) / flat.std()
+        logged = recording.lines[number]["advantage"]
+        assert logged == pytest.approx(z_scores.tolist(), abs=1e-4)
+        logp = plain_logp(update.policy, rollouts, *divmod(number, 4))
+        loss = loss - (z_scores * logp).sum() / len(flat)
+    assert_same_gradient(update.gradient, gradient_of(loss, update.policy), 1e-3)
+    metrics = recording.metrics[1]
+    assert metrics["value/tokens"] == sum(spent for *_, spent in notes)
+    assert metrics["value/prompt"] == pytest.approx(sum(values[0] for _, values, _ in notes) / 16)
+    assert metrics["value/steps"] == pytest.approx(sum(len(values) for _, values, _ in notes) / 16)
 
 
-def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
-    """A continuation is a function of the weights, the step, the problem and its prefix."""
-    from engine import Transformers, load_policy, load_tokenizer
-    from grading import Grader
-
-    args = make(vineppo, continuations=3, step_end="[a-z]")
-    policy, tokenizer, grader = load_policy(args), load_tokenizer(args), Grader()
-    engine = Transformers(args, policy, tokenizer, 64)
+def test_values_do_not_depend_on_the_batch(short_args: Callable):
+    """A continuation depends only on the weights, the step, the problem and its prefix."""
+    args = short_args(vineppo, continuations=3, step_end="[a-z]")
+    policy, tokenizer, grader = load_policy(args), load_tokenizer(args), common.Grader()
+    engine = HFEngine(args, policy, tokenizer, 64)
     problems = common.load_problems(args, "--dataset", tokenizer, grader)[:2]
     both, one = (common.roll_out(engine, problems[:n], args, (1, 1, 0)) for n in (2, 1))
     drawn, generate = [], engine.generate
@@ -281,5 +274,6 @@ def test_values_do_not_depend_on_the_batch(make: Callable):  # noqa: F811
     estimate_values(engine, grader, both, args, (1, 1, 0))
     estimate_values(engine, grader, one, args, (1, 1, 0))
     grader.close()
-    assert [tokens for tokens, _ in drawn[1]] == [tokens for tokens, _ in drawn[0]][: len(drawn[1])]
+    of_both, of_one = ([tokens for tokens, _ in responses] for responses in drawn)
+    assert of_one == of_both[: len(of_one)]
     assert [note[0] for note in both[0].notes] == [note[0] for note in one[0].notes]

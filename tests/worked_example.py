@@ -1,5 +1,6 @@
 """The group of four rollouts that the pages in docs/ work by hand: one prompt, [1, 4, 3]."""
 
+import slow
 import torch
 from torch import Tensor
 
@@ -14,6 +15,13 @@ def pad(rows: list[list[float]], fill: float = 0.0) -> Tensor:
 def pad_mask(rows: list[list[float]]) -> Tensor:
     """True on the entries that `pad` took from the rows. [1, G, T]"""
     return pad([[1.0] * len(row) for row in rows]).bool()
+
+
+def tensors(group: slow.Group, fill: float = 0.0) -> tuple[Tensor, ...]:
+    """rewards [1, G]; entropy, logp, ref_logp and mask [1, G, T]."""
+    rewards = torch.tensor([group.rewards], dtype=torch.float64)
+    rows = (pad(values, fill) for values in (group.entropy, group.logp, group.ref_logp))
+    return rewards, *rows, pad_mask(group.entropy)
 
 
 ENTROPY = [[3.0, 1.0, 2.0], [1.0, 3.0], [0.5, 2.0, 1.0], [4.0]]

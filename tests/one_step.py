@@ -1,0 +1,257 @@
+"""Training steps of a script, recorded, and the plain computation to compare them with.
+
+Every test of the methods that replaces a function of the shared modules does so through this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import worked_example as example
+from conftest import read_metrics
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import common
+from infra.run import Run
+
+# ------------------------------------------------------------------------------- recording
+
+
+@dataclass
+class Update:
+    """One optimiser update."""
+
+    policy: nn.Module  # a copy of the policy before the update
+    gradient: Tensor  # of all trainable weights, as one vector
+    problems: list[int]  # the update's share of the problems
+
+
+@dataclass
+class Recording:
+    """A finished run."""
+
+    args: Any
+    engine: Any = None
+    groups: list[list[common.Group]] = field(default_factory=list)  # of each step
+    rollouts: list[common.Rollouts] = field(default_factory=list)  # of each step
+    updates: list[Update] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)  # of each step, from 0
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of rollouts.jsonl
+
+
+def short_settings(script: ModuleType, grpo_args: Any, **settings: Any) -> Any:
+    """A script's settings: what makes a run of grpo.py short, then `settings`."""
+    shared = fields(common.RunArgs)
+    short = {item.name: getattr(grpo_args, item.name) for item in shared}
+    short = {item.name: short[item.name] for item in shared if short[item.name] != item.default}
+    return script.Args(**short | {"max_grad_norm": 1e9} | settings)
+
+
+def unchanged(_: Any) -> None:
+    pass
+
+
+def parity(_: Any, texts: list[str], references: list[str]) -> list[bool]:
+    """Grade responses so that a random model is sometimes right."""
+    return [len(text) % 2 == 0 for text in texts]
+
+
+def all_wrong(_: Any, texts: list[str], references: list[str]) -> list[bool]:
+    return [False] * len(texts)
+
+
+def record_run(
+    script: ModuleType,
+    args: Any,
+    grade: Callable = parity,
+    edit_groups: Callable = unchanged,
+    edit_rollouts: Callable = unchanged,
+) -> Recording:
+    """Run a script. The edits change a step's groups and its padded rollouts in place."""
+    recording = Recording(args)
+    policies: list[nn.Module] = []
+    shares: list[list[int]] = []
+    load_policy, make_engine = common.load_policy, common.make_engine
+    stack, micro_batches = common.stack, common.micro_batches
+
+    def keep_policy(*call: Any) -> nn.Module:
+        policies.append(load_policy(*call))
+        return policies[-1]
+
+    def keep_engine(*call: Any) -> Any:
+        recording.engine = make_engine(*call)
+        return recording.engine
+
+    def keep_rollouts(groups: list[common.Group], *call: Any) -> common.Rollouts:
+        edit_groups(groups)
+        rollouts = stack(groups, *call)
+        edit_rollouts(rollouts)
+        recording.groups.append(groups)
+        recording.rollouts.append(rollouts)
+        return rollouts
+
+    def keep_share(rollouts: common.Rollouts, budget: int, problems: Tensor) -> Iterator[Any]:
+        if torch.is_grad_enabled():
+            shares.append(problems.tolist())
+        return micro_batches(rollouts, budget, problems)
+
+    def keep_update(*_: Any) -> None:
+        policy = policies[0]
+        gradient = flat(policy, [weight.grad for weight in trainable(policy)])
+        recording.updates.append(Update(copy.deepcopy(policy), gradient, shares[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Grader, "grade", grade)
+        patch.setattr(common, "load_policy", keep_policy)
+        patch.setattr(common, "make_engine", keep_engine)
+        patch.setattr(common, "stack", keep_rollouts)
+        patch.setattr(common, "micro_batches", keep_share)
+        hook = register_optimizer_step_pre_hook(keep_update)
+        try:
+            script.main(args)
+        finally:
+            hook.remove()
+    folder = Path(args.run_dir)
+    recording.metrics = read_metrics(folder)
+    lines = (folder / "rollouts.jsonl").read_text().splitlines()
+    recording.lines = [json.loads(line) for line in lines]
+    return recording
+
+
+# ------------------------------------------------------------------------------- plain computation
+
+
+def trainable(policy: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in policy.parameters() if weight.requires_grad]
+
+
+def flat(policy: nn.Module, gradients: list[Tensor | None]) -> Tensor:
+    """The gradients of the trainable weights as one vector; None counts as zeros."""
+    pairs = zip(trainable(policy), gradients, strict=True)
+    return torch.cat([(0 * w if g is None else g).detach().flatten() for w, g in pairs])
+
+
+def gradient_of(loss: Tensor, policy: nn.Module) -> Tensor:
+    return flat(policy, torch.autograd.grad(loss, trainable(policy), allow_unused=True))
+
+
+def assert_same_gradient(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert theirs.norm() > 1e-3, "any gradient is close to a gradient of zeros"
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def places(rollouts: common.Rollouts) -> list[tuple[int, int]]:
+    """(problem, rollout) of every response."""
+    return [(p, g) for p, texts in enumerate(rollouts.texts) for g in range(len(texts))]
+
+
+def response(rollouts: common.Rollouts, p: int, g: int) -> Tensor:
+    return rollouts.tokens[p, g][rollouts.mask[p, g]]
+
+
+def plain_outputs(policy: nn.Module, rollouts: common.Rollouts, p: int, g: int) -> Any:
+    """The model's outputs on one whole sequence, without padding or a shared prompt."""
+    prompt = torch.tensor(rollouts.problems[p].prompt)
+    sequence = torch.cat([prompt, response(rollouts, p, g)])[None]
+    return policy.eval()(input_ids=sequence, output_hidden_states=True)
+
+
+def predicting(rollouts: common.Rollouts, p: int) -> slice:
+    """The positions that predict the response tokens of a problem's rollouts."""
+    return slice(len(rollouts.problems[p].prompt) - 1, -1)
+
+
+def plain_logp(
+    policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of a response's tokens, from full logits. [T]"""
+    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
+    tokens = response(rollouts, p, g)
+    return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+
+
+# ------------------------------------------------------------------------------- other references
+
+
+def moved_reference(policy: nn.Module, _: Any) -> Callable:
+    """Takes the place of Reference: from the first step on it differs from the policy."""
+    other = copy.deepcopy(policy)
+    move(other)
+
+    @contextlib.contextmanager
+    def reference() -> Iterator[nn.Module]:
+        yield other
+
+    return reference
+
+
+def move(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for weight in model.parameters():
+        weight.mul_(1.1)
+
+
+# ------------------------------------------------------------------------------- given rollouts
+
+
+def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) -> Recording:
+    """Run one step on the worked example of docs/: its entropies and log-probabilities take the
+    place of the model's, and `correct` that of the grader's verdicts."""
+    logp, ref_logp = example.logp.float(), example.ref_logp.float()
+    size = len(example.ENTROPY)
+
+    def stack(groups: list[common.Group], *_: Any) -> common.Rollouts:
+        return common.Rollouts(
+            problems=[group.problem for group in groups],
+            tokens=torch.full(example.mask.shape, 65),
+            mask=example.mask,
+            engine_logp=logp,
+            correct=torch.tensor([groups[0].correct]),
+            truncated=torch.zeros(1, size, dtype=torch.bool),
+            texts=[[""] * size],
+        )
+
+    def score(*_: Any, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
+        return (logp if keep_graph else ref_logp), example.entropy.float()
+
+    def verify(_: Any, groups: list[common.Group]) -> None:
+        for group in groups:
+            group.correct = list(correct)[: len(group.texts)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "stack", stack)
+        patch.setattr(common, "score", score)
+        patch.setattr(common, "verify", verify)
+        return record_run(script, args)
+
+
+def collect(args: Any, rounds: list[list[int]]) -> tuple[list[common.Group], int, list[Any]]:
+    """Call `collect` on 20 problems, with a given count of right rollouts for each group of each
+    round. Returns the groups, the number of problems taken and the seeds of the rounds."""
+    seeds: list[Any] = []
+    remaining = iter(rounds)
+
+    def roll_out(_: Any, batch: list[Any], __: Any, seed: Any) -> list[common.Group]:
+        seeds.append(seed)
+        return [common.Group(problem, [], [], []) for problem in batch]
+
+    def verify(_: Any, groups: list[common.Group]) -> None:
+        for group, right in zip(groups, next(remaining), strict=True):
+            group.correct = [1.0] * right + [0.0] * (4 - right)
+
+    problems = common.Problems(common.Problem(str(i), "", []) for i in range(20))
+    timer = type("Timer", (), {"time": Run.time, "seconds": {}})()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "verify", verify)
+        groups = common.collect(args, 5, problems, None, None, timer, roll_out)
+    return groups, problems.position, seeds
