@@ -138,7 +138,8 @@ def make_problem(chat: list[Row], reference: str, tokenizer: Any, args: Any) -> 
             why += f", given --system-prompt {args.system_prompt}"
         if args.template_args:
             why += f", given --template-args {args.template_args}"
-        reject("--model", tokenizer.name_or_path, f"{why}: {error}")
+        flag = "--models" if hasattr(args, "models") else "--model"
+        reject(flag, tokenizer.name_or_path, f"{why}: {error}")
     return Problem(text, reference, prompt)
 
 
