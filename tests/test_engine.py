@@ -60,13 +60,13 @@ class Setup:
         self.engines: dict[str, Engine] = {}
 
     def engine(self, kind: str, policy: nn.Module | None = None) -> Engine:
-        """That engine, holding the policy's weights, past its one check of them."""
+        """That engine, holding the policy's weights, past its checks of them."""
         if kind not in self.engines:
             made = ENGINES[kind](self.args, self.policy, self.tokenizer, 200)
             if kind == "vllm":
                 dtype = models.precision(self.args)
                 self.check = WeightCheck(made.model, self.policy, dtype)
-                made.syncs = 2
+                made.syncs = 3
             self.engines[kind] = made
         self.engines[kind].sync(policy or self.policy)
         return self.engines[kind]
@@ -417,20 +417,20 @@ def test_weights_that_did_not_arrive_stop_the_run(
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied", "untied_bfloat16"])
-def test_norm_weights_that_did_not_arrive_stop_the_second_sync(
+def test_norm_weights_that_did_not_arrive_stop_the_first_three_syncs(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ):
     vllm = setup.engine("vllm")
     perturb(setup.policy)
+    monkeypatch.setattr(vllm, "syncs", 0)
     with monkeypatch.context() as patch:
         withhold(patch, vllm, setup.weights, "layers.1.post_attention_layernorm")
-        patch.setattr(vllm, "syncs", 0)
-        vllm.sync(setup.policy)
         stale = "stale weights: model.layers.1.post_attention_layernorm.weight differs"
-        with pytest.raises(StopRun, match=stale):
-            vllm.sync(setup.policy)
-        vllm.sync(setup.policy)  # the check runs once
-    monkeypatch.setattr(vllm, "syncs", 1)
+        for _ in range(3):
+            with pytest.raises(StopRun, match=stale):
+                vllm.sync(setup.policy)
+        vllm.sync(setup.policy)  # no longer checked
+    monkeypatch.setattr(vllm, "syncs", 0)
     vllm.sync(setup.policy)
 
 
