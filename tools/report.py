@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
 def defaults(script: str) -> Row:
     """A script's settings with their defaults, parsed from the source to avoid importing torch."""
     values: Row = {}
-    files = (ROOT / "run.py", ROOT / f"{script}.py")
+    files = (ROOT / "common.py", ROOT / f"{script}.py")
     for file in files if all(map(Path.is_file, files)) else ():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not (isinstance(node, ast.ClassDef) and node.name.endswith("Args")):
