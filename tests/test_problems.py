@@ -74,6 +74,7 @@ def pairs(problems: Problems) -> list[tuple[str, str]]:
 
 def rejection(capsys: pytest.CaptureFixture, load: Callable, *call: Any, **settings: Any) -> str:
     """The only line on stderr of a call that exits with code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         load(*call, **settings)
     assert stop.value.code == 2
