@@ -43,7 +43,7 @@ from tools.metrics import difference, majority, metric_values, pass_at_k, summar
         (10**6, 1, 3, 3e-6),  # a product of factors near 1 loses digits here
     ],
 )
-def test_pass_at_k_by_hand(n: int, correct: int, k: int, expected: float):
+def test_pass_at_k_by_hand(n, correct, k, expected):
     assert pass_at_k(n, correct, k) == pytest.approx(expected, rel=1e-15, abs=0)
 
 
@@ -58,7 +58,7 @@ def test_pass_at_k_is_the_average_over_all_subsets():
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
-def test_pass_at_k_of_impossible_counts(n: int, correct: int, k: int):
+def test_pass_at_k_of_impossible_counts(n, correct, k):
     with pytest.raises(ValueError, match=f"n={n}, correct={correct}, k={k}"):
         pass_at_k(n, correct, k)
 
@@ -121,9 +121,7 @@ def grader():
         (["7", "7", "[", "}{", r"\frac"], "7", 1.0),  # an unreadable answer equals no other
     ],
 )
-def test_majority_by_hand(
-    answers: list[str | None], reference: str, expected: float, grader: Grader
-):
+def test_majority_by_hand(answers, reference, expected, grader):
     responses = ["nothing" if answer is None else rf"\boxed{{{answer}}}" for answer in answers]
     correct = [float(verdict) for verdict in grader.grade(responses, [reference] * len(answers))]
     for seed in range(3):
@@ -132,7 +130,7 @@ def test_majority_by_hand(
         assert majority(grader, *zip(*both, strict=True)) == pytest.approx(expected)
 
 
-def test_majority_asks_math_verify_only_if_it_can_decide(monkeypatch: pytest.MonkeyPatch):
+def test_majority_asks_math_verify_only_if_it_can_decide(monkeypatch):
     monkeypatch.setattr(Grader, "_ask", lambda self, requests: 1 / (not requests) and [])
     with Grader() as never_asked:
         assert majority(never_asked, ["x", "y", "x", "z", "x"], [1, 0, 1, 0, 1]) == 1.0
@@ -221,9 +219,7 @@ def saved_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.jsonl")}
 
 
-def test_an_interrupted_evaluation_resumes(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch, capsys):
     uninterrupted = run()
     [(name, text)] = saved_files(tmp_path / "saved").items()
     lines = text.splitlines(keepends=True)
@@ -255,7 +251,7 @@ def test_an_interrupted_evaluation_resumes(
     assert "pass@2" in capsys.readouterr().out
 
 
-def test_fewer_problems_first(run: Callable, tmp_path: Path):
+def test_fewer_problems_first(run, tmp_path):
     part = run(problems=5)
     assert part["results"][0]["problems"] == 5
     run(folder=str(tmp_path / "at once"))
@@ -265,7 +261,7 @@ def test_fewer_problems_first(run: Callable, tmp_path: Path):
 
 
 def test_settings_that_differ_from_the_saved_ones(
-    run: Callable, tied_model: Path, problem_file: Path, tmp_path: Path, rejection: Callable
+    run, tied_model, problem_file, tmp_path, rejection
 ):
     model = shutil.copytree(tied_model, tmp_path / "model")
     problems = shutil.copy(problem_file, tmp_path / "problems.jsonl")
@@ -292,7 +288,7 @@ def test_settings_that_differ_from_the_saved_ones(
     assert saved_files(tmp_path / "saved") == before
 
 
-def test_a_second_writer_is_rejected(run: Callable, rejection: Callable, tmp_path: Path):
+def test_a_second_writer_is_rejected(run, rejection, tmp_path):
     run(problems=1)
     [saved] = (tmp_path / "saved").rglob("*.jsonl")
     with filelock.FileLock(saved.parent / "lock"):
@@ -319,28 +315,14 @@ def test_a_second_writer_is_rejected(run: Callable, rejection: Callable, tmp_pat
         ("--max-new-tokens 4096", "--max-new-tokens 4096: 256 of 256 prompts leave less"),
     ],
 )
-def test_flags_that_cannot_work(
-    flags: str,
-    line: str,
-    tiny_model: Path,
-    rejection: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_flags_that_cannot_work(flags, line, tiny_model, rejection, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
     assert rejection(tool.main, args).startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize(("damage", "why"), BROKEN)
-def test_a_model_that_cannot_be_loaded_is_rejected(
-    damage: Callable[[Path], None],
-    why: str,
-    run: Callable,
-    tied_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-):
+def test_a_model_that_cannot_be_loaded_is_rejected(damage, why, run, tied_model, tmp_path, capsys):
     folder = shutil.copytree(tied_model, tmp_path / "model")
     damage(folder)
     capsys.readouterr()
@@ -351,7 +333,7 @@ def test_a_model_that_cannot_be_loaded_is_rejected(
     assert line.startswith(f"error: --models {folder}: ") and why in line
 
 
-def test_known_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_known_names(tmp_path, monkeypatch):
     """The file in --data-dir if it exists, otherwise the hub."""
     seen: list[str] = []
     monkeypatch.setattr(tool, "load_problems", lambda args, *_: seen.append(args.datasets))
@@ -363,9 +345,7 @@ def test_known_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert seen == [str(tmp_path / "math500.jsonl"), hub, "a/b", "a/b:main@train", "sums.jsonl"]
 
 
-def test_models_of_two_architectures(
-    run: Callable, tied_model: Path, untied_model: Path, tmp_path: Path
-):
+def test_models_of_two_architectures(run, tied_model, untied_model, tmp_path):
     both = (str(tied_model), str(untied_model))
     together = run(models=both)
     assert [row["model"] for row in together["results"]] == list(both)
@@ -373,9 +353,7 @@ def test_models_of_two_architectures(
         assert run(models=(model,), folder=str(tmp_path / "one"))["results"] == [row]
 
 
-def test_a_lora_checkpoint(
-    run: Callable, make_args: Callable, tmp_path: Path, untied_model: Path, rejection: Callable
-):
+def test_a_lora_checkpoint(run, make_args, tmp_path, untied_model, rejection):
     """A checkpoint of adapters gives the results of the same weights merged into a model."""
     import torch
 
@@ -405,9 +383,7 @@ def test_a_lora_checkpoint(
 
 
 @needs_vllm
-def test_two_models_on_two_datasets_with_vllm(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_two_models_on_two_datasets_with_vllm(tiny_model, tmp_path, capsys):
     models = (str(tiny_model), str(shutil.copytree(tiny_model, tmp_path / "copy")))
     rows = (tiny_model / "test.jsonl").read_text().splitlines(keepends=True)
     datasets = (str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl"))
@@ -437,9 +413,7 @@ def test_two_models_on_two_datasets_with_vllm(
     assert all(0.2 < mean < 0.8 for mean in means)
 
 
-def test_the_samples_are_those_of_a_runs_own_evaluation(
-    run: Callable, make_args: Callable, tiny_model: Path
-):
+def test_the_samples_are_those_of_a_runs_own_evaluation(run, make_args, tiny_model):
     problems = str(tiny_model / "test.jsonl")
     shape = {"max_new_tokens": 48, "seed": 7}
     report = run(models=(str(tiny_model),), datasets=(problems,), samples=3, problems=8, **shape)
@@ -460,7 +434,7 @@ def test_the_samples_are_those_of_a_runs_own_evaluation(
 
 
 @pytest.mark.parametrize("name", tool.KNOWN)
-def test_references_of_the_known_datasets(name: str, grader: Grader):
+def test_references_of_the_known_datasets(name, grader):
     """Each is right against itself, and so is its solution. docs/evaluation.md gives their number
     and names those that cannot be read."""
     file, hub = tool.KNOWN[name]
@@ -480,5 +454,5 @@ def test_references_of_the_known_datasets(name: str, grader: Grader):
     assert all(grader.grade([r["solution"] for r in solved], [r["answer"] for r in solved]))
 
 
-def test_an_unreadable_reference_is_found(grader: Grader):
+def test_an_unreadable_reference_is_found(grader):
     assert grader.readable(["7", r"\frac{1}{2}", "t(0,4]"]) == [True, True, False]

@@ -113,16 +113,16 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file(load: Callable, tmp_path: Path, name: str):
+def test_file(load, tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     assert pairs(load(tmp_path / name)) == PAIRS
 
 
-def test_parquet(load: Callable, tmp_path: Path):
+def test_parquet(load, tmp_path):
     assert pairs(load(write_parquet(tmp_path / "data.parquet", ROWS))) == PAIRS
 
 
-def test_a_table_keeps_its_text(load: Callable, tmp_path: Path):
+def test_a_table_keeps_its_text(load, tmp_path):
     """Numbers, dates and quotes do not change. Windows' encoding is tried last."""
     answers = ["007", "3.10", "1/2", "2024-01-01", "123456789012345678901234567890"]
     rows = [(f'1,{i} "café’s €"\n?', answer) for i, answer in enumerate(answers)]
@@ -131,13 +131,13 @@ def test_a_table_keeps_its_text(load: Callable, tmp_path: Path):
     assert pairs(load(tmp_path / "data.csv")) == rows
 
 
-def test_a_line_separator_in_a_text_ends_no_line(load: Callable, tmp_path: Path):
+def test_a_line_separator_in_a_text_ends_no_line(load, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"problem": "1\u2028+\x85 1", "answer": 123456789012345678901}\n')
     assert pairs(load(path)) == [("1\u2028+\x85 1", "123456789012345678901")]
 
 
-def test_saved_to_disk(load: Callable, tmp_path: Path, capsys: Any):
+def test_saved_to_disk(load, tmp_path, capsys):
     import datasets
 
     rows = datasets.Dataset.from_list(ROWS)
@@ -175,7 +175,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "content", "why"), BROKEN)
 def test_what_cannot_be_read_is_rejected_with_its_cause(
-    load: Callable, tmp_path: Path, capsys: Any, caplog: Any, name: str, content: bytes, why: str
+    load, tmp_path, capsys, caplog, name, content, why
 ):
     logging.getLogger("datasets").addHandler(caplog.handler)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -213,13 +213,13 @@ def hub_folder(tmp_path: Path) -> Path:
         (":socratic@test", "--dataset", "socratic test 0"),
     ],
 )
-def test_hub_layout(load: Callable, hub_folder: Path, suffix: str, flag: str, first: str):
+def test_hub_layout(load, hub_folder, suffix, flag, first):
     problems = load(f"{hub_folder}{suffix}", flag)
     assert problems[0].text == first
     assert [problem.answer for problem in problems] == ["0,000", "1,000", "2,000"]
 
 
-def test_folder_without_configurations(load: Callable, tmp_path: Path, capsys: Any):
+def test_folder_without_configurations(load, tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     line = rejection(capsys, load, tmp_path, "--eval-dataset")
     assert "Unknown split \"test\". Should be one of ['train']" in line
@@ -236,7 +236,7 @@ def test_folder_without_configurations(load: Callable, tmp_path: Path, capsys: A
     ],
 )
 def test_names_that_look_local_are_not_looked_up_on_the_hub(
-    load: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any, name: str
+    load, tmp_path, capsys, monkeypatch, name
 ):
     import datasets
 
@@ -245,13 +245,13 @@ def test_names_that_look_local_are_not_looked_up_on_the_hub(
     assert rejection(capsys, load, name) == f"error: --dataset {name}: no such file or folder"
 
 
-def test_other_names_are_looked_up_on_the_hub(load: Callable, capsys: Any):
+def test_other_names_are_looked_up_on_the_hub(load, capsys):
     for name in ("nobody/no-such.set-1.5", "no_such_set:main@train"):
         assert "on the Hub" in rejection(capsys, load, name)
 
 
 @pytest.mark.parametrize("name", ["gsm8k_train", "math_train"])
-def test_real_data_does_not_change(load: Callable, name: str, capsys: Any):
+def test_real_data_does_not_change(load, name, capsys):
     path = SHARED_DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip("the shared data is not here")
@@ -282,7 +282,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CASES.glob("*")))
-def test_cases(load: Callable, capsys: Any, name: str):
+def test_cases(load, capsys, name):
     if name in REJECTED:
         assert REJECTED[name] in rejection(capsys, load, CASES / name)
     else:
@@ -298,12 +298,12 @@ def test_cases(load: Callable, capsys: Any, name: str):
 @pytest.mark.parametrize(
     "answer", ["answer", "final_answer", "expected_answer", "ground_truth", "solution"]
 )
-def test_columns(load_rows: Callable, question: str, answer: str):
+def test_columns(load_rows, question, answer):
     for q, a in ((question, answer), (question.title(), f" {answer.upper()}")):
         assert pairs(load_rows([{"id": 7, q: "1+1", a: "2"}])) == [("1+1", "2")]
 
 
-def test_an_empty_column_is_skipped(load_rows: Callable):
+def test_an_empty_column_is_skipped(load_rows):
     rows = [{"problem": "1+1", "answer": None, "solution": r"\boxed{2}"}]
     assert pairs(load_rows(rows)) == [("1+1", "2")]
 
@@ -318,19 +318,19 @@ def test_an_empty_column_is_skipped(load_rows: Callable):
         ({"query": "1+1", "problem": "no", "correct": "2", "answer": "3"}, "query", "correct"),
     ],
 )
-def test_named_columns(load_rows: Callable, row: dict, question: str, answer: str):
+def test_named_columns(load_rows, row, question, answer):
     named = {"question_column": question, "answer_column": answer}
     assert pairs(load_rows([row], **named)) == [("1+1", "2")]
     assert pairs(load_rows([row], "--eval-dataset", **named)) == [("1+1", "2")]
 
 
-def test_held_out_problems_may_be_in_usual_columns(load_rows: Callable, capsys: Any):
+def test_held_out_problems_may_be_in_usual_columns(load_rows, capsys):
     assert len(load_rows(ROWS, "--eval-dataset", question_column="query", answer_column="no")) == 5
     line = rejection(capsys, load_rows, ROWS, answer_column="no")
     assert "columns found: ['answer', 'problem']; wanted: one of ['no']; --answer-column" in line
 
 
-def test_unknown_columns(load_rows: Callable, tmp_path: Path, capsys: Any):
+def test_unknown_columns(load_rows, tmp_path, capsys):
     for row, wanted in (
         ({"frage": "1+1", "answer": "2"}, ("frage", "problem", "messages", "--question-column")),
         ({"problem": "1+1", "antwort": "2"}, ("antwort", "answer", "solution", "--answer-column")),
@@ -358,7 +358,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_layouts(load: Callable, tmp_path: Path, tokenizer: Any, layout: str, write: Callable):
+def test_layouts(load, tmp_path, tokenizer, layout, write):
     suffix = write.__name__.removeprefix("write_")
     [problem] = load(write(tmp_path / f"data.{suffix}", [LAYOUTS[layout]]))
     assert (problem.text, problem.answer) == ("1+1", "2")
@@ -368,13 +368,13 @@ def test_layouts(load: Callable, tmp_path: Path, tokenizer: Any, layout: str, wr
     )
 
 
-def test_bytes(load: Callable, tmp_path: Path):
+def test_bytes(load, tmp_path):
     rows = [{"prompt": CHAT, "reward_model": {"ground_truth": x}} for x in (b'["2"]', b"3")]
     problems = load(write_parquet(tmp_path / "data.parquet", rows))
     assert pairs(problems) == [("1+1", "2"), ("1+1", "3")]
 
 
-def test_earlier_turns_are_kept(load_rows: Callable, tokenizer: Any):
+def test_earlier_turns_are_kept(load_rows, tokenizer):
     turns = [("user", "1+0"), ("assistant", "1"), ("user", "1+1"), ("assistant", "2")]
     chat = [{"role": role, "content": content} for role, content in turns]
     [problem] = load_rows([{"messages": chat, "answer": "2"}], instruction="Box it.")
@@ -384,7 +384,7 @@ def test_earlier_turns_are_kept(load_rows: Callable, tokenizer: Any):
     assert prompt.endswith("assistant\n")
 
 
-def test_an_answer_is_preferred_to_a_solution(load_rows: Callable):
+def test_an_answer_is_preferred_to_a_solution(load_rows):
     rows = [{"solution": "It is \\boxed{3}", "problem": "1+2", "answer": "3.0", "prompt": "no"}]
     assert pairs(load_rows(rows)) == [("1+2", "3.0")]
 
@@ -392,7 +392,7 @@ def test_an_answer_is_preferred_to_a_solution(load_rows: Callable):
 # ------------------------------------------------------------------ discarded rows
 
 
-def test_problems_without_text_are_discarded(load_rows: Callable, capsys: Any):
+def test_problems_without_text_are_discarded(load_rows, capsys):
     empty = [None, "", " \n", 7, [], ["x"], [{"role": "system", "content": "x"}]]
     empty += [[{"role": "user", "content": content}] for content in (None, 7, "")]
     rows = [*ROWS, *({"problem": problem, "answer": "1"} for problem in empty), {"answer": "1"}]
@@ -402,7 +402,7 @@ def test_problems_without_text_are_discarded(load_rows: Callable, capsys: Any):
     assert "1 of 1 problems have no text in 'problem'" in line
 
 
-def test_unreadable_references_are_discarded(load_rows: Callable, tmp_path: Path, capsys: Any):
+def test_unreadable_references_are_discarded(load_rows, tmp_path, capsys):
     bad = [{"problem": "?", "answer": r"\frac{1"}, {"problem": "?", "answer": None}]
     bad.append({"problem": "?"})
     assert len(load_rows([*ROWS, *bad])) == 5
@@ -412,7 +412,7 @@ def test_unreadable_references_are_discarded(load_rows: Callable, tmp_path: Path
     assert rejection(capsys, load_rows, bad) == f"error: {name}: 3 of 3 {why}"
 
 
-def test_long_prompts_are_discarded(load_rows: Callable, capsys: Any):
+def test_long_prompts_are_discarded(load_rows, capsys):
     rows = [*ROWS, {"problem": "1+" * 99, "answer": "2"}]
     assert len(load_rows(rows, max_prompt_tokens=100)) == 5
     line = "discarded 1 of 6: prompts exceed --max-prompt-tokens 100\n"
@@ -421,7 +421,7 @@ def test_long_prompts_are_discarded(load_rows: Callable, capsys: Any):
     assert "6 of 6 prompts exceed --max-prompt-tokens 10" in line
 
 
-def test_nothing_left_for_several_reasons_is_rejected(load_rows: Callable, capsys: Any):
+def test_nothing_left_for_several_reasons_is_rejected(load_rows, capsys):
     rows = [{"problem": "", "answer": "1"}, {"problem": "1+1", "answer": "proof"}]
     with pytest.raises(SystemExit) as stop:
         load_rows(rows)
@@ -431,7 +431,7 @@ def test_nothing_left_for_several_reasons_is_rejected(load_rows: Callable, capsy
     assert line.startswith("error: ") and line.endswith(": all 2 problems were discarded")
 
 
-def test_duplicates_are_kept_and_counted(load_rows: Callable, capsys: Any):
+def test_duplicates_are_kept_and_counted(load_rows, capsys):
     assert len(load_rows([*ROWS, *ROWS[:2]])) == 7
     assert "2 problems repeat another and are kept" in capsys.readouterr().err
 
@@ -443,28 +443,19 @@ def test_duplicates_are_kept_and_counted(load_rows: Callable, capsys: Any):
     ("text", "answer"),
     [
         ("Half of 48 is <<48/2=24>>24.\n#### 72", "72"),
-        ("#### 1,234 ", "1,234"),
-        ("a #### 1\n#### -3", "-3"),
+        *(("#### 1,234 ", "1,234"), ("a #### 1\n#### -3", "-3"), ("  42 ", "42")),
         (r"Thus $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"The roots are $\boxed{x=1}$ and $\boxed{x=-2}$.", "x=1, x=-2"),
         (r"\boxed{1} or \boxed{\{2, 3\}}, \boxed{4", r"1, \{2, 3\}"),
         (r"\boxed{2} as above, so \boxed{2}", "2"),
         (r"\boxed{\boxed{2}}", "2"),
-        ("  42 ", "42"),
         (r"\boxed{never closed", r"\boxed{never closed"),
-        (18, "18"),
-        (18.0, "18"),
-        (0.5, "0.5"),
-        (1e-05, "0.00001"),
-        (2.5e-07, "0.00000025"),
-        (1e16, "10000000000000000"),
-        (-0.1, "-0.1"),
-        (True, "True"),
-        (["2"], "2"),
+        *((18, "18"), (18.0, "18"), (0.5, "0.5"), (-0.1, "-0.1"), (True, "True"), (["2"], "2")),
+        *((1e-05, "0.00001"), (2.5e-07, "0.00000025"), (1e16, "10000000000000000")),
         (["1", 2.0, r"\boxed{3}"], "1, 2, 3"),
     ],
 )
-def test_reference_answer(text: Any, answer: str):
+def test_reference_answer(text, answer):
     assert reference(text) == answer
 
 
@@ -482,7 +473,7 @@ def test_reference_answer(text: Any, answer: str):
         "$n^2$ is even. Hence so is $n$, and we are done.",
     ],
 )
-def test_no_answer(value: Any):
+def test_no_answer(value):
     assert reference(value) == ""
 
 
@@ -495,12 +486,12 @@ def test_no_answer(value: Any):
         "sin x + cos x + tan x + log x + exp x",
     ],
 )
-def test_words_that_are_an_answer(answer: str):
+def test_words_that_are_an_answer(answer):
     assert reference(answer) == answer
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHARED_DATA.glob("*[!s].jsonl")))
-def test_every_real_reference_is_an_answer(name: str):
+def test_every_real_reference_is_an_answer(name):
     lines = (SHARED_DATA / f"{name}.jsonl").open(encoding="utf-8")
     references = [json.loads(line)["answer"] for line in lines]
     assert [reference(text) for text in references] == [text.strip() for text in references]
@@ -509,7 +500,7 @@ def test_every_real_reference_is_an_answer(name: str):
 # ------------------------------------------------------------------ prompts
 
 
-def test_the_prompt_goes_through_the_chat_template(load_rows: Callable, tokenizer: Any):
+def test_the_prompt_goes_through_the_chat_template(load_rows, tokenizer):
     [problem] = load_rows([{"problem": "1+1 = ¿?", "answer": "2"}], instruction="Box it.")
     assert problem.text == "1+1 = ¿?"
     expected = "<|im_start|>user\n1+1 = ¿?\nBox it.<|im_end|>\n<|im_start|>assistant\n"
@@ -558,7 +549,7 @@ OWN = {"prompt": CHAT, "answer": "2"}
         (DATED, None, {}, "01 Jan 2025 00:00 [user]1+1"),
     ],
 )
-def test_templates(prompt: Callable, template: Any, row: Any, settings: dict, expected: str):
+def test_templates(prompt, template, row, settings, expected):
     assert prompt(template, row, **settings) == expected
 
 
@@ -580,9 +571,7 @@ def test_a_question_as_a_text_without_a_chat_template():
         (TRIMMED, {"template_args": '{"tokenize": 1}'}, ', given --template-args {"tokenize": 1}:'),
     ],
 )
-def test_a_template_that_fails(
-    prompt: Callable, capsys: Any, template: Any, settings: dict, why: str
-):
+def test_a_template_that_fails(prompt, capsys, template, settings, why):
     line = rejection(capsys, prompt, template, **settings)
     assert f"--model some-model: its chat template{why}" in line
     line = rejection(capsys, prompt, template, of_tool=True, **settings)
@@ -590,7 +579,7 @@ def test_a_template_that_fails(
 
 
 @pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "3", "null", "{"])
-def test_template_arguments_that_are_no_object(prompt: Callable, capsys: Any, value: str):
+def test_template_arguments_that_are_no_object(prompt, capsys, value):
     line = rejection(capsys, prompt, TRIMMED, template_args=value)
     assert line.startswith(f"error: --template-args {value}: is not a JSON object")
 
