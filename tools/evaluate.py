@@ -39,7 +39,7 @@ from infra.hf_engine import HFEngine
 from infra.models import device, eos_ids, load_model, load_tokenizer, precision, seed_for
 from infra.run import atomic_write, lock_folder, read_lines
 from infra.vllm_engine import Engine, make_engine
-from tools.metrics import Record, difference, majority, summary
+from tools.metrics import Record, difference, majority, summary, table
 
 # Known datasets: the file in --data-dir, and the name on the hub if there is no such file.
 KNOWN = {
@@ -340,42 +340,9 @@ def check(args: Args) -> None:
     require(has_cuda or args.device != "cuda", "--device", args.device, "there is no CUDA GPU")
 
 
-def table(report: dict[str, Any]) -> str:
-    """A block per dataset, a line per metric, a column per model and per difference."""
-    blocks = []
-    for dataset in dict.fromkeys(row["dataset"] for row in report["results"]):
-        rows = report["results"] + report["differences"]
-        first, *others = [row for row in rows if row["dataset"] == dataset]
-        columns = [["", *first["metrics"]]]
-        for row in (first, *others):
-            columns.append(table_column(row))
-        widths = [max(len(cell) for cell in column) for column in columns]
-        lines = [f"{dataset}: {first['problems']} problems, {first['samples']} samples of each"]
-        for metric, *cells in zip(*columns, strict=True):
-            line = f"{metric:{widths[0]}}"
-            for cell, width in zip(cells, widths[1:], strict=True):
-                line += f"   {cell:>{width}}"
-            lines.append(line)
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
-def table_column(row: dict[str, Any]) -> list[str]:
-    """A name, and below it cells such as `0.750 [0.700, 0.800]`; differences have signs."""
-    name, sign = row["model"], ""
-    if "baseline" in row:
-        name, sign = f"{row['model']} - {row['baseline']}", "+"
-    cells = [name]
-    for metric, estimate in row["metrics"].items():
-        digits = sign + (".1f" if metric == "length" else ".3f")
-        value, low, high = (format(estimate[part], digits) for part in ("value", "low", "high"))
-        cells.append(f"{value} [{low}, {high}]")
-    return cells
-
-
 def main(args: Args) -> dict[str, Any]:
     check(args)
-    models, datasets = [*dict.fromkeys(args.models)], [*dict.fromkeys(args.datasets)]
+    models, datasets = list(dict.fromkeys(args.models)), list(dict.fromkeys(args.datasets))
     groups: dict[str, list[str]] = {}  # models that can share an engine
     for model in models:
         load_tokenizer(settings_of(args, model), "--models")  # rejects a model that cannot load
