@@ -1,12 +1,12 @@
-"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
+r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
 A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
 adapter has moved the hidden state that predicts each of them. --credit selects the signals that
 the paper compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs/arca.md.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \\
-        my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \\
+    python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
+        my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \
         --lr 5e-6 --lr-schedule cosine --warmup-ratio 0.1 --lora-dropout 0.05
 
 Left out of grpo.py: the clip, the KL penalty, several updates per step, other averages of the loss,
@@ -27,10 +27,10 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """settings of the method"""
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     scale_rewards: bool = True
@@ -167,8 +167,8 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
-    Only logp has a gradient.
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -191,11 +191,14 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
+    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args)
     # </method>
 
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
     state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
     run.restore(policy, **state)
@@ -211,7 +214,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
-        engine.sleep()
+        engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -219,6 +222,7 @@ def main(args: Args) -> None:
         )
 
         # 2. Score under the policy that sampled, and compare with the engine.
+        # With a single micro-batch the update reuses this forward pass (keep_graph).
         with run.time("score"):
             old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
@@ -251,7 +255,7 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = importance * common.token_weights(
+                loss_weights = importance * common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
@@ -259,14 +263,14 @@ def main(args: Args) -> None:
                     logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
                     # <method>
                     loss = -advantages[index] * logp  # Eq. gradient [paper]
-                    loss = (loss * token_weights[index]).sum()
+                    loss = (loss * loss_weights[index]).sum()
                     clipped = torch.zeros_like(logp)  # there is no ratio to clip
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
                     means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
-                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()

@@ -2,9 +2,10 @@
 
 settings, rollouts, verification, scoring, micro-batches, loss weights, metrics, evaluation.
 
-Shapes: P problems, G rollouts of each (the group), T response tokens, V vocabulary, D hidden width.
+Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
+width; n rollouts of a micro-batch, P' problems of an update.
 What is not the training step is in infra/ (models, engines, data, run folder, command line) and in
-grading/. Scripts import this module alone, so some of the names below are imported for them.
+grading/. A script imports only this module, so this one also re-exports what scripts need.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class RunArgs:
     model: str = "tiny"  # folder or hub name of a causal language model
     dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way
-    question_column: str = ""  # column of the problem, text or messages; empty: a usual name
-    answer_column: str = ""  # column of the reference answer; empty: a usual name
+    question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
+    answer_column: str = ""  # column of the reference answer; empty: found by its name
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
@@ -68,22 +69,22 @@ class RunArgs:
     overlong_buffer: int = 0  # reward falls by up to 1/2 over the last tokens (DAPO); 0: off
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # most nats between engine and trainer; 0: 1e-4 or 0.2 (bfloat16)
+    max_logp_gap: float = 0.0  # largest mean gap to the engine; 0: 1e-4 (float32 on CPU) or 0.2
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
     steps: int = 150  # training steps, each with new rollouts
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
+    # transformers' name; linear and cosine fall to 0 at the end of training
     lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """transformers' name; linear and cosine fall to 0 at the end of training"""
     warmup_ratio: float = 0.0  # share of all updates with linear warm-up
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
     lora_alpha: int = 0  # adapters are scaled by alpha / rank; 0: twice the rank
     lora_dropout: float = 0.0  # dropout of the adapters' inputs
-    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens per micro-batch
+    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens of a micro-batch
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
@@ -96,7 +97,7 @@ class RunArgs:
     eval_problems: int = 200  # number of held-out problems used, the first ones
     eval_samples: int = 4  # samples per problem, in addition to a greedy response
     save_every: int = 50  # steps between checkpoints; 0: only after the last step
-    keep_checkpoints: int = 2  # latest checkpoints kept, in addition to the best
+    keep_checkpoints: int = 2  # latest checkpoints kept, next to the best by eval/accuracy
     log_rollouts: int = 1  # groups per step written to rollouts.jsonl
     wandb_project: str = ""  # also log to this project of Weights & Biases
 
@@ -143,7 +144,7 @@ class Rollouts:
     mask: Tensor  # [P, G, T] true on response tokens, the EOS token included
     engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample; padding: 0
     correct: Tensor  # [P, G] 1.0 or 0.0
-    truncated: Tensor  # [P, G] true if a response reached --max-new-tokens
+    truncated: Tensor  # [P, G] true if a response does not end in a stop token
     texts: list[list[str]]
     graph: tuple[nn.Module, Tensor, Tensor] | None = None  # kept by `score`, used by `token_logp`
 
@@ -158,7 +159,7 @@ def roll_out(
     group_size: int | None = None,
     temperature: float | None = None,
 ) -> list[Group]:
-    """G responses to each problem. A response is a function of the weights and its own seed.
+    """G responses to each problem. Each has its own seed, whatever else is in the batch.
 
     first_tokens: [P, G] token ids that the responses begin with; None: every token is sampled.
     group_size, temperature: override those of `args`.
@@ -205,10 +206,11 @@ def collect(
     engine: Engine,
     grader: Grader,
     run: Run,
-    roll_out: Callable[..., list[Group]] = roll_out,
+    generate: Callable[..., list[Group]] = roll_out,
 ) -> list[Group]:
     """P verified groups for one step.
 
+    generate: rolls out groups; a method may have its own.
     Under dynamic sampling, groups whose verdicts are all equal are replaced by groups of new
     problems. After the last round such groups fill the places that are left.
     """
@@ -216,7 +218,7 @@ def collect(
     for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
         batch = problems.take(args.prompts_per_step - len(groups), args.seed)
         with run.time("rollout"):
-            new = roll_out(engine, batch, args, (args.seed, step, attempt))
+            new = generate(engine, batch, args, (args.seed, step, attempt))
         with run.time("verify"):
             verify(grader, new)
         mixed = [group for group in new if 0 < sum(group.correct) < args.group_size]
@@ -270,15 +272,16 @@ Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[ind
 def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> Iterator[Index]:
     """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
 
-    Padding counts. Rollouts are sorted by length, so there is little padding: lengths 9, 3, 4 and
-    10 with a budget of 20 give the batches [3, 4] and [9, 10].
+    Padding counts. A rollout that exceeds the budget is a batch of its own. Rollouts are sorted by
+    length, so there is little padding: the lengths 9, 3, 4 and 10 with a budget of 20 give the
+    batches [3, 4] and [9, 10].
     """
     lengths = rollouts.mask.sum(-1).tolist()
     by_length = []
     for p in problems.tolist():
         for g, length in enumerate(lengths[p]):
             by_length.append((len(rollouts.problems[p].prompt) + length, p, g))
-    batch: list[tuple[int, int]] = []
+    batch: list[tuple[int, int]] = []  # (problem, rollout)
     for length, p, g in sorted(by_length):
         if batch and length * (len(batch) + 1) > token_budget:
             yield tuple(torch.tensor(batch).T)
@@ -292,14 +295,14 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     Returns [tokens, D], in the order of `rollouts.mask[index]`.
     """
-    model.train(torch.is_grad_enabled())  # dropout only in the update
+    model.train(torch.is_grad_enabled())  # dropout under gradients alone, none in scoring
     lengths = rollouts.mask[index].sum(-1)  # [n]
     longest = int(lengths.max())
     tokens = rollouts.tokens[index][:, :longest]  # [n, T]
     mask = rollouts.mask[index][:, :longest]
-    problems, which = index[0].unique(return_inverse=True)
-    prompts = [rollouts.problems[p].prompt for p in problems]
-    which = which.to(mask.device)  # [n], each rollout's prompt
+    problems, which = index[0].unique(return_inverse=True)  # [n]: each rollout's prompt
+    prompts = [rollouts.problems[p].prompt for p in problems.tolist()]
+    which = which.to(mask.device)
 
     can_share = not args.gradient_checkpointing and not is_recurrent(model)
     with autocast(args):
@@ -317,9 +320,10 @@ def padded_hidden_states(
     padding on the right.
     """
     sequences = []
-    for prompt, row, length in zip(which, tokens, mask.sum(-1), strict=True):
-        sequences.append(torch.cat([tokens.new_tensor(prompts[prompt]), row[: length - 1]]))
-    body = base_model(model).base_model
+    for p, response, length in zip(which, tokens, mask.sum(-1), strict=True):
+        prompt = tokens.new_tensor(prompts[p])
+        sequences.append(torch.cat([prompt, response[: length - 1]]))
+    body = base_model(model).base_model  # without LoRA's wrapper, then without the LM head
     states = body(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False)[0]
 
     # The prompt's last token predicts response token 0, which predicts token 1, and so on.
@@ -333,7 +337,8 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token of n rollouts, and the entropy of its distribution.
 
-    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient.
+    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient. If
+    `score` kept its graph, the first call under gradients returns those results.
     """
     if rollouts.graph and torch.is_grad_enabled():
         scored_model, logp, entropy = rollouts.graph
@@ -343,9 +348,10 @@ def token_logp(
 
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
-    weight, scale, cap = lm_head(model)
+    weight, logit_scale, soft_cap = lm_head(model)
+    logit_scale /= args.temperature
     targets = rollouts.tokens[index][mask]
-    logp, entropy = HeadLogp.apply(hidden, weight, targets, scale / args.temperature, cap)
+    logp, entropy = HeadLogp.apply(hidden, weight, targets, logit_scale, soft_cap)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
@@ -354,16 +360,17 @@ def token_logp(
 def score(
     model: nn.Module, rollouts: Rollouts, args: RunArgs, *, keep_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`token_logp` of all rollouts, without a gradient: two [P, G, T].
+    """`token_logp` of all rollouts: two [P, G, T] that carry no gradient.
 
-    keep_graph: if the step's only update fits into one micro-batch, keep the autograd graph in
-    `rollouts`, so that the update's `token_logp` does not compute the same forward pass again.
+    keep_graph: if the step's only update fits into one micro-batch, also keep the results with
+    their autograd graph in `rollouts`. The update's `token_logp` returns them, so that the same
+    forward pass is not computed again.
     """
     all_problems = torch.arange(len(rollouts.problems))
     batches = list(micro_batches(rollouts, args.token_budget, all_problems))
-    one_pass = len(batches) == args.updates_per_rollout == 1
+    one_pass = args.updates_per_rollout == 1 and len(batches) == 1
     keep_graph = keep_graph and one_pass and not uses_dropout(model, args)
-    if not keep_graph:  # without activations to keep, more tokens fit
+    if not keep_graph:  # no activations are kept, so a batch can have more tokens
         batches = list(micro_batches(rollouts, 4 * args.token_budget, all_problems))
 
     logp = torch.zeros_like(rollouts.engine_logp)
@@ -379,14 +386,15 @@ def score(
 def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[str, float]:
     """How far the engine's log-probabilities are from the trainer's, mean and maximum in nats.
 
-    Raises StopRun if the mean exceeds rounding error: then the engine sampled from another policy
-    than the one that is trained.
+    Raises StopRun if the mean exceeds rounding error, because then the engine sampled from another
+    policy than the one that is trained, or if a log-probability is not finite.
     """
     if not old_logp[rollouts.mask].isfinite().all():
         raise StopRun("the policy's log-probabilities are not finite")
-    sampled = rollouts.mask & rollouts.engine_logp.isfinite()
+    sampled = rollouts.mask & ~rollouts.engine_logp.isnan()  # NaN: the engine did not sample it
     gap = (rollouts.engine_logp - old_logp)[sampled].abs()
-    mean, maximum = gap.mean().item(), gap.max().item()
+    mean = gap.mean().item()
+    maximum = gap.max().item() if len(gap) else math.nan
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
     if math.isnan(mean) or mean > allowed:
@@ -404,8 +412,8 @@ def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor,
     """Mean and standard deviation of x over the response tokens of each group.
 
     x and mask are [..., G, T], the results [..., 1, 1]. correction: 1 divides by the count minus 1
-    (unbiased), 0 by the count. Fewer than two values, or equal ones, give exactly 0. That is
-    decided by comparing them, because the mean of equal floats can differ from them by rounding.
+    (unbiased), 0 by the count. The standard deviation of equal values, or of fewer than two, is
+    exactly 0: it is set to 0 if lowest == highest, because rounding would leave a remainder.
     """
     group = {"dim": (-2, -1), "keepdim": True}
     count = mask.sum(**group)
@@ -440,7 +448,7 @@ def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tens
 
 
 def shuffled_shares(count: int, shares: int, seed: int) -> tuple[Tensor, ...]:
-    """The numbers 0 ... count - 1 in random order, split into equal shares."""
+    """The numbers 0 ... count - 1 in random order, in equal shares. `shares` divides `count`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator).chunk(shares)
 
@@ -450,8 +458,9 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
 
     mask: [P, G, T]; share: [P'], the update's problems, all others weigh 0. The weights are those
     of the whole update, so the gradient does not depend on the size of micro-batches.
-    average: "token" over all tokens (DAPO Eq. 8); "sequence" over each response's tokens, then
-    over responses (DeepSeekMath Eq. 3); "constant" by the length limit (Dr. GRPO).
+    average: "token" is the mean over all tokens (DAPO Eq. 8); "sequence" the mean over each
+    response's tokens, then over responses (DeepSeekMath Eq. 3); "constant" divides the sum by the
+    number of responses x max_new_tokens (Dr. GRPO).
     """
     update_mask = torch.zeros_like(mask)
     update_mask[share] = mask[share]
@@ -464,7 +473,7 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
 
 
 def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
-    """transformers' learning-rate schedule. Its import takes two seconds, which --help need not."""
+    """transformers' learning-rate schedule, imported late: it takes 2 s, too long for --help."""
     from transformers import get_scheduler
 
     return get_scheduler(name, optimizer, warmup, updates)
@@ -491,7 +500,10 @@ class TokenMeans:
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor, entropy: Tensor) -> dict[str, Any]:
-    """What docs/metrics.md lists for the rollouts of a step. rewards: [P, G]."""
+    """Means over a step's rollouts; zero_variance is the share of groups with equal rewards.
+
+    rewards: [P, G]; entropy: [P, G, T], in nats.
+    """
     lengths = rollouts.mask.sum(-1).float()
     equal_rewards = rewards.amax(-1) == rewards.amin(-1)
     boxed = [last_boxed(text) is not None for row in rollouts.texts for text in row]

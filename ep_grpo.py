@@ -1,14 +1,17 @@
-"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
+r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
 
 grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress. The gate
 rises with the token's entropy relative to its group. Progress is the log-ratio of policy to
-reference, signed by the verdict and standardised over tokens in the same entropy bucket. Groups
-with equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md.
+reference, signed by the outcome and standardised over the group's tokens at the same stage of their
+rollout. The stage (bucket) is the share of the rollout's entropy spent so far. Groups with equal
+rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and below,
+[paper] marks what the paper states and [open] our choice where it states nothing.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
-        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
+    python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
+        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -25,10 +28,10 @@ import common
 from common import standardize
 
 
-# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """settings of the method"""
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     gamma: float = 5.0
@@ -38,14 +41,14 @@ class Args(common.RunArgs):
     buckets: int = 10
     """K: entropy buckets in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: in a group of equal rewards, a reward above it counts as correct (paper: 0.5)"""
+    """θ: if all rewards of a group are equal, they count as correct above θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.001
     """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
 
@@ -79,11 +82,12 @@ def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: floa
 def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     """Each token's bucket, 0 ... buckets - 1: [P, G, T].
 
-    The bucket is given by the share of the rollout's entropy spent up to and including the token:
-    entropies [3, 1, 2] with 3 buckets have shares [1/2, 2/3, 1] and are in buckets [1, 2, 2].
+    The bucket is floor(buckets x share). The share is the part of the rollout's entropy spent up to
+    and including the token; share 1 is in the last bucket. With 3 buckets, the entropies [3, 1, 2]
+    have the shares [1/2, 2/3, 1] and are in the buckets [1, 2, 2].
     """
     spent = torch.where(mask, entropy, 0.0).cumsum(-1)
-    total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)
+    total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)  # all entropies may be 0
     position = buckets * spent / total  # Eq. 23 [paper]
     return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
 
@@ -105,18 +109,19 @@ def ep_grpo_advantages(
     """Gated outcome advantage plus progress advantage of each token: [P, G, T], 0 outside the mask.
 
     rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
-    ref_logp of the frozen initial policy. The scale of the log-ratio (the paper's λ) cancels.
+    ref_logp of the frozen initial policy. The paper multiplies the log-ratio by λ, which is not a
+    setting here: the standardisation divides by it again.
     Progress has mean 0 in each bucket of a group. It is 0 for a token alone in its bucket [open].
     """
     outcome = grpo_advantages(rewards, eps=eps)  # [P, G]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]
 
-    # The sign of the outcome, or of the reward itself in a group of equal rewards.
+    # The sign of the outcome, or of reward - threshold in a group of equal rewards.
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
     sign = torch.where(varied, outcome, rewards - reward_threshold).sign()  # Eq. 21 [paper]
     signal = sign[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
 
-    # A bucket holds tokens of all rollouts of the group.
+    # A bucket holds tokens of all rollouts of the group. `standardize` is 0 outside its mask.
     progress = torch.zeros_like(signal)
     bucket = entropy_buckets(entropy, mask, buckets)
     for k in range(buckets):
@@ -132,8 +137,8 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
-    Only logp has a gradient.
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -156,11 +161,14 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
+    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args)
     # </method>
 
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
     state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
     run.restore(policy, **state)
@@ -176,7 +184,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
-        engine.sleep()
+        engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -184,6 +192,7 @@ def main(args: Args) -> None:
         )
 
         # 2. Score under the policy that sampled, and compare with the engine.
+        # With a single micro-batch the update reuses this forward pass (keep_graph).
         with run.time("score"):
             old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
@@ -213,7 +222,7 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = importance * common.token_weights(
+                loss_weights = importance * common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
@@ -225,13 +234,13 @@ def main(args: Args) -> None:
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(logp, ref_logp[index])
-                    loss = (loss * token_weights[index]).sum()
+                    loss = (loss * loss_weights[index]).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
                     means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
-                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
@@ -242,17 +251,21 @@ def main(args: Args) -> None:
         metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        # The two terms of the advantage.
+        # The two terms of the advantage: gate x outcome, and eta x progress.
         gate = entropy_gate(entropy, mask, gamma=args.gamma)
-        outcome = gate * grpo_advantages(rewards)[..., None] * mask
-        progress = advantages - outcome
-        per_token = {"advantage": advantages, "outcome": outcome, "progress": progress}
+        outcome_term = gate * grpo_advantages(rewards)[..., None] * mask
+        progress_term = advantages - outcome_term
+        per_token = {
+            "advantage": advantages,
+            "outcome": outcome_term,
+            "progress": progress_term,
+        }
         metrics |= {
             "kl_to_reference": kl_estimate(old_logp, ref_logp)[mask].mean(),
-            "credit/outcome": outcome[mask].abs().mean(),
-            "credit/progress": progress[mask].abs().mean(),
+            "credit/outcome": outcome_term[mask].abs().mean(),
+            "credit/progress": progress_term[mask].abs().mean(),
             "credit/log_ratio": (old_logp - ref_logp)[mask].abs().mean(),
-            "credit/sign_differs": (advantages * outcome < 0)[mask].float().mean(),
+            "credit/sign_differs": (advantages * outcome_term < 0)[mask].float().mean(),
         }
         # </method>
         run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)

@@ -1,15 +1,16 @@
-"""GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300).
+r"""GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300).
 
 Sample G responses to each problem and verify them. The advantage of every token of a response is
 the z-score of its reward within the group. Then take a clipped policy-gradient step.
 The other scripts are this file with another advantage or loss: read `diff grpo.py ep_grpo.py`.
 
     python grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
-        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
+    python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
+        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
 The loss is averaged over all tokens and has no KL term. DeepSeekMath's own form, DAPO (arXiv
 2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -25,10 +26,10 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """settings of the method"""
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     scale_rewards: bool = True
@@ -39,7 +40,7 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
     # </method>
@@ -66,8 +67,8 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
-    Only logp has a gradient.
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -90,11 +91,14 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
+    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args) if args.kl else None
     # </method>
 
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
     state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
     run.restore(policy, **state)
@@ -110,7 +114,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
-        engine.sleep()
+        engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -118,6 +122,7 @@ def main(args: Args) -> None:
         )
 
         # 2. Score under the policy that sampled, and compare with the engine.
+        # With a single micro-batch the update reuses this forward pass (keep_graph).
         with run.time("score"):
             old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
@@ -139,7 +144,7 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = importance * common.token_weights(
+                loss_weights = importance * common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
@@ -151,13 +156,13 @@ def main(args: Args) -> None:
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(logp, ref_logp[index])
-                    loss = (loss * token_weights[index]).sum()
+                    loss = (loss * loss_weights[index]).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
                     means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
-                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()

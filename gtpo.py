@@ -1,12 +1,12 @@
-"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
+r"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 
 GTPO (--level token) compares tokens at the same position of a group. A token of a correct rollout
 earns more if the policy was uncertain. A token of a wrong rollout loses more if it was certain.
 GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one ratio per rollout.
 
     python gtpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \\
-        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \\boxed{}.'
+    python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
+        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
 What the paper leaves open is a flag: see docs/gtpo.md.
 Left out: several GPUs, asynchronous rollouts, reward models.
@@ -25,10 +25,10 @@ import common
 from common import standardize
 
 
-# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """settings of the method"""
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     level: Literal["token", "sequence"] = "token"
@@ -47,7 +47,7 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: sum over tokens / --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
@@ -188,8 +188,8 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
-    Only logp has a gradient.
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -212,11 +212,14 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
+    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args) if args.kl else None
     # </method>
 
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
     state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
     run.restore(policy, **state)
@@ -232,7 +235,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
-        engine.sleep()
+        engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -240,6 +243,7 @@ def main(args: Args) -> None:
         )
 
         # 2. Score under the policy that sampled, and compare with the engine.
+        # With a single micro-batch the update reuses this forward pass (keep_graph).
         with run.time("score"):
             old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
@@ -274,7 +278,7 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = importance * common.token_weights(
+                loss_weights = importance * common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
@@ -288,13 +292,13 @@ def main(args: Args) -> None:
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(logp, ref_logp[index])
-                    loss = (loss * token_weights[index]).sum()
+                    loss = (loss * loss_weights[index]).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
                     means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
-                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()

@@ -1,12 +1,12 @@
-"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
+r"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 
 GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
 p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
 with p < 0 those that became less likely. The advantage is GRPO's. Page: docs/holderpo.md.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \\
-        --eval-dataset my/test.jsonl --instruction 'Put your final answer in \\boxed{}.'
+    python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \
+        --eval-dataset my/test.jsonl --instruction 'Put your final answer in \boxed{}.'
 
 GSPO: --schedule constant --p-start 0; GMPO: --clip-level token as well.
 Left out of grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
@@ -25,10 +25,10 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Regions between the method marks differ from grpo.py in other scripts. All other lines are equal.
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """settings of the method"""
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     scale_rewards: bool = True
@@ -174,8 +174,8 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]. Returns each token's loss, [n, T], and where the clip removes its gradient, [n, T].
-    Only logp has a gradient.
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -200,8 +200,10 @@ def main(args: Args) -> None:
     # <method>
     # </method>
 
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
     state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
     run.restore(policy, **state)
@@ -217,7 +219,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
-        engine.sleep()
+        engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -225,6 +227,7 @@ def main(args: Args) -> None:
         )
 
         # 2. Score under the policy that sampled, and compare with the engine.
+        # With a single micro-batch the update reuses this forward pass (keep_graph).
         with run.time("score"):
             old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
@@ -247,7 +250,7 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = importance * common.token_weights(
+                loss_weights = importance * common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
@@ -262,15 +265,15 @@ def main(args: Args) -> None:
                         clip=args.clip,
                         clip_level=args.clip_level,
                     )
-                    loss = (loss * token_weights[index].sum(-1)).sum()
+                    loss = (loss * loss_weights[index].sum(-1)).sum()
                     rhos.append(holder_ratio(*pair, p).detach())
                     entropies.append(torch.special.entr(gradient_weights(*pair, p)).sum(-1))
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())
+                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
                     means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
-                grad_norm = clip_grad_norm_(weights, args.max_grad_norm).item()
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()

@@ -13,7 +13,6 @@ interrupted comparison. docs/compare.md describes the rules and names the comman
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
@@ -267,32 +266,28 @@ def mean(rows: list[dict], name: str) -> float:
     return statistics.mean(row[name] for row in rows)
 
 
-def methods_of(rows: list[dict]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
-
-
 def validation_accuracy(selection: list[dict], method: str) -> dict[str, float]:
     """Mean accuracy over seeds by learning rate. A run that stopped itself counts as 0."""
     rows = sorted(select(selection, method=method), key=lambda row: float(row["lr"]))
     return {row["lr"]: mean(select(rows, lr=row["lr"]), "accuracy") for row in rows}
 
 
-def selected_rate(selection: list[dict], method: str, rates: list[str]) -> tuple[str, bool]:
-    """The learning rate with the highest validation accuracy (the lower rate on a tie), and whether
-    it is the lowest or the highest rate of the grid."""
-    accuracy = validation_accuracy(selection, RATE_OF.get(method, method))
-    best = max(accuracy, key=accuracy.get) if accuracy else rates[0]
-    ends = min(rates, key=float), max(rates, key=float)
-    return best, len(rates) > 1 and best in ends
+def selected_rate(results: dict, method: str) -> str:
+    """The learning rate with the highest validation accuracy; the lower rate on a tie."""
+    accuracy = validation_accuracy(results["selection"], RATE_OF.get(method, method))
+    return max(accuracy, key=accuracy.get) if accuracy else results["rates"][0]
 
 
-def split_rows(results: dict) -> tuple[list[dict], list[dict]]:
-    """The measured runs at the selected learning rates, and the runs at other rates."""
-    at_selected, others = [], []
+# ------------------------------------------------------------------------------- the pages
+
+
+def at_selected_rates(results: dict) -> dict[str, list[dict]]:
+    """The measured runs of each method at its learning rate."""
+    runs: dict[str, list[dict]] = {}
     for row in results["rows"]:
-        rate, _ = selected_rate(results["selection"], row["method"], results["rates"])
-        (at_selected if row["lr"] == rate else others).append(row)
-    return at_selected, others
+        if row["lr"] == selected_rate(results, row["method"]):
+            runs.setdefault(row["method"], []).append(row)
+    return runs
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
@@ -303,82 +298,63 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return center - reach, center + reach
 
 
-def differences(rows: list[dict], method: str, baseline: str) -> list[float]:
-    """Accuracy of a method minus accuracy of the baseline with the same seed, for each seed."""
-    accuracy = {row["seed"]: row["accuracy"] for row in select(rows, method=baseline)}
-    own = {row["seed"]: row["accuracy"] for row in select(rows, method=method)}
-    return [own[seed] - accuracy[seed] for seed in sorted(own.keys() & accuracy.keys())]
+def differences(rows: list[dict], baseline: list[dict]) -> list[float]:
+    """Accuracy minus the baseline's accuracy with the same seed, for each seed of both."""
+    accuracy = {row["seed"]: row["accuracy"] for row in baseline}
+    found = []
+    for row in rows:
+        if row["seed"] in accuracy:
+            found.append(row["accuracy"] - accuracy[row["seed"]])
+    return found
 
 
-def versus(rows: list[dict], method: str, baseline: str) -> str:
+def versus(rows: list[dict], baseline: list[dict]) -> str:
     """The mean difference to the baseline and its interval; empty for the baseline itself."""
-    values = differences(rows, method, baseline)
-    if method == baseline or len(values) < 2:
+    values = differences(rows, baseline)
+    if rows == baseline or len(values) < 2:
         return ""
     low, high = t_interval(values)
     return f"{statistics.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
 
 
 def table(results: dict) -> str:
-    """Means over seeds of each method at its learning rate."""
+    """Means over seeds of each method at its learning rate, and at its second rate, if any."""
     head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "tokens, M"]
     head.append("accuracy minus GRPO's")
-    start = results["start"]
+    start, rates = results["start"], results["rates"]
     cells = f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"
     lines = [["before training", "", *cells, "", ""]]
-    rows, _ = split_rows(results)
-    for method in methods_of(rows):
-        own = select(rows, method=method)
-        rate, at_end = selected_rate(results["selection"], method, results["rates"])
-        cells = [f"{mean(own, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
-        cells += [f"{mean(own, 'length'):.1f}", f"{mean(own, 'tokens') / 1e6:.2f}"]
-        mark = " †" if at_end else ""
-        lines.append([method, rate + mark, *cells, versus(rows, method, "GRPO")])
+    runs = at_selected_rates(results)
+    for method, lr in dict.fromkeys((row["method"], row["lr"]) for row in results["rows"]):
+        rows = select(results["rows"], method=method, lr=lr)
+        rate = lr
+        if rows != runs[method]:
+            rate += " (not selected)"
+        elif len(rates) > 1 and lr in (rates[0], rates[-1]):
+            rate += " †"
+        cells = [f"{mean(rows, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
+        cells += [f"{mean(rows, 'length'):.1f}", f"{mean(rows, 'tokens') / 1e6:.2f}"]
+        lines.append([method, rate, *cells, versus(rows, runs["GRPO"])])
     return markdown(head, lines)
 
 
-def selection_table(results: dict) -> str:
-    """Validation accuracy of each method at each learning rate; the selected rate in bold."""
-    rates, lines = results["rates"], []
-    for method in methods_of(results["selection"]):
-        best, _ = selected_rate(results["selection"], method, rates)
-        cells = dict.fromkeys(rates, "")
-        for rate, accuracy in validation_accuracy(results["selection"], method).items():
-            cells[rate] = f"{accuracy:.3f}"
-        cells[best] = f"**{cells[best]}**"
-        lines.append([method, *cells.values()])
-    return markdown(["method", *rates], lines)
-
-
-def credit_table(results: dict) -> str:
+def credit_table(sums: dict, needle: dict) -> str:
     """The credits of arca.py against its uniform credit, which trains the same adapters."""
-    rows, _ = split_rows(results)
-    baseline, lines = "uniform credit", []
+    lines = []
     for method, command in METHODS.items():
-        if command.startswith("arca.py") and method != baseline:
-            lines.append([method, versus(rows, method, baseline)])
-    return markdown(["credit", "accuracy minus that of uniform credit"], lines)
-
-
-def other_rates_table(results: dict) -> str:
-    """The runs, with the same seeds, at learning rates that were not selected."""
-    at_selected, others = split_rows(results)
-    baseline, lines = select(at_selected, method="GRPO"), []
-    for method, rate in dict.fromkeys((row["method"], row["lr"]) for row in others):
-        rows = select(others, method=method, lr=rate)
-        difference = versus(baseline + rows, method, "GRPO")
-        lines.append([method, rate, f"{mean(rows, 'accuracy'):.3f}", difference])
-    return markdown(["method", "learning rate", "accuracy", "accuracy minus GRPO's"], lines)
+        if command.startswith("arca.py") and method != "uniform credit":
+            lines.append([method])
+            for runs in (at_selected_rates(sums), at_selected_rates(needle)):
+                lines[-1].append(versus(runs[method], runs["uniform credit"]))
+    return markdown(["accuracy minus that of uniform credit", "sums", "needle"], lines)
 
 
 def tokens_table(results: dict, longer: dict) -> str:
     """VinePPO, GRPO with as many rollouts and GRPO with as many tokens, on the same seeds."""
-    seeds = {row["seed"] for row in longer["rows"]}
-    at_selected, _ = split_rows(results)
-    same_seeds = [row for row in at_selected if row["seed"] in seeds]
-    lines = []
-    for method, rows in (("GRPO", same_seeds), ("VinePPO", same_seeds), ("GRPO", longer["rows"])):
-        own = select(rows, method=method)
+    runs, more = at_selected_rates(results), longer["rows"]
+    seeds, lines = {row["seed"] for row in more}, []
+    for method, rows in (("GRPO", runs["GRPO"]), ("VinePPO", runs["VinePPO"]), ("GRPO", more)):
+        own = [row for row in rows if row["seed"] in seeds]
         tokens, accuracy = f"{mean(own, 'tokens') / 1e6:.2f}", f"{mean(own, 'accuracy'):.3f}"
         pass_8 = f"{mean(own, 'pass@8'):.3f}"
         lines.append([method, own[0]["step"], own[0]["rollouts"], tokens, accuracy, pass_8])
@@ -389,27 +365,18 @@ def tokens_table(results: dict, longer: dict) -> str:
 
 def caption(results: dict) -> str:
     """How the numbers of `table` were measured."""
-    rows, _ = split_rows(results)
-    grid, steps = ", ".join(results["rates"]), results["steps"]
-    runs = collections.Counter(row["method"] for row in rows)
-    [(usual, _)] = collections.Counter(runs.values()).most_common(1)
-    text = f"Means over {usual} seeds"
-    for method, count in runs.items():
-        if count != usual:
-            text += f", {method}'s over {count}"
-    text += "; in brackets the 95% interval of the mean paired difference (Student's t over seeds)."
-    if len(results["rates"]) == 1:
-        text += f" All methods use the learning rate {grid}."
-    else:
-        text += f" The learning rates were selected from {grid}."
+    runs, steps = at_selected_rates(results), results["steps"]
+    seeds = sorted({len(rows) for rows in runs.values()})
+    text = f"Means over {' or '.join(map(str, seeds))} seeds; in brackets the 95% interval of the "
+    text += "paired difference (Student's t). Learning rates tried on validation problems: "
+    text += ", ".join(results["rates"]) + "."
     if "†" in table(results):
         text += " † marks the lowest or highest of these: a better rate may lie outside."
-    text += f" Each run sampled {steps * results['prompts'] * GROUP} rollouts in {steps} steps"
-    dapo = select(rows, method="DAPO")
-    if dapo:
-        cut_at = sorted(row["step"] for row in dapo)
-        fewest = min(row["rollouts"] for row in dapo)
-        text += f", DAPO {fewest} or more in {cut_at[0]} to {cut_at[-1]} steps"
+    text += f" Each run has {steps * results['prompts'] * GROUP} rollouts in {steps} steps"
+    if "DAPO" in runs:
+        cut_at = sorted(row["step"] for row in runs["DAPO"])
+        fewest = min(row["rollouts"] for row in runs["DAPO"])
+        text += f", DAPO at least {fewest} in {cut_at[0]} to {cut_at[-1]}"
     vllm = results["versions"]["vllm"]
     return f"{text}. `{results['command']}`, {results['machine']}, vLLM {vllm} for CPU."
 
@@ -419,24 +386,20 @@ def blocks(results: dict) -> dict[str, str]:
     few, needle = read_json(FEW_ROLLOUTS), read_json(NEEDLE)
     return {
         "compare": f"{caption(results)}\n\n{table(results)}",
-        "compare-choice": selection_table(results),
-        "compare-credit": credit_table(results),
-        "compare-others": other_rates_table(results),
+        "compare-credit": credit_table(results, needle),
         "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
         "compare-few": f"{caption(few)}\n\n{table(few)}",
         "compare-needle": f"{caption(needle)}\n\n{table(needle)}",
-        "compare-needle-credit": credit_table(needle),
         "compare-needle-tokens": tokens_table(needle, read_json(NEEDLE_TOKENS)),
-        "compare-needle-choice": selection_table(needle),
     }
 
 
 def draw(results: dict) -> None:
     """Draw the figures of both tasks."""
     for name, of_task in (("compare", results), ("compare-needle", read_json(NEEDLE))):
-        curves = collections.defaultdict(list)
-        for row in split_rows(of_task)[0]:
-            curves[row["method"]].append(row["curve"])
+        curves = {}
+        for method, rows in at_selected_rates(of_task).items():
+            curves[method] = [row["curve"] for row in rows]
         figures.draw_compare(f"{name}.svg", curves)
 
 
@@ -531,7 +494,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     for seed in range(1, 1 + args.seeds):  # the results of a seed are saved before the next seed
         jobs = []
         for method in methods:
-            rate, _ = selected_rate(results["selection"], method, results["rates"])
+            rate = selected_rate(results, method)
             second_rate = TASKS[args.task].second_rate.get(method, rate)
             for lr in dict.fromkeys([rate, second_rate]):  # they may be equal
                 jobs.append(Job(method, lr, seed))

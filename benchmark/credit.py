@@ -127,11 +127,13 @@ def holder_credit(
             loss, _ = holderpo.holder_surrogate(logp, old_logp[index], mask, outcome[index], p)
             loss.sum().backward()
         trained = [weight for weight in moved.parameters() if weight.requires_grad]
-        torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+        optimizer.step()
 
         logp, _ = common.score(moved, rollouts, args)
         logp = logp[half].flatten(0, 1).requires_grad_()
-        old, mask = old_logp[half].flatten(0, 1), rollouts.mask[half].flatten(0, 1)
+        old = old_logp[half].flatten(0, 1)
+        mask = rollouts.mask[half].flatten(0, 1)
         loss, _ = holderpo.holder_surrogate(logp, old, mask, outcome[half].flatten(), p)
         loss.sum().backward()
         credit[half] = (-logp.grad * mask.sum(-1, keepdim=True)).view_as(credit[half])
@@ -145,12 +147,14 @@ def read_truth(row: Row, estimates: list[int], count: int) -> tuple[Truth, list[
     tried = count * len(estimates)
     for g, reward in enumerate(row["correct"]):
         won = np.array(row["wins"][g])[:, estimates].sum(-1)
-        curve = truth.true_advantages(np.array(row["others"][g]), won, tried, reward)
+        others = np.array(row["others"][g])
+        curve = truth.true_advantages(others, won, tried, reward)
         curves.append(curve)
         true.advantages.append(curve.advantages)
-        true.clear.append(np.abs(curve.advantages) > np.maximum(truth.CLEAR, 2 * curve.errors))
+        smallest = np.maximum(truth.CLEAR, 2 * curve.errors)
+        true.clear.append(np.abs(curve.advantages) > smallest)
         pieces = row["pieces"][g]
-        ends = np.cumsum([len(piece) for piece in pieces])  # in characters
+        ends = np.cumsum(list(map(len, pieces)))  # in characters
         steps = []
         for start, end, right in check_steps(row["problem"], "".join(pieces)):
             first, last = np.searchsorted(ends, (start, end - 1), side="right")
@@ -175,11 +179,13 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
         for g, reward in enumerate(row["correct"]):
             total = both[g].advantages.sum()
             closing.append(total - (reward - both[g].values[0]))
-            error = np.hypot(both[g].value_errors[0], np.sqrt(new * (1 - new) / tried))
+            error_of_new = np.sqrt(new * (1 - new) / tried)
+            error = np.hypot(both[g].value_errors[0], error_of_new)
             against_new.append((total - (reward - new)) / error)
             error = np.hypot(first[g].errors, second[g].errors).clip(1e-12)
             z = (first[g].advantages - second[g].advantages) / error
-            repeated.append(z[np.array(row["others"][g]) > 0])
+            uncertain = np.array(row["others"][g]) > 0
+            repeated.append(z[uncertain])
     return {
         "advantages of a rollout − (reward − V(prompt)), largest": float(np.abs(closing).max()),
         "the same with V(prompt) from new responses, mean z": float(np.mean(against_new)),
@@ -209,9 +215,9 @@ def as_lists(tensors: Signals, mask: Tensor) -> dict[str, list[Credit]]:
     for name, values in tensors.items():
         values = values.double().cpu()
         lists[name] = []
-        for of_group, group_mask in zip(values, mask.cpu(), strict=True):
-            rollouts = zip(of_group, group_mask, strict=True)
-            lists[name].append([row[is_token].numpy() for row, is_token in rollouts])
+        for of_group, is_token in zip(values, mask.cpu(), strict=True):
+            lengths = is_token.sum(-1).tolist()
+            lists[name].append([row.numpy() for row in of_group[is_token].split(lengths)])
     return lists
 
 
@@ -235,8 +241,7 @@ def summarise(
     truths = [read_truth(row, [0, 1], count)[0] for row in rows]
     first = [read_truth(row, [0], count)[0] for row in rows]
     second = [read_truth(row, [1], count)[0] for row in rows]
-    pairs = zip(groups, truths, strict=True)
-    credits["VinePPO, true values"] = [step_sums(*pair) for pair in pairs]
+    credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
 
     methods: dict[str, dict] = {name: {} for name in credits}
     methods["truth, measured again"] = {}
@@ -250,7 +255,8 @@ def summarise(
 
     sizes = []  # a signal has no sign: it is compared with the size of the true advantage
     for true in truths:
-        sizes.append(replace(true, advantages=[np.abs(row) for row in true.advantages]))
+        absolute = list(map(np.abs, true.advantages))
+        sizes.append(replace(true, advantages=absolute))
     of_signals: dict[str, dict] = {name: {} for name in signals}
     for label, measure in truth.SIGNAL_MEASURES.items():
         for name, signal in signals.items():
@@ -266,47 +272,51 @@ def summarise(
 
 
 def interval(figure: dict[str, Any] | None) -> str:
+    """A value and its interval, without brackets if it is the value; bold if unlike GRPO's."""
     if figure is None:
         return "–"
-    low, high = figure["interval"]
-    value = f"{figure['value']:.2f}"
-    if figure["differs"]:
-        value = f"**{value}**"
-    return f"{value} [{low:.2f}, {high:.2f}]"
+    numbers = figure["value"], *figure["interval"]
+    value, low, high = (f"{number:.2f}" for number in numbers)
+    shown = f"**{value}**" if figure["differs"] else value
+    return shown if low == value == high else f"{shown} [{low}, {high}]"
 
 
-def number(value: float | None) -> str:
-    if value is None:
-        return "–"
+def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def methods_table(methods: dict[str, dict[str, Any]]) -> str:
+    """The measures of each method. Methods with equal cells share a row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for method, figures_of_method in methods.items():
+        cells = tuple(map(interval, figures_of_method.values()))
+        names.setdefault(cells, []).append(method)
+    rows = [[", ".join(names[cells]), *cells] for cells in names]
+    return markdown(["credit", *truth.MEASURES], rows)
 
 
 def tables(results: dict[str, Any]) -> str:
     """All tables of the page."""
-    policies = results["policies"]
-    settings = results["settings"]
+    policies, settings = results["policies"], results["settings"]
     parts = [
         f"`{results['command']}`, seed {settings['seed']}: {settings['prompts']} problems, "
         f"{settings['group_size']} rollouts of each, {settings['continuations']} continuations for "
-        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for "
-        f"CPU. All numbers: `benchmark/results/credit.json`. In brackets the 95% interval."
+        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for CPU."
     ]
     for name, policy in policies.items():
-        rows = [[method, *map(interval, row.values())] for method, row in policy["methods"].items()]
-        parts += [f"The {name} policy:", markdown(["credit", *truth.MEASURES], rows)]
-    first, *_ = policies.values()
+        parts += [f"The {name} policy:", methods_table(policy["methods"])]
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
-        rows = []
-        for name in first[part]:
-            rows.append([name, *(number(policy[part][name]) for policy in policies.values())])
+        columns = [policy[part] for policy in policies.values()]
+        rows = [[name, *(number(column[name]) for column in columns)] for name in columns[0]]
         parts.append(markdown([title, *policies], rows))
     head = ["signal, against the size of the true advantage"]
     head += [f"{measure}, {name}" for name in policies for measure in truth.SIGNAL_MEASURES]
     rows = []
-    for signal in first["signals"]:
+    columns = [policy["signals"] for policy in policies.values()]
+    for signal in columns[0]:
         rows.append([signal])
-        for policy in policies.values():
-            rows[-1] += map(interval, policy["signals"][signal].values())
+        for column in columns:
+            rows[-1] += map(interval, column[signal].values())
     parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
@@ -333,7 +343,7 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         lr=LR,
         seed=args.seed,
     )
-    summaries = {}
+    summaries, count = {}, args.continuations
     with common.Grader() as grader:
         tokenizer = common.load_tokenizer(settings)
         policy = common.load_policy(settings)
@@ -348,18 +358,16 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
             rows, groups = [], []
             for i, problem in enumerate(problems):
                 seed = (args.seed, name, i)
-                row = truth.measure(
-                    engine, grader, policy, problem, settings, args.continuations, seed
-                )
+                row = truth.measure(engine, grader, policy, problem, settings, count, seed)
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
                 rows.append(row)
                 # Nothing below reads the engine's log-probabilities: any floats do.
-                groups.append(
-                    common.Group(problem, row["tokens"], row["others"], [], row["correct"])
-                )
+                any_floats = row["others"]
+                group = common.Group(problem, row["tokens"], any_floats, [], row["correct"])
+                groups.append(group)
             write_json(args.run_dir / f"{name}.json", rows)
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
-            summaries[name] = summarise(rows, groups, policy, settings, args.continuations)
+            summaries[name] = summarise(rows, groups, policy, settings, count)
     return summaries
 
 

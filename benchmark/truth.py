@@ -71,11 +71,16 @@ def distributions(policy: nn.Module, rollouts: common.Rollouts, args: RunArgs) -
     hidden = common.hidden_states(policy, rollouts, (torch.zeros_like(rows), rows), args)
     logits = base_model(policy).get_output_embeddings()(hidden)
     probabilities = (logits.double() / args.temperature).softmax(-1)
-    return list(probabilities.cpu().split(rollouts.mask[0].sum(-1).tolist()))
+    lengths = rollouts.mask[0].sum(-1)
+    return list(probabilities.cpu().split(lengths.tolist()))
 
 
 def complete(
-    engine: Engine, problem: common.Problem, prefixes: list[Ids], seed: int, args: RunArgs
+    engine: Engine,
+    problem: common.Problem,
+    prefixes: list[Ids],
+    seed: int,
+    args: RunArgs,
 ) -> list[Ids]:
     """Continue each prefix of a response to its end: token ids."""
     responses = list(prefixes)
@@ -96,7 +101,10 @@ def complete(
 
 
 def replace_tokens(
-    responses: list[Ids], probabilities: list[Tensor], count: int, seed: Seed
+    responses: list[Ids],
+    probabilities: list[Tensor],
+    count: int,
+    seed: Seed,
 ) -> tuple[list[list[float]], dict[tuple[int, ...], list[Ids]]]:
     """Draw other tokens in place of each token of a group.
 
@@ -110,11 +118,12 @@ def replace_tokens(
         others[others < CERTAIN] = 0.0
         others_of_group.append(others.tolist())
         for t in others.nonzero()[:, 0].tolist():
-            start = tuple(tokens[: t + 1])
+            before, start = tokens[:t], tuple(tokens[: t + 1])
             if start not in drawn:
-                generator = torch.Generator().manual_seed(seed_for(*seed, "others", start))
+                generator = torch.Generator()
+                generator.manual_seed(seed_for(*seed, "others", start))
                 ids = chances[t].multinomial(count, replacement=True, generator=generator)
-                drawn[start] = [[*tokens[:t], token] for token in ids.tolist()]
+                drawn[start] = [[*before, token] for token in ids.tolist()]
     return others_of_group, drawn
 
 
@@ -138,24 +147,29 @@ def measure(
     probabilities = distributions(policy, rollouts, args)
     others, drawn = replace_tokens(group.tokens, probabilities, count, seed)
     new = 4 * count  # responses
-    prefixes = list(itertools.chain(*drawn.values())) + [[]] * new
+    prefixes = list(itertools.chain(*drawn.values()))
+    prefixes += [[]] * new
 
-    texts = engine.decode(complete(engine, problem, prefixes, seed_for(*seed, "finish"), args))
+    responses = complete(engine, problem, prefixes, seed_for(*seed, "finish"), args)
+    texts = engine.decode(responses)
     distinct = list(dict.fromkeys([*group.texts, *texts]))
-    verdicts = grader.grade(distinct, [problem.answer] * len(distinct))
-    correct = dict(zip(distinct, map(float, verdicts), strict=True))
+    answers = [problem.answer] * len(distinct)
+    verdicts = map(float, grader.grade(distinct, answers))
+    correct = dict(zip(distinct, verdicts, strict=True))
     right = np.array([correct[text] for text in texts], dtype=int)
 
-    of_starts = right[:-new].reshape(-1, ESTIMATES, continuations).sum(-1).tolist()
-    wins_after = dict(zip(drawn, of_starts, strict=True))
-    wins = []
+    of_starts = right[:-new].reshape(-1, ESTIMATES, continuations).sum(-1)
+    wins_after = dict(zip(drawn, of_starts.tolist(), strict=True))
+    certain = [0] * ESTIMATES
+    pieces, wins = [], []
     for tokens in group.tokens:
+        pieces.append(engine.decode([[token] for token in tokens]))
         starts = [tuple(tokens[: t + 1]) for t in range(len(tokens))]
-        wins.append([wins_after.get(start, [0] * ESTIMATES) for start in starts])
+        wins.append([wins_after.get(start, certain) for start in starts])
     return {
         "problem": problem.text,
         "tokens": group.tokens,
-        "pieces": [engine.decode([[token] for token in tokens]) for tokens in group.tokens],
+        "pieces": pieces,
         "correct": [correct[text] for text in group.texts],
         "others": others,
         "wins": wins,
@@ -202,7 +216,8 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
     """Rank correlation; 0 if one of the vectors is constant."""
-    left, right = ranks(left), ranks(right)
+    left = ranks(left)
+    right = ranks(right)
     return cosine(left - left.mean(), right - right.mean())
 
 
@@ -228,7 +243,9 @@ def wrong_sign(credit: Credit, true: Truth) -> Share:
     """Share of wrong signs among the tokens with a clear true sign and a credit other than 0."""
     product = flat(credit) * flat(true.advantages)
     product = product[flat(true.clear)]
-    return int((product < 0).sum()), int((product != 0).sum())
+    wrong = product < 0
+    signed = product != 0
+    return int(wrong.sum()), int(signed.sum())
 
 
 def on_decisive(credit: Credit, true: Truth) -> Share:
@@ -298,41 +315,39 @@ def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def facts(truths: list[Truth]) -> dict[str, float | None]:
-    """Properties of the rollouts, which no method changes; None for a share of nothing."""
+def facts(truths: list[Truth]) -> dict[str, float]:
+    """Properties of the rollouts, which no method changes. A share of nothing is NaN."""
     token_rows, step_rows = [], []
     for true in truths:
+        mixed = any(true.correct)
         for g, right in enumerate(true.correct):
             for t, advantage in enumerate(true.advantages[g]):
-                token_rows.append((advantage, true.clear[g][t], right > 0, t == 0))
+                token_rows.append((right, t, advantage, true.clear[g][t]))
             for place, fine in true.steps[g]:
                 gain = true.advantages[g][place].sum()
-                step_rows.append((fine, right > 0, gain, any(true.correct)))
-    tokens = pd.DataFrame(token_rows, columns=["advantage", "clear", "right", "is_first"])
-    steps = pd.DataFrame(step_rows, columns=["fine", "right", "gain", "mixed"])
-    size = tokens.advantage.abs()
-    decisive = size > DECISIVE
-    clear = tokens[tokens.clear]
-    failed_steps = steps[steps.fine & ~steps.right]
-    right_steps = steps[steps.right]
-    shares = {
-        "rollouts that are right": np.mean([true.correct for true in truths]),
-        "groups all right": np.mean([all(true.correct) for true in truths]),
-        "groups all wrong": np.mean([not any(true.correct) for true in truths]),
+                step_rows.append((right, mixed, fine, gain > CLEAR))
+    tokens = pd.DataFrame(token_rows, columns=["right", "t", "advantage", "clear"])
+    steps = pd.DataFrame(step_rows, columns=["right", "mixed", "fine", "helpful"])
+    tokens["size"] = tokens.advantage.abs()
+    size = tokens["size"].sum()
+    failed = tokens.query("clear and right == 0").advantage
+    succeeded = tokens.query("clear and right == 1").advantage
+    decisive = tokens[tokens["size"] > DECISIVE]
+    right_steps = steps.query("fine and right == 0")
+    correct = [true.correct for true in truths]
+    return {
+        "rollouts that are right": np.mean(correct),
+        "groups all right": np.mean(list(map(all, correct))),
+        "groups all wrong": 1 - np.mean(list(map(any, correct))),
         "tokens": len(tokens),
         "tokens with a clear sign": tokens.clear.mean(),
-        "of those in failed rollouts, helpful": (clear[~clear.right].advantage > 0).mean(),
-        "of those in right rollouts, harmful": (clear[clear.right].advantage < 0).mean(),
-        "decisive tokens": decisive.mean(),
-        "of the true advantages' size, on decisive tokens": size[decisive].sum() / size.sum(),
-        "the same, on the first token of each rollout": size[tokens.is_first].sum() / size.sum(),
-        "right steps in failed rollouts": len(failed_steps),
-        "of those, in groups that are not all wrong": failed_steps.mixed.mean(),
-        "of those, helpful": (failed_steps.gain > CLEAR).mean(),
-        "of the steps in right rollouts, wrong": (~right_steps.fine).mean(),
+        "of those in failed rollouts, helpful": (failed > 0).mean(),
+        "of those in right rollouts, harmful": (succeeded < 0).mean(),
+        "decisive tokens": len(decisive) / len(tokens),
+        "of the true advantages' size, on decisive tokens": decisive["size"].sum() / size,
+        "the same, on the first token of each rollout": tokens.query("t == 0")["size"].sum() / size,
+        "right steps in failed rollouts": len(right_steps),
+        "of those, in groups that are not all wrong": right_steps.mixed.mean(),
+        "of those, helpful": right_steps.helpful.mean(),
+        "of the steps in right rollouts, wrong": 1 - steps.query("right == 1").fine.mean(),
     }
-    found: dict[str, float | None] = {}
-    for name, value in shares.items():
-        number = value if isinstance(value, int) else float(value)
-        found[name] = None if np.isnan(value) else number
-    return found

@@ -18,10 +18,10 @@ ROOT = FOLDER.parent
 PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
 HEAD = """# Equations, lines and tests
 
-`python docs/equations.py` writes this page from the tables of the method pages and the tags in \
-the code. A line that computes an equation ends in `# Eq. <tag> [<mark>]`. Without a tag, the \
-link leads to the function. Marks: **[paper]** the paper's text, **[code]** its authors' code, \
-**[second-hand]** summaries that agree or third-party code, **[open]** our choice.
+`python docs/equations.py` writes this page from the tables of the method pages. The first column \
+links the line of code that ends in `# Eq. <tag> [<mark>]`, or without a tag the function. \
+**[paper]** is the paper's text, **[code]** its authors' code, **[second-hand]** summaries that \
+agree or third-party code, **[open]** our choice.
 """
 
 
@@ -67,23 +67,28 @@ def tests_that_call(source: str, name: str) -> list[str]:
 
 
 def links(row: Row) -> tuple[str, str]:
-    """Links of a row: its tagged lines, or its functions if it has no tag; and its tests.
+    """The cells of a row that link its code and its tests.
 
-    If the page names a test file, its tests are those that call the function.
+    The tag and the mark link the first tagged line, or the first function if the row has no tag;
+    further lines follow. If the page names a test file, its tests are those that call the function.
     """
-    lines, tests = [], []
+    targets, tests = [], []
     for name, path in row.code:
         source = (ROOT / path).read_text(encoding="utf-8")
         found = tagged_lines(source, row.tag, row.mark)
         if not found and name.isidentifier():
             found = [definition_line(source, name)]
-        lines += [f"[{path}:{n}](../{path}#L{n})" for n in found] or [f"[{path}](../{path})"]
+        targets += [f"{path}#L{line}" for line in found] or [path]
     for name, path in row.tests:
         source = (ROOT / path).read_text(encoding="utf-8")
         called = [test for used, _ in row.code for test in tests_that_call(source, used)]
         for test in [name] if name.isidentifier() else called:
             tests.append(f"[`{test}`](../{path}#L{definition_line(source, test)})")
-    return ", ".join(dict.fromkeys(lines)), ", ".join(dict.fromkeys(tests))
+    first, *others = dict.fromkeys(targets)
+    tag = f"{row.tag} {row.mark}".removeprefix("– ")  # as in the code: `# Eq. 3 [paper]`
+    lines = [f"[{tag}](../{first})"]
+    lines += [f"[{path.replace('#L', ':')}](../{path})" for path in others]
+    return ", ".join(lines), ", ".join(dict.fromkeys(tests))
 
 
 def make_page() -> str:
@@ -92,15 +97,10 @@ def make_page() -> str:
     for page in PAGES:
         text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")
-        lines += [
-            f"## [{title}]({page}.md)",
-            "",
-            "| tag | equation | line | tests |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"## [{title}]({page}.md)", "", "| code | equation | tests |", "|---|---|---|"]
         for row in read_rows(text):
-            tag = f"{row.tag} {row.mark}".removeprefix("– ")  # as in the code: `# Eq. 3 [paper]`
-            lines.append(f"| {' | '.join([tag, row.equation, *links(row)])} |")
+            code, tests = links(row)
+            lines.append(f"| {code} | {row.equation} | {tests} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -143,7 +143,6 @@ class Settings:
     kind: str = "full"
     token_budget: int = TOKEN_BUDGETS[0]
     checkpointing: bool = False
-    eight_bit: bool = False
 
     @property
     def trained(self) -> int:
@@ -153,7 +152,7 @@ class Settings:
     def saved(self) -> tuple[int, int]:
         """Bytes on disk: of a checkpoint (trained weights and moments), and of model/."""
         weight = 2 if self.kind == "lora" else 4
-        return (6 if self.eight_bit else 12) * self.trained, weight * self.model.parameters
+        return 12 * self.trained, weight * self.model.parameters
 
     @property
     def resident(self) -> int:
@@ -188,15 +187,14 @@ class Settings:
         share = min(max(GPU_MEMORY, needed), free)
         words = ["--gradient-checkpointing"] * self.checkpointing
         words += [f"--gpu-memory {share:g}"] * (share != GPU_MEMORY)
-        words += ["--adamw-8bit"] * self.eight_bit
         words += [f"--token-budget {self.token_budget}"] * (self.token_budget != TOKEN_BUDGETS[0])
         return f"`{' '.join(words)}`" if words else "as it is"
 
 
 def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
     """The first settings that fit, from cheap to costly; None if none do."""
-    for eight_bit, checkpointing, budget in product((False, True), (False, True), TOKEN_BUDGETS):
-        settings = Settings(model, kind, budget, checkpointing, eight_bit)
+    for checkpointing, budget in product((False, True), TOKEN_BUDGETS):
+        settings = Settings(model, kind, budget, checkpointing)
         if max(settings.update, settings.rollout) <= gpu * 1e9:
             return settings
     return None
@@ -204,23 +202,29 @@ def gentlest(model: Model, kind: str, gpu: int) -> Settings | None:
 
 def tables() -> str:
     """One table per kind. gpu.json holds measured GiB after the engine's start, with the engine
-    asleep, and at a step's peak: {"memory": {kind: {model: [start, asleep, peak]}}}."""
+    asleep, and at a step's peak: {"memory": {kind: {model: [start, asleep, peak]}}}. The tables
+    have a column of them if there are any."""
     measured = json.loads(MEASURED.read_text())["memory"] if MEASURED.exists() else {}
     head = ["model", "rollout, GB", "update, GB", *(f"{gpu} GB" for gpu in GPUS)]
-    head += ["checkpoint + `model/` on disk, GB", "measured: start, asleep, peak, GB"]
+    head.append("checkpoint + `model/`, GB")
+    if measured:
+        head.append("measured: start, asleep, peak, GB")
     parts = []
     for kind, title in KINDS.items():
-        rows = [head, ["---"] * len(head)]
+        rows = [head]
         for model in MODELS:
             plain = Settings(model, kind)
             fits = [(gentlest(model, kind, gpu), gpu) for gpu in GPUS]
-            found = measured.get(kind, {}).get(model.name, [])
             row = [model.name, f"{plain.rollout / 1e9:.0f}", f"{plain.update / 1e9:.0f}"]
             row += [settings.flags(gpu) if settings else "no" for settings, gpu in fits]
             row.append(" + ".join(f"{size / 1e9:.1f}" for size in plain.saved))
-            row.append(", ".join(f"{2**30 * size / 1e9:.0f}" for size in found) or "not measured")
+            if measured:
+                found = measured.get(kind, {}).get(model.name, [])
+                row.append(", ".join(f"{2**30 * size / 1e9:.0f}" for size in found))
             rows.append(row)
-        parts += [f"**{title}**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|---" * len(head) + "|")
+        parts += [f"**{title}**", "\n".join(lines)]
     return "\n\n".join(parts)
 
 

@@ -138,7 +138,8 @@ def make_problem(chat: list[Row], reference: str, tokenizer: Any, args: Any) -> 
             why += f", given --system-prompt {args.system_prompt}"
         if args.template_args:
             why += f", given --template-args {args.template_args}"
-        reject("--model", tokenizer.name_or_path, f"{why}: {error}")
+        flag = "--models" if hasattr(args, "models") else "--model"
+        reject(flag, tokenizer.name_or_path, f"{why}: {error}")
     return Problem(text, reference, prompt)
 
 
@@ -159,7 +160,8 @@ def read_rows(flag: str, name: str) -> list[Row]:
             return read_file(path, split)
         looks_local = NOT_A_HUB_NAME.intersection(path.name.lower().split(".")[1:])
         is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository) and not looks_local
-        if not path.is_dir() and not is_hub_name:
+        is_folder = name and path.is_dir()  # the path of an empty name is the current folder
+        if not is_folder and not is_hub_name:
             reject(flag, name, "no such file or folder")
         return read_dataset(flag, name, repository, config, split)
     except Exception as error:  # datasets raises many kinds for a wrong name or broken file

@@ -1,25 +1,29 @@
-"""Rollouts as tensors, their scores under a model, micro-batches, and the small statistics."""
+"""Rollouts as tensors, their scores under a model, micro-batches, loss weights and statistics."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine import StopRun, Transformers, eos_ids, load_policy, load_tokenizer
-from run import learning_rate
 from torch import Tensor, nn
 
 import common
 import grpo
-from common import Group, Problem, Rollouts
+from common import Group, HeadLogp, Problem, Rollouts, StopRun, load_policy, load_tokenizer
+from infra import lm_head, shared_prefix
+from infra.hf_engine import HFEngine
+from infra.models import eos_ids
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]
 LENGTHS = [[3, 9, 1], [7, 7, 2], [12, 1, 5]]
+Make = Callable[..., grpo.Args]
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -28,7 +32,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def args(make_args: Callable[..., grpo.Args], folder: Path) -> grpo.Args:
+def args(make_args: Make, folder: Path) -> grpo.Args:
     return make_args(model=str(folder), temperature=0.7)
 
 
@@ -37,19 +41,35 @@ def policy(args: grpo.Args) -> nn.Module:
     return load_policy(args)
 
 
-def random_groups(lengths: list[list[int]] = LENGTHS) -> list[Group]:
+def random_rollouts(lengths: list[list[int]] = LENGTHS, texts: list[str] = TEXTS) -> Rollouts:
     """Prompts and responses of different lengths, of any tokens: padding and EOS among them."""
     generator = torch.Generator().manual_seed(0)
     groups = []
-    for text, row in zip(TEXTS, lengths, strict=True):
+    for text, row in zip(texts, lengths, strict=True):
         tokens = [torch.randint(259, (n,), generator=generator).tolist() for n in row]
         logp = [[-1.0] * n for n in row]
         groups.append(Group(Problem(text, "", list(text.encode())), tokens, logp, [""] * len(row)))
-    return groups
+    return common.stack(groups, [256], CPU)
 
 
-def random_rollouts() -> Rollouts:
-    return common.stack(random_groups(), [256], CPU)
+def all_of(rollouts: Rollouts) -> common.Index:
+    p, g = rollouts.mask.shape[:2]
+    return torch.arange(p).repeat_interleave(g), torch.arange(g).repeat(p)
+
+
+def random_like(mask: Tensor) -> Tensor:
+    return torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(policy: nn.Module, loss: Tensor) -> list[Tensor]:
+    policy.zero_grad()
+    loss.backward()
+    return [weight.grad for weight in policy.parameters()]
+
+
+def assert_same_gradients(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for gradient, plain in zip(ours, expected, strict=True):
+        assert (gradient - plain).norm() <= 1e-5 * plain.norm()
 
 
 def plain_scores(policy: nn.Module, rollouts: Rollouts, temperature: float) -> tuple[Tensor, ...]:
@@ -63,21 +83,24 @@ def plain_scores(policy: nn.Module, rollouts: Rollouts, temperature: float) -> t
         )
         predicting = slice(len(prompt) - 1, -1)
         distribution = (output.logits[0, predicting] / temperature).log_softmax(-1)
-        live = torch.arange(len(response))
-        logp[p, g, live] = distribution[live, response]
-        entropy[p, g, live] = -(distribution.exp() * distribution).sum(-1).detach()
+        positions = torch.arange(len(response))
+        logp[p, g, positions] = distribution[positions, response]
+        entropy[p, g, positions] = -(distribution.exp() * distribution).sum(-1).detach()
         hidden[p, g] = output.hidden_states[-1][0, predicting]
     return logp, entropy, hidden
 
 
-# ------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------ rollouts
 
 
 class FakeEngine:
-    """Answers with what it was asked, so that a response shows which prompt and seed it had."""
+    """Responds with the prompt and the seed, so that a response shows which ones it had."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
 
     def generate(self, prompts: Any, seeds: Any, lengths: Any, temperature: float) -> Any:
-        self.asked = prompts, seeds, lengths, temperature
+        self.calls.append((prompts, seeds, lengths, temperature))
         return [([*p, s % 100], [-0.5] * (len(p) + 1)) for p, s in zip(prompts, seeds, strict=True)]
 
     def decode(self, responses: list[list[int]]) -> list[str]:
@@ -85,18 +108,18 @@ class FakeEngine:
 
 
 class FakeGrader:
-    """Right where the response begins with the gold answer."""
+    """Correct if the response begins with the reference answer."""
 
-    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
-        return [text.startswith(gold) for text, gold in zip(texts, golds, strict=True)]
+    def grade(self, responses: list[str], references: list[str]) -> list[bool]:
+        return [text.startswith(r) for text, r in zip(responses, references, strict=True)]
 
 
-def test_responses_and_verdicts_land_on_their_problem(make_args: Callable[..., grpo.Args]):
+def test_responses_and_verdicts_belong_to_their_problem(make_args: Make):
     args = make_args(group_size=3, max_new_tokens=9)
     problems = [Problem(f"p{i}", f"{i} ", [i] * (i + 1)) for i in range(4)]
     engine = FakeEngine()
     groups = common.roll_out(engine, problems, args, (1, 2))
-    _, seeds, lengths, temperature = engine.asked
+    _, seeds, lengths, temperature = engine.calls[0]
     assert (lengths, temperature) == ([9] * 12, args.temperature)
     assert len(set(seeds)) == 12
     for i, group in enumerate(groups):
@@ -108,57 +131,109 @@ def test_responses_and_verdicts_land_on_their_problem(make_args: Callable[..., g
     problems[2].answer = "no"
     groups[1].texts[1] = "wrong"
     common.verify(FakeGrader(), groups)
-    assert [group.correct for group in groups] == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]]
+    verdicts = [[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]]
+    assert [group.correct for group in groups] == verdicts
     rollouts = common.stack(groups, [99], CPU)
+    assert rollouts.correct.tolist() == verdicts and rollouts.problems == problems
     assert rollouts.tokens[1, 2].tolist()[:2] == [1, 1]
     assert rollouts.texts[1][1] == "wrong"
 
 
-def test_seeds_depend_on_run_step_problem_and_rollout(make_args: Callable[..., grpo.Args]):
-    args, engine, seeds = make_args(), FakeEngine(), []
-    for seed in [(1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1), (1, "evaluation")]:
+def test_seeds_depend_on_run_step_problem_and_rollout(make_args: Make):
+    args, engine = make_args(), FakeEngine()
+    for seed in [(1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1), (1, "evaluation"), (1, 1, 0)]:
         common.roll_out(engine, [Problem("", "", [1])] * 2, args, seed)
-        seeds += engine.asked[1]
-    assert len(set(seeds)) == 5 * 2 * args.group_size
-    common.roll_out(engine, [Problem("", "", [1])] * 2, args, (1, 1, 0))
-    assert engine.asked[1] == seeds[: 2 * args.group_size]
+    seeds = [call[1] for call in engine.calls]
+    assert len({seed for row in seeds[:5] for seed in row}) == 5 * 2 * args.group_size
+    assert seeds[5] == seeds[0]
 
 
-def test_openers_begin_the_responses(make_args: Callable[..., grpo.Args]):
+def test_first_tokens_begin_the_responses(make_args: Make):
     args, engine = make_args(group_size=2, max_new_tokens=9), FakeEngine()
     problems = [Problem("", "", [1, 2]), Problem("", "", [3])]
-    openers = torch.tensor([[7, 8], [9, 10]])
-    groups = common.roll_out(engine, problems, args, (1,), openers=openers)
-    assert engine.asked[0] == [[1, 2, 7], [1, 2, 8], [3, 9], [3, 10]]
-    assert engine.asked[2] == [8] * 4  # the opener counts
+    first_tokens = torch.tensor([[7, 8], [9, 10]])
+    groups = common.roll_out(engine, problems, args, (1,), first_tokens=first_tokens)
+    prompts, _, lengths, _ = engine.calls[0]
+    assert prompts == [[1, 2, 7], [1, 2, 8], [3, 9], [3, 10]]
+    assert lengths == [8] * 4  # the first token counts
     assert [rows[0] for group in groups for rows in group.tokens] == [7, 8, 9, 10]
     rollouts = common.stack(groups, [], CPU)
     assert rollouts.engine_logp[..., 0].isnan().all()
     assert not rollouts.engine_logp[..., 1:].isnan().any()
 
 
-def test_mask_comes_from_lengths():
+class InOrder(common.Problems):
+    def take(self, count: int, seed: int) -> list[Problem]:
+        self.position += count
+        return self[self.position - count : self.position]
+
+
+CORRECT = {"c": [True, True], "n": [False, False], "m": [True, False]}
+
+
+class Verdicts:
+    """For each problem in turn: all correct (c), none (n), or mixed (m), in groups of two."""
+
+    def __init__(self, kinds: str) -> None:
+        self.kinds = list(kinds)
+
+    def grade(self, responses: list[str], references: list[str]) -> list[bool]:
+        kinds = [self.kinds.pop(0) for _ in responses[::2]]
+        return [verdict for kind in kinds for verdict in CORRECT[kind]]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rounds", "kept", "asked"),
+    [
+        ("mmmm", 10, [0, 1, 2, 3], [4]),
+        ("mcmnncmm", 10, [0, 2, 6, 7], [4, 2, 2]),
+        ("mcmnnm", 2, [0, 2, 5, 4], [4, 2]),  # filled from the last round
+        ("cncncncn", 2, [4, 5, 6, 7], [4, 4]),
+        ("mcmn", None, [0, 1, 2, 3], [4]),
+    ],
+)
+def test_collect_by_hand(
+    kinds: str, rounds: int | None, kept: list[int], asked: list[int], make_args: Make
+):
+    """rounds: most of them under --dynamic-sampling, or None without it."""
+    dynamic = {"dynamic_sampling": True, "generation_rounds": rounds} if rounds else {}
+    args = make_args(group_size=2, prompts_per_step=4, **dynamic)
+    problems = InOrder(Problem("", "", [i]) for i in range(9))
+    run = SimpleNamespace(time=lambda part: contextlib.nullcontext())
+    engine, taken = FakeEngine(), []
+
+    def roll_out(*call: Any) -> list[Group]:
+        taken.append((len(call[1]), call[3]))
+        return common.roll_out(*call)
+
+    groups = common.collect(args, 7, problems, engine, Verdicts(kinds), run, roll_out)
+    assert [group.problem.prompt for group in groups] == [[i] for i in kept]
+    assert taken == [(count, (args.seed, 7, i)) for i, count in enumerate(asked)]
+    assert [group.correct for group in groups] == [CORRECT[kinds[i]] for i in kept]
+
+
+def test_stack_takes_the_mask_from_lengths():
     """Pad and EOS tokens within a response are response tokens like any other."""
-    ends = [0, 7]
     tokens = [[[0, 0, 7], [5]], [[7], [0, 0, 0, 0]]]
     groups = [
         Group(Problem("", "", [1]), rows, [[-1.0] * len(row) for row in rows], ["", ""])
         for rows in tokens
     ]
-    rollouts = common.stack(groups, ends, CPU)
+    rollouts = common.stack(groups, [0, 7], CPU)
     assert rollouts.mask.int().tolist() == [
         [[1, 1, 1, 0], [1, 0, 0, 0]],
         [[1, 0, 0, 0], [1, 1, 1, 1]],
     ]
-    assert rollouts.tokens.shape == rollouts.engine_logp.shape == (2, 2, 4)
+    assert rollouts.tokens.tolist() == [[[0, 0, 7, 0], [5, 0, 0, 0]], [[7, 0, 0, 0], [0, 0, 0, 0]]]
+    assert torch.equal(rollouts.engine_logp, -rollouts.mask.float())
     assert rollouts.truncated.tolist() == [[False, True], [False, False]]
 
 
-def test_eos_is_trained_where_pad_is_eos(tied_model: Path, make_args: Callable[..., grpo.Args]):
+def test_eos_is_trained_if_pad_is_eos(tied_model: Path, make_args: Make):
     args = make_args(group_size=64, max_new_tokens=24)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    engine = Transformers(args, policy, tokenizer, 200)
+    engine = HFEngine(args, policy, tokenizer, 200)
     groups = common.roll_out(engine, [Problem("", "", list(b"1+1"))], args, (1,))
     rollouts = common.stack(groups, eos_ids(policy, tokenizer), CPU)
     is_eos = rollouts.tokens == tokenizer.eos_token_id
@@ -169,14 +244,31 @@ def test_eos_is_trained_where_pad_is_eos(tied_model: Path, make_args: Callable[.
     assert (logp[is_eos & rollouts.mask] < 0).all()
 
 
-# ------------------------------------------------------------------------------- scoring
+def test_overlong_penalty_by_hand():
+    """On rewards of 0 and 1 the longest correct response loses half, so it beats a wrong one.
+
+    DAPO's penalty of -1 belongs to rewards of 1 and -1.
+    """
+    lengths = torch.tensor([[1, 16, 17, 18, 19, 20]])
+    expected = torch.tensor([[0, 0, -0.125, -0.25, -0.375, -0.5]])
+    assert torch.equal(common.overlong_penalty(lengths, 20, 4), expected)
+    assert torch.equal(common.overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
+    lengths = torch.tensor([[3, 20, 5, 7]])
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + common.overlong_penalty(lengths, 20, 4)
+    assert rewards.tolist() == [[1.0, 0.5, 0.0, 0.0]]
+    # mean 3/8, standard deviation √(0.6875 / 3) = 0.4787
+    expected = torch.tensor([[1.3056, 0.2611, -0.7833, -0.7833]])
+    torch.testing.assert_close(grpo.grpo_advantages(rewards), expected, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------ scoring
 
 
 @pytest.mark.parametrize("token_budget", [1, 40, 10**6])
 def test_scores_equal_those_of_full_logits(
     args: grpo.Args, policy: nn.Module, token_budget: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 259 * 4)
+    monkeypatch.setattr(lm_head, "TILE_SIZE", 259 * 4)
     rollouts = random_rollouts()
     args = dataclasses.replace(args, token_budget=token_budget)
     logp, entropy = common.score(policy, rollouts, args)
@@ -189,31 +281,35 @@ def test_scores_equal_those_of_full_logits(
     assert not logp.requires_grad
 
 
-def all_of(rollouts: Rollouts) -> common.Index:
-    p, g = rollouts.mask.shape[:2]
-    return torch.arange(p).repeat_interleave(g), torch.arange(g).repeat(p)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10**4])
-def test_gradient_through_the_chunked_head_is_the_plain_one(
-    args: grpo.Args, policy: nn.Module, chunk: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tile_size", [1, 20, 24, 40, 10**6])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (1.7, 0.0), (1.0, 2.0), (0.6, 1.5)])
+def test_head_logp_equals_the_plain_version(
+    scale: float, cap: float, tile_size: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 259 * chunk)
-    rollouts = random_rollouts()
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    index = all_of(rollouts)
-    logp, entropy = common.token_logp(policy, rollouts, index, args)
-    assert not entropy.requires_grad
-    (logp * weights[index]).sum().backward()
-    ours = [weight.grad for weight in policy.parameters()]
-    policy.zero_grad()
-    expected, _, _ = plain_scores(policy, rollouts, args.temperature)
-    (expected * weights).sum().backward()
-    for gradient, weight in zip(ours, policy.parameters(), strict=True):
-        assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
+    """Tiles of 1, 5, 6 and 10 columns, or all; targets in the first and last of them."""
+    monkeypatch.setattr(lm_head, "TILE_SIZE", tile_size)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 8, generator=generator).requires_grad_()
+    weight = torch.randn(21, 8, generator=generator).requires_grad_()
+    targets = torch.tensor([0, 20, 4, 11])
+    logits = scale * lm_head.head_logits(hidden, weight, cap)
+    plain = logits.log_softmax(-1)
+    target_logp, entropy = plain.gather(-1, targets[:, None])[:, 0], -(plain.exp() * plain).sum(-1)
+
+    logp, tiled_entropy = HeadLogp.apply(hidden, weight, targets, scale, cap)
+    torch.testing.assert_close(logp, target_logp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiled_entropy, entropy, atol=1e-5, rtol=1e-5)
+    assert not tiled_entropy.requires_grad
+    factors = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    of_plain = torch.autograd.grad((factors * target_logp).sum(), (hidden, weight))
+    of_tiled = torch.autograd.grad((factors * logp).sum(), (hidden, weight))
+    torch.testing.assert_close(of_tiled, of_plain, atol=1e-5, rtol=1e-5)
+    frozen, _ = HeadLogp.apply(hidden, weight.detach(), targets, scale, cap)  # as under LoRA
+    (of_frozen,) = torch.autograd.grad((factors * frozen).sum(), hidden)
+    torch.testing.assert_close(of_frozen, of_plain[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_single_micro_batch_goes_forward_once(
+def test_a_single_micro_batch_has_one_forward_pass(
     args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
     passes, hidden_states = [], common.hidden_states
@@ -224,21 +320,22 @@ def test_a_single_micro_batch_goes_forward_once(
 
     monkeypatch.setattr(common, "hidden_states", counted)
     rollouts = random_rollouts()
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    index = all_of(rollouts)
-    old_logp, _ = common.score(policy, rollouts, args, reuse=True)
-    common.score(policy, rollouts, args)  # as of a reference, in between
+    weights, index = random_like(rollouts.mask), all_of(rollouts)
+    old_logp, _ = common.score(policy, rollouts, args, keep_graph=True)
+    common.score(load_policy(args), rollouts, args)  # as of a reference, in between
     assert passes == [True, False] and not old_logp.requires_grad
-    gradients = []
-    for _ in "ab":  # from the kept graph, then from a pass of its own
+    of_each = []
+    for _ in "ab":  # from the kept graph, then from another forward pass
         logp, _ = common.token_logp(policy, rollouts, index, args)
         torch.testing.assert_close(logp.detach(), old_logp[index])
-        (logp * weights[index]).sum().backward()
-        gradients.append([weight.grad for weight in policy.parameters()])
-        policy.zero_grad()
+        of_each.append(gradients(policy, (logp * weights[index]).sum()))
     assert passes == [True, False, True]
-    for kept, fresh in zip(*gradients, strict=True):
+    for kept, fresh in zip(*of_each, strict=True):
         torch.testing.assert_close(kept, fresh)
+
+    common.score(policy, rollouts, args, keep_graph=True)
+    with pytest.raises(AssertionError, match="another model"):
+        common.token_logp(load_policy(args), rollouts, index, args)
 
 
 @pytest.mark.parametrize(
@@ -248,89 +345,89 @@ def test_no_graph_is_kept_that_the_update_could_not_use(
     args: grpo.Args, policy: nn.Module, settings: dict[str, Any]
 ):
     rollouts = random_rollouts()
-    args = dataclasses.replace(args, **settings)
-    common.score(policy, rollouts, args, reuse=True)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    common.score(policy, rollouts, args, keep_graph=True)
     assert rollouts.graph is None
 
 
 def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn.Module):
+    """With a shared prompt or a padded one: values and gradients, rows in any order."""
     rollouts = random_rollouts()
-    index = (torch.tensor([2, 0, 1, 0]), torch.tensor([0, 1, 2, 2]))
-    with torch.no_grad():
-        hidden = common.hidden_states(policy, rollouts, index, args)
-        _, _, plain = plain_scores(policy, rollouts, 1.0)
-    expected = torch.cat([plain[p, g] for p, g in [(2, 0), (0, 1), (1, 2), (0, 2)]])
-    assert hidden.shape[0] == rollouts.mask[index].sum()
-    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    pairs = [(2, 0), (0, 1), (1, 2), (0, 2), (2, 1), (1, 0)]
+    index = tuple(torch.tensor(pairs).T)
+    tokens, mask = rollouts.tokens[index], rollouts.mask[index]
+    prompts = [problem.prompt for problem in rollouts.problems]
+    _, _, plain = plain_scores(policy, rollouts, 1.0)
+    plain = torch.cat([plain[pair] for pair in pairs])
+    assert plain.shape == (12 + 9 + 2 + 1 + 1 + 7, 64)
+    weights = random_like(plain)
+    of_plain = gradients(policy.base_model, (plain * weights).sum())
+    for function in (shared_prefix.shared_hidden_states, common.padded_hidden_states):
+        states = function(policy, prompts, index[0], tokens, mask)
+        torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(gradients(policy.base_model, (states * weights).sum()), of_plain)
+    states = common.hidden_states(policy, rollouts, index, args)
+    torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["shared", "checkpointing", "recurrent"])
+@pytest.mark.parametrize(
+    ("case", "tile_size"), [("shared", 259), ("checkpointing", 2000), ("recurrent", 10**6)]
+)
 def test_a_prompt_is_computed_once_for_its_rollouts(
-    args: grpo.Args, policy: nn.Module, case: str, monkeypatch: pytest.MonkeyPatch
+    args: grpo.Args, policy: nn.Module, case: str, tile_size: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same log-probs and gradients as a sequence at a time, even where it cannot be shared."""
-    rollouts = common.stack(random_groups([row * 2 for row in LENGTHS]), [256], CPU)
+    """Log-probabilities and gradients are those of a sequence at a time, shared or not."""
+    monkeypatch.setattr(lm_head, "TILE_SIZE", tile_size)
+    rollouts = random_rollouts([row * 2 for row in LENGTHS])
     args = dataclasses.replace(args, gradient_checkpointing=case == "checkpointing")
     monkeypatch.setattr(type(policy), "_is_stateful", case == "recurrent")
-    body, computed = policy.base_model, []
-    body.register_forward_pre_hook(
+    computed = []
+    policy.base_model.register_forward_pre_hook(
         lambda _, __, inputs: computed.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
-    index = all_of(rollouts)
-    weights = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1))
-    logp, _ = common.token_logp(policy, rollouts, index, args)
+    weights, index = random_like(rollouts.mask), all_of(rollouts)
+    logp, entropy = common.token_logp(policy, rollouts, index, args)
+    assert not entropy.requires_grad
     longest = len(TEXTS[1]) - 1
     assert computed == ([(3, longest), (18, 12)] if case == "shared" else [(18, longest + 7)])
-    (logp * weights[index]).sum().backward()
-    ours = [weight.grad for weight in policy.parameters()]
-    policy.zero_grad()
+    ours = gradients(policy, (logp * weights[index]).sum())
     expected, _, _ = plain_scores(policy, rollouts, args.temperature)
     torch.testing.assert_close(logp, expected[index], atol=1e-5, rtol=1e-5)
-    (expected * weights).sum().backward()
-    for gradient, weight in zip(ours, policy.parameters(), strict=True):
-        assert (gradient - weight.grad).norm() <= 1e-5 * weight.grad.norm()
+    assert_same_gradients(ours, gradients(policy, (expected * weights).sum()))
 
 
-def test_gradients_repeat_themselves_bit_for_bit(
-    tiny_model: Path, make_args: Callable[..., grpo.Args]
-):
-    """With as many rollouts as a step has, threads could add up what prompts get in any order."""
+def test_gradients_are_bit_identical_each_time(tiny_model: Path, make_args: Make):
+    """With as many rollouts as a step has, threads could sum gradients in any order."""
     args = make_args(model=str(tiny_model))
-    policy, draw = load_policy(args), torch.Generator().manual_seed(0)
-    groups = []
-    for row in torch.randint(8, 32, (16, 8), generator=draw).tolist():
-        problem = Problem("", "", torch.randint(256, (20,), generator=draw).tolist())
-        tokens = [torch.randint(256, (n,), generator=draw).tolist() for n in row]
-        groups.append(Group(problem, tokens, [[-1.0] * n for n in row], [""] * 8))
-    rollouts = common.stack(groups, [256], CPU)
+    policy, generator = load_policy(args), torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 32, (16, 8), generator=generator).tolist()
+    rollouts = random_rollouts(lengths, ["What is 12345 + 678?"] * 16)
     (index,) = common.micro_batches(rollouts, 10**6, torch.arange(16))
-    gradients, threads = [], torch.get_num_threads()
+    of_each, threads = [], torch.get_num_threads()
     torch.set_num_threads(2)
     for _ in range(6):
         logp, _ = common.token_logp(policy, rollouts, index, args)
-        (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
-        gradients.append([weight.grad for weight in policy.parameters()])
-        policy.zero_grad()
+        loss = (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum()
+        of_each.append(gradients(policy, loss))
     torch.set_num_threads(threads)
-    for again in gradients[1:]:
-        assert all(a.equal(b) for a, b in zip(gradients[0], again, strict=True))
+    for again in of_each[1:]:
+        assert all(a.equal(b) for a, b in zip(of_each[0], again, strict=True))
 
 
 @pytest.mark.parametrize("token_budget", [1, 20, 25, 64, 10**6])
-def test_micro_batches_take_every_rollout_once_within_the_budget(token_budget: int):
+def test_micro_batches_hold_every_rollout_once_within_the_budget(token_budget: int):
     rollouts = random_rollouts()
     seen = []
     for p, g in common.micro_batches(rollouts, token_budget, torch.tensor([2, 0])):
-        lengths = [
-            len(rollouts.problems[i].prompt) + LENGTHS[i][j]
-            for i, j in zip(p.tolist(), g.tolist(), strict=True)
-        ]
+        pairs = list(zip(p.tolist(), g.tolist(), strict=True))
+        lengths = [len(rollouts.problems[i].prompt) + LENGTHS[i][j] for i, j in pairs]
         assert len(lengths) == 1 or max(lengths) * len(lengths) <= token_budget
-        seen += zip(p.tolist(), g.tolist(), strict=True)
+        seen += pairs
     assert sorted(seen) == [(i, j) for i in (0, 2) for j in range(3)]
 
 
-# ------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------ statistics and loss weights
 
 
 def test_standardize_by_hand():
@@ -344,7 +441,7 @@ def test_standardize_by_hand():
 
 
 def test_means_weigh_tokens_not_batches():
-    means = common.Means()
+    means = common.TokenMeans()
     means.add(torch.tensor([[True, True, True]]), x=torch.tensor([[1.0, 2.0, 3.0]]))
     means.add(torch.tensor([[True, False]]), x=torch.tensor([[10.0, 99.0]]))
     assert means.result() == {"x": 4.0}
@@ -362,90 +459,138 @@ def test_importance_weights_by_hand():
     assert torch.equal(common.importance_weights(rollouts, old_logp, 0.0), torch.ones(3, 3, 12))
 
 
+@pytest.mark.parametrize(
+    ("average", "of_share", "of_all"),
+    [
+        ("token", [1 / 8] * 4, [1 / 12] * 6),
+        (
+            "sequence",
+            [1 / 4, 1 / 12, 1 / 12, 1 / 4],
+            [1 / 6, 1 / 18, 1 / 12, 1 / 12, 1 / 18, 1 / 6],
+        ),
+        ("constant", [1 / 20] * 4, [1 / 30] * 6),
+    ],
+)
+def test_token_weights_by_hand(average: str, of_share: list[float], of_all: list[float]):
+    """of_share, of_all: the weight of a token of each response of two problems, or of all three."""
+    lengths = torch.tensor([[1, 3], [2, 2], [3, 1]])
+    mask = torch.arange(3) < lengths[..., None]
+    for share, weights in [([2, 0], of_share), ([1, 2, 0], of_all)]:
+        expected = torch.zeros(3, 2)
+        expected[sorted(share)] = torch.tensor(weights).view(-1, 2)
+        result = common.token_weights(mask, torch.tensor(share), average, max_new_tokens=5)
+        torch.testing.assert_close(result, expected[..., None] * mask)
+        assert result.sum().item() == pytest.approx(
+            {"token": 1, "sequence": 1, "constant": 2 / 5}[average]
+        )
+
+
+def test_shuffled_shares_split_all_numbers():
+    shares = common.shuffled_shares(12, 3, seed=5)
+    assert [len(share) for share in shares] == [4, 4, 4]
+    order = torch.cat(shares).tolist()
+    assert sorted(order) == list(range(12)) != order
+    assert torch.cat(common.shuffled_shares(12, 1, seed=5)).tolist() == order
+    assert torch.cat(common.shuffled_shares(12, 3, seed=6)).tolist() != order
+
+
 def scored(gap: list[list[float]]) -> tuple[Rollouts, Tensor]:
-    """Rollouts of one problem, and scores that differ from the engine's by so much."""
+    """Rollouts of one problem, and scores that differ from the engine's by that much."""
     engine_logp = [[-1.0] * len(row) for row in gap]
     tokens = [[5] * len(row) for row in gap]
-    group = Group(Problem("", "", [1]), tokens, engine_logp, [r"\boxed{1}", "1"])
+    group = Group(Problem("", "", [1]), tokens, engine_logp, [r"\boxed{1}", "1"], [1.0, 0.0])
     rollouts = common.stack([group], [5], CPU)
-    return rollouts, torch.tensor([[[-1.0 + x for x in row] for row in gap]])
+    return rollouts, rollouts.engine_logp + torch.tensor([gap])
 
 
-def test_the_gap_between_engine_and_trainer_by_hand(
-    make_args: Callable[..., grpo.Args], capsys: pytest.CaptureFixture
-):
+def test_the_gap_between_engine_and_trainer_by_hand(make_args: Make):
     rollouts, logp = scored([[0.0, 3e-5], [-9e-5, 0.0]])
     rollouts.engine_logp[0, 0, 0] = math.nan  # the engine did not sample it
     gap = common.check_engine(rollouts, logp, make_args())
     assert gap == pytest.approx({"logp_gap/mean": 4e-5, "logp_gap/max": 9e-5}, rel=2e-2)
 
-    rollouts, logp = scored([[0.06, 0.06], [0.06, 0.06]])
-    with pytest.raises(StopRun, match=r"0\.06 nats a token.*more than --max-logp-gap 0.0001"):
-        common.check_engine(rollouts, logp, make_args())
-    assert not capsys.readouterr().err
-    common.check_engine(rollouts, logp, make_args(precision="bfloat16"))  # 0.2 then
-    common.check_engine(rollouts, logp, make_args(max_logp_gap=0.1))
-    assert capsys.readouterr().err.count("warning: engine and trainer differ by 0.06") == 2
-    with pytest.raises(StopRun, match="not finite"):
-        common.check_engine(rollouts, logp * math.nan, make_args(max_logp_gap=9.0))
+    logp[0, 1, 1] = math.nan
+    with pytest.raises(StopRun, match="policy's log-probabilities are not finite"):
+        common.check_engine(rollouts, logp, make_args(max_logp_gap=9.0))
+    rollouts.engine_logp[:] = math.nan
+    with pytest.raises(StopRun, match="differ by nan nats per token"):
+        common.check_engine(rollouts, torch.zeros_like(logp), make_args(max_logp_gap=9.0))
 
 
-def test_the_share_of_boxed_answers():
-    assert common.boxed(scored([[0.0], [0.0]])[0]) == 0.5
+@pytest.mark.parametrize(
+    ("settings", "gap", "allowed"),
+    [
+        ({}, 0.5e-4, ""),
+        ({}, 2e-4, "0.0001"),
+        ({"precision": "bfloat16"}, 0.04, ""),  # what rounding alone gives a 135M model
+        ({"precision": "bfloat16"}, 0.06, ""),
+        ({"precision": "bfloat16"}, 0.3, "0.2"),
+        ({"max_logp_gap": 0.1}, 0.06, ""),
+        ({"max_logp_gap": 0.1, "precision": "bfloat16"}, 0.11, "0.1"),
+    ],
+)
+def test_the_gap_is_bounded(settings: dict[str, Any], gap: float, allowed: str, make_args: Make):
+    rollouts, logp = scored([[gap, -gap], [gap, gap]])
+    if allowed:
+        why = f"differ by {gap:.2g} nats per token .* {gap:.2g} at most, more than --max-logp-gap"
+        with pytest.raises(StopRun, match=rf"{why} {allowed}$"):
+            common.check_engine(rollouts, logp, make_args(**settings))
+    else:
+        seen = common.check_engine(rollouts, logp, make_args(**settings))
+        assert seen == pytest.approx({"logp_gap/mean": gap, "logp_gap/max": gap}, rel=1e-2)
 
 
-# ------------------------------------------------------------------------------- schedules
+def test_rollout_metrics_by_hand():
+    rollouts, _ = scored([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    rollouts.mask[0, 0, 1:] = False
+    rollouts.truncated[0, 1] = True
+    entropy = torch.tensor([[[1.0, 99.0, 99.0], [2.0, 4.0, 5.0]]])
+    metrics = common.rollout_metrics(rollouts, torch.tensor([[1.0, 0.5]]), entropy)
+    expected = {"reward": 0.75, "accuracy": 0.5, "zero_variance": 0.0, "length": 2.0}
+    expected |= {"truncated": 0.5, "boxed": 0.5, "entropy": 3.0}
+    assert {name: float(value) for name, value in metrics.items()} == expected
+    equal = common.rollout_metrics(rollouts, torch.tensor([[0.5, 0.5]]), entropy)
+    assert equal["zero_variance"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("settings", "factors"),
     [
         ({}, [1, 1, 1, 1]),
-        ({"lr_schedule": "linear"}, [3 / 4, 1 / 2, 1 / 4, 0]),
-        ({"lr_schedule": "cosine"}, [(2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4, 0]),
-        ({"warmup_steps": 2}, [1 / 2, 1, 1, 1]),
-        ({"warmup_steps": 2, "lr_schedule": "linear"}, [1 / 2, 1, 1 / 2, 0]),
-        ({"warmup_steps": 2, "lr_schedule": "cosine"}, [1 / 2, 1, 1 / 2, 0]),
-        ({"warmup_ratio": 0.75}, [1 / 3, 2 / 3, 1, 1]),
-        ({"warmup_ratio": 0.3}, [1 / 2, 1, 1, 1]),  # of four steps 1.2: two
-        ({"warmup_steps": 4, "lr_schedule": "linear"}, [1 / 4, 1 / 2, 3 / 4, 1]),
+        ({"lr_schedule": "linear"}, [1, 3 / 4, 1 / 2, 1 / 4]),
+        ({"lr_schedule": "cosine"}, [1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
+        ({"lr_schedule": "constant_with_warmup", "warmup_ratio": 0.75}, [0, 1 / 3, 2 / 3, 1]),
+        ({"lr_schedule": "linear", "warmup_ratio": 0.3}, [0, 1 / 2, 1, 1 / 2]),  # of 1.2 updates: 2
     ],
     ids=str,
 )
 def test_learning_rate_by_hand(settings: dict[str, Any], factors: list[float]):
-    args = grpo.Args(steps=4, lr=2e-3, **settings)
-    rates = [learning_rate(step, args) for step in (1, 2, 3, 4)]
+    """Of each of four updates, in two steps."""
+    args = grpo.Args(steps=2, updates_per_rollout=2, lr=2e-3, **settings)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
+    schedule = args.lr_schedule, optimizer, args.warmup_updates, args.updates
+    scheduler, rates = common.get_scheduler(*schedule), []
+    for _ in range(4):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
     assert rates == pytest.approx([2e-3 * factor for factor in factors], abs=1e-15)
 
 
-def test_overlong_penalty_on_rewards_of_0_and_1():
-    """Right, right at the longest length, and two wrong: that length costs, but less than an error.
-
-    DAPO's penalty of -1 belongs to rewards of 1 and -1. Unhalved, the second would be as wrong as
-    the last two.
-    """
-    lengths = torch.tensor([[3, 20, 5, 7]])
-    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + grpo.overlong_penalty(lengths, 20, 4)
-    assert rewards.tolist() == [[1.0, 0.5, 0.0, 0.0]]
-    # mean 3/8, deviation √(0.6875 / 3) = 0.4787
-    expected = torch.tensor([[1.3056, 0.2611, -0.7833, -0.7833]])
-    torch.testing.assert_close(grpo.grpo_advantages(rewards), expected, atol=1e-4, rtol=0)
+# ------------------------------------------------------------------ evaluation
 
 
-# ------------------------------------------------------------------------------- evaluation
+class HalfCorrect:
+    """Two of four samples for the first problem, all for the second; greedy: the second."""
 
-
-class HalfRight:
-    """Two right answers in four samples for the first problem, all for the second; greedy: one."""
-
-    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
+    def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         return [True, True, False, False, True, True, True, True, False, True]
 
 
-def test_evaluate_by_hand(make_args: Callable[..., grpo.Args]):
+def test_evaluate_by_hand(make_args: Make):
     args = make_args(eval_problems=2, eval_samples=4)
     problems = common.Problems(Problem("", "", [i] * i) for i in (1, 3, 9))
-    result = common.evaluate(FakeEngine(), HalfRight(), problems, args)
+    result = common.evaluate(FakeEngine(), HalfCorrect(), problems, args)
     assert result["eval/accuracy"] == 0.75
     assert result["eval/greedy"] == 0.5
     assert result["eval/length"] == 3  # (2 + 4) / 2
@@ -453,20 +598,15 @@ def test_evaluate_by_hand(make_args: Callable[..., grpo.Args]):
     assert (args.group_size, args.temperature) == (4, 1.0)
 
 
-def test_evaluation_is_greedy_and_sampled_alike_each_time(make_args: Callable[..., grpo.Args]):
-    asked = []
-
-    class Engine(FakeEngine):
-        def generate(self, *call: Any) -> Any:
-            asked.append(call)
-            return super().generate(*call)
-
+def test_evaluation_is_greedy_and_sampled_with_the_same_seeds_each_time(make_args: Make):
+    engine = FakeEngine()
     for step in range(2):
         args = make_args(eval_problems=2, eval_samples=4, temperature=0.9)
         problems = common.Problems(Problem("", "", [step + 1]) for _ in range(2))
-        common.evaluate(Engine(), HalfRight(), problems, args)
-    assert [(len(call[0]), call[3]) for call in asked] == [(8, 0.9), (2, 0.0)] * 2
-    assert [call[1] for call in asked[:2]] == [call[1] for call in asked[2:]]
+        common.evaluate(engine, HalfCorrect(), problems, args)
+    calls = engine.calls
+    assert [(len(call[0]), call[3]) for call in calls] == [(8, 0.9), (2, 0.0)] * 2
+    assert [call[1] for call in calls[:2]] == [call[1] for call in calls[2:]]
 
 
 def test_bootstrap_interval_covers_the_mean():

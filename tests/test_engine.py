@@ -1,7 +1,10 @@
 """The policy, its reference and both engines: tokens, log-probabilities, weights."""
 
 import dataclasses
+import functools
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,36 +14,35 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import engine
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, needs_vllm, read_metrics
 from damage import BROKEN
-from engine import (
-    Engine,
-    Reference,
-    StopRun,
-    autocast,
-    base_model,
-    eos_ids,
-    load_policy,
-    load_tokenizer,
-    merged_weights,
-    save_model,
-)
 from safetensors.torch import load_file, save_file
+from test_common import all_of, assert_same_gradients, gradients, plain_scores, random_rollouts
 from torch import Tensor, nn
 
 import common
 import grpo
-from common import Group, Problem, Rollouts
+from common import Group, Problem, Reference, autocast, base_model, load_policy, load_tokenizer
+from infra import hf_engine, lm_head, models, vllm_engine
+from infra.cli import StopRun
+from infra.hf_engine import HFEngine
+from infra.models import merged_weights, save_model
+from infra.vllm_engine import Engine, VLLMEngine, make_engine, why_not_vllm
+from tools import check_model
+from tools.check_model import WeightCheck
 
+CPU = torch.device("cpu")
 PROMPTS = [list(b"1+1"), list(b"What is 12 + 34?"), list(b"x"), list(b"so\nthe answer is ")]
-NAMES = ["tied", "untied", "tiny"]
-VLLM = pytest.param("VLLM", marks=needs_vllm)
-both_engines = pytest.mark.parametrize("kind", ["Transformers", VLLM])
-all_models = pytest.mark.parametrize("name", NAMES)
+ENGINES = {"transformers": HFEngine, "vllm": VLLMEngine}
+both_engines = pytest.mark.parametrize(
+    "kind", ["transformers", pytest.param("vllm", marks=needs_vllm)]
+)
+all_models = pytest.mark.parametrize("name", ["tied", "untied", "tiny"])
+tied = pytest.mark.parametrize("name", ["tied"])
 
 
 def settings(folder: Path, **changes: Any) -> grpo.Args:
@@ -49,20 +51,28 @@ def settings(folder: Path, **changes: Any) -> grpo.Args:
 
 
 class Setup:
-    """A model with its engines, made when first asked for; the weights go back after each test."""
+    """A model with its engines, made on first use. Each test leaves the weights as they were."""
 
     def __init__(self, folder: Path, precision: str) -> None:
-        self.args = settings(folder, precision=precision)
+        self.args = settings(folder, precision=precision, max_new_tokens=20, temperature=0.8)
         self.policy, self.tokenizer = load_policy(self.args), load_tokenizer(self.args)
-        self.weights = {k: v.clone() for k, v in self.policy.state_dict().items()}
-        self.engines: dict[str, engine.Engine] = {}
+        self.weights = {name: w.clone() for name, w in self.policy.state_dict().items()}
+        self.engines: dict[str, Engine] = {}
 
-    def engine(self, kind: str, policy: nn.Module | None = None) -> engine.Engine:
-        """That engine, holding the policy's weights."""
+    def engine(self, kind: str, policy: nn.Module | None = None) -> Engine:
+        """That engine, holding the policy's weights, past its checks of them."""
         if kind not in self.engines:
-            self.engines[kind] = getattr(engine, kind)(self.args, self.policy, self.tokenizer, 200)
+            made = ENGINES[kind](self.args, self.policy, self.tokenizer, 200)
+            if kind == "vllm":
+                dtype = models.precision(self.args)
+                self.check = WeightCheck(made.model, self.policy, dtype)
+                made.syncs = 3
+            self.engines[kind] = made
         self.engines[kind].sync(policy or self.policy)
         return self.engines[kind]
+
+    def lora(self) -> nn.Module:
+        return load_policy(dataclasses.replace(self.args, lora_rank=4))
 
 
 made: dict[str, Setup] = {}
@@ -84,7 +94,7 @@ def forget() -> Iterator[None]:
     made.clear()
 
 
-def sample(engine: engine.Engine, prompts: list[list[int]] = PROMPTS, *, seeds: int = 6) -> Any:
+def sample(engine: Engine, prompts: list[list[int]] = PROMPTS, *, seeds: int = 6) -> Any:
     """Some sampled responses to each prompt at a temperature that is not 1."""
     prompts = [prompt for prompt in prompts for _ in range(seeds)]
     return prompts, engine.generate(prompts, list(range(len(prompts))), [20] * len(prompts), 0.8)
@@ -116,35 +126,21 @@ def perturb(policy: nn.Module, amount: float = 0.05) -> None:
                 weight += amount * torch.randn(weight.shape, generator=generator)
 
 
-# ------------------------------------------------------------------------------- engines
-
-
-@all_models
-@needs_vllm
-def test_greedy_is_the_same_in_both_engines(setup: Setup):
-    ours, theirs = (
-        setup.engine(kind).generate(PROMPTS, [0] * 4, [40] * 4, 0.0)
-        for kind in ("Transformers", "VLLM")
-    )
-    assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
+# ------------------------------------------------------------------ generation
 
 
 @all_models
 @both_engines
-def test_greedy_takes_the_likeliest_token(setup: Setup, kind: str):
-    for prompt, (tokens, _) in zip(
-        PROMPTS, setup.engine(kind).generate(PROMPTS, [0] * 4, [20] * 4, 0.0), strict=True
-    ):
+def test_tokens_and_logps_are_the_policys(setup: Setup, kind: str):
+    """Greedy tokens are the most likely ones, so they are the same in both engines."""
+    engine = setup.engine(kind)
+    responses = engine.generate(PROMPTS, [0] * 4, [40] * 4, 0.0)
+    for prompt, (tokens, _) in zip(PROMPTS, responses, strict=True):
         with torch.no_grad():
             logits = setup.policy.eval()(torch.tensor([prompt + tokens])).logits[0]
         assert tokens == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-
-
-@all_models
-@both_engines
-def test_sampled_logp_is_the_policys(setup: Setup, kind: str):
-    prompts, responses = sample(setup.engine(kind))
-    assert gap(setup.policy, prompts, responses) < 1e-4
+        assert len(tokens) == 40 or tokens[-1] in engine.stop_tokens
+    assert gap(setup.policy, *sample(engine)) < 1e-4
 
 
 @all_models
@@ -164,17 +160,17 @@ def test_a_response_depends_on_its_own_seed_alone(setup: Setup, kind: str):
 
 
 @both_engines
-@pytest.mark.parametrize("name", ["tied"])
+@tied
 def test_samples_follow_the_distribution(setup: Setup, kind: str):
     """Chi-square of 4000 responses of one token, each with its own seed.
 
-    The temperature is low: where no token stands out, other noise than Gumbel's looks right too.
+    The temperature is low: if no token stands out, noise other than Gumbel's looks right too.
     """
     prompt, count, temperature = PROMPTS[0], 4000, 0.3
-    engine = setup.engine(kind)
-    draws = Counter(
-        r[0][0] for r in engine.generate([prompt] * count, range(count), [1] * count, temperature)
+    responses = setup.engine(kind).generate(
+        [prompt] * count, list(range(count)), [1] * count, temperature
     )
+    draws = Counter(tokens[0] for tokens, _ in responses)
     with torch.no_grad():
         logits = setup.policy.eval()(torch.tensor([prompt])).logits[0, -1]
     expected = count * (logits / temperature).softmax(-1)
@@ -190,28 +186,110 @@ def test_samples_follow_the_distribution(setup: Setup, kind: str):
 @both_engines
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind: str):
-    ends = eos_ids(setup.policy, setup.tokenizer)
-    assert len(ends) == {"tied": 1, "untied": 2}[setup.args.model.rpartition("/")[2]]
+    ends = models.eos_ids(setup.policy, setup.tokenizer)
+    assert len(ends) == {"tied": 1, "untied": 2}[Path(setup.args.model).name]
     prompts, responses = sample(setup.engine(kind), seeds=16)
     seen = Counter()
     for tokens, logp in responses:
         assert len(tokens) == len(logp)
         assert not set(tokens[:-1]) & set(ends)
         assert len(tokens) == 20 or tokens[-1] in ends
-        seen[tokens[-1] if tokens[-1] in ends else "cut off"] += 1
-    assert set(seen) == {*ends, "cut off"}, "every way to end must occur for this test to mean much"
+        seen[tokens[-1] if tokens[-1] in ends else "truncated"] += 1
+    assert set(seen) == {*ends, "truncated"}, "each way to end must occur"
 
     groups = [
         Group(Problem("", "", prompt), [tokens], [logp], [""])
         for prompt, (tokens, logp) in zip(prompts, responses, strict=True)
     ]
-    rollouts = common.stack(groups, ends, torch.device("cpu"))
-    assert rollouts.truncated.sum() == seen["cut off"]
+    rollouts = common.stack(groups, ends, CPU)
+    assert rollouts.truncated.sum() == seen["truncated"]
     for p, (tokens, _) in enumerate(responses):
         assert rollouts.tokens[p, 0][rollouts.mask[p, 0]].tolist() == tokens  # EOS included
 
 
-# ------------------------------------------------------------------------------- weights
+@both_engines
+@tied
+def test_each_response_has_its_own_length_limit(setup: Setup, kind: str):
+    """And is the beginning of what it would be under a higher limit."""
+    engine, lengths = setup.engine(kind), [1, 20, 7, 3]
+    short, long = (engine.generate(PROMPTS, [5, 6, 7, 8], n, 1.0) for n in (lengths, [20] * 4))
+    for (tokens, logp), (complete, _), length in zip(short, long, lengths, strict=True):
+        assert tokens == complete[:length] and len(logp) == len(tokens)
+
+
+def test_sample_and_end_of_a_response_by_hand(tied_model: Path):
+    logits = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(7, 4)
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.99, 1.0])
+    token, logp = hf_engine.sample(logits, 1.0, uniform)
+    assert token.tolist() == [0, 0, 1, 1, 3, 3, 3]  # never one of probability 0
+    expected = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2]).log()
+    torch.testing.assert_close(logp, expected)
+    token, logp = hf_engine.sample(logits, 0.5, uniform)  # squared: 25, 9 and 4 of 38
+    assert token.tolist() == [0, 0, 0, 1, 1, 3, 3]
+    assert logp[3].item() == pytest.approx(math.log(9 / 38))
+    token, logp = hf_engine.sample(logits, 0.0, uniform)
+    assert token.tolist() == [0] * 7 and logp[0].item() == pytest.approx(math.log(0.5))
+
+    args = settings(tied_model)
+    engine = HFEngine(args, load_policy(args), load_tokenizer(args), 200)
+    assert engine.stop_tokens == [256]
+    assert [engine.end_of(row) for row in ([5, 256, 256], [256], [5, 6], [])] == [2, 1, 2, 0]
+
+
+@tied
+def test_transformers_samples_in_batches_of_a_steps_rollouts(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    engine = setup.engine("transformers")
+    assert engine.batch_size == setup.args.prompts_per_step * setup.args.group_size
+    complete, generate_batch = sample(engine)[1], Mock(wraps=engine.generate_batch)
+    monkeypatch.setattr(engine, "generate_batch", generate_batch)
+    monkeypatch.setattr(engine, "batch_size", 10)
+    parts = sample(engine)[1]
+    assert [len(call.args[0]) for call in generate_batch.mock_calls] == [10, 10, 4]
+    assert [tokens for tokens, _ in parts] == [tokens for tokens, _ in complete]
+
+
+@tied
+@pytest.mark.parametrize("prompts", [PROMPTS, [[0, 120], [120]], [[120], [121]]])
+def test_transformers_computes_a_prompt_once_for_all_its_responses(
+    setup: Setup, prompts: list[list[int]]
+):
+    """Except its last token, from which each response starts. A prompt that has one token more,
+    the token that pads the other, is another prompt."""
+    engine, computed = setup.engine("transformers"), []
+    embedding = setup.policy.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape))
+    given, responses = sample(engine, prompts)
+    hook.remove()
+    assert gap(setup.policy, given, responses) < 1e-4
+    before = max(1, *(len(prompt) - 1 for prompt in prompts))  # or one token of padding
+    assert computed[:3] == [(len(prompts), before), (len(given), 1), (len(given), 1)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@both_engines
+@tied
+def test_a_progress_bar_is_drawn_only_on_a_terminal(
+    setup: Setup, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    engine, module = setup.engine(kind), {"transformers": hf_engine, "vllm": vllm_engine}[kind]
+    at_once = functools.partial(module.progress_bar, delay=0)
+    monkeypatch.setattr(module, "progress_bar", at_once)
+    drawn, responses = {}, {}
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        responses[type(stream)] = sample(engine)
+        drawn[type(stream)] = stream.getvalue()
+    assert not drawn[io.StringIO] and drawn[Terminal]
+    assert responses[io.StringIO] == responses[Terminal]
+
+
+# ------------------------------------------------------------------ weights
 
 
 @all_models
@@ -220,16 +298,16 @@ def test_sync_is_exact(setup: Setup, kind: str):
     prompts = [*PROMPTS, list(b"1 + 2 = 3, " * 15)]  # the last fills a block of the prefix cache
     engine = setup.engine(kind)
     perturb(setup.policy)
-    if kind == "VLLM":
-        unseen = gap(setup.policy, *sample(engine, prompts))
-        assert unseen > 0.01, "the engine must not see it before sync"
+    if kind == "vllm":
+        before = gap(setup.policy, *sample(engine, prompts))
+        assert before > 0.01, "the engine must not have the new weights before sync"
     assert gap(setup.policy, *sample(setup.engine(kind), prompts)) < 1e-4
 
 
 @all_models
 @both_engines
 def test_sync_merges_lora(setup: Setup, kind: str):
-    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+    policy = setup.lora()
     perturb(policy)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     responses = sample(setup.engine(kind, policy))
@@ -241,17 +319,13 @@ def test_sync_merges_lora(setup: Setup, kind: str):
 
 
 @all_models
-def test_merged_weights_have_the_models_own_names(setup: Setup):
-    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
+def test_merged_weights_have_the_models_names_and_leave_the_policy_alone(setup: Setup):
+    policy = setup.lora()
     merged = dict(merged_weights(policy))
     assert merged.keys() == setup.policy.state_dict().keys()
     assert all(torch.equal(weight, setup.weights[name]) for name, weight in merged.items())
     assert not any(weight.requires_grad for weight in merged.values())
 
-
-@all_models
-def test_merging_adds_lora_and_leaves_the_policy_alone(setup: Setup):
-    policy = load_policy(dataclasses.replace(setup.args, lora_rank=4))
     perturb(policy)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     adapted = plain_logp(policy, PROMPTS[1], PROMPTS[3], 1.0)
@@ -279,7 +353,7 @@ def test_reference_stays_what_the_policy_was(tied_model: Path, lora_rank: int):
 
 
 @pytest.mark.parametrize("model", ["tied_model", "untied_model"])
-def test_under_bfloat16_the_reference_takes_half_the_memory_and_changes_no_value(
+def test_in_bfloat16_the_reference_takes_half_the_memory_and_changes_no_value(
     model: str, request: pytest.FixtureRequest
 ):
     args = settings(request.getfixturevalue(model), precision="bfloat16")
@@ -288,12 +362,10 @@ def test_under_bfloat16_the_reference_takes_half_the_memory_and_changes_no_value
     with torch.no_grad(), autocast(args), Reference(policy, args)() as frozen:
         assert torch.equal(frozen(ids).logits, policy(ids).logits)
     half = {name for name, weight in frozen.named_parameters() if weight.dtype == torch.bfloat16}
-    assert {name for name in half if "proj" in name} and not any(map(is_norm_or_embedding, half))
+    assert any("proj" in name for name in half)
+    assert not any("norm" in name or "embed" in name for name in half)
     assert ("lm_head.weight" in half) == (model == "untied_model")
-
-
-def is_norm_or_embedding(name: str) -> bool:
-    return "norm" in name or "embed" in name
+    assert not any(weight.requires_grad for weight in frozen.parameters())
 
 
 def test_master_weights_are_float32(tied_model: Path):
@@ -304,159 +376,158 @@ def test_master_weights_are_float32(tied_model: Path):
     assert trained == {torch.float32}
 
 
-# ------------------------------------------------------------------------------- the guard
+# ------------------------------------------------------------------ stale weights
 
 
-def lora(setup: Setup) -> nn.Module:
-    return load_policy(dataclasses.replace(setup.args, lora_rank=4))
+def withhold(patch: pytest.MonkeyPatch, engine: VLLMEngine, old: dict[str, Tensor], part: str):
+    """From now on a sync delivers the old values of the weights whose name contains `part`."""
+    weights = engine.weights
+
+    def without_part(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((name, old[name] if part in name else w) for name, w in weights(policy))
+
+    patch.setattr(engine, "weights", without_part)
 
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied", "untied", "tied_bfloat16", "untied_bfloat16"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_weights_that_did_not_arrive_are_called_stale(
+def test_weights_that_did_not_arrive_stop_the_run(
     setup: Setup, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    policy = lora(setup) if adapted else setup.policy
-    vllm = setup.engine("VLLM", policy)
+    """By the log-probabilities of the step's rollouts, whichever sync it was."""
+    policy = setup.lora() if adapted else setup.policy
+    vllm = setup.engine("vllm", policy)
     perturb(policy)
+
+    def step() -> dict[str, float]:
+        vllm.sync(policy)
+        problems = [Problem("", "", prompt) for prompt in PROMPTS]
+        groups = common.roll_out(vllm, problems, setup.args, (1,))
+        rollouts = common.stack(groups, vllm.stop_tokens, CPU)
+        logp, _ = common.score(policy, rollouts, setup.args)
+        return common.check_engine(rollouts, logp, setup.args)
+
     with monkeypatch.context() as patch:
         patch.setattr(vllm.llm, "collective_rpc", lambda *_, **__: None)
-        with pytest.raises(StopRun, match="stale"):
-            vllm.sync(policy)
-    vllm.sync(policy)
-
-
-@pytest.mark.parametrize("name", ["tied"])
-@both_engines
-def test_each_response_keeps_to_its_own_length(setup: Setup, kind: str):
-    """And is the beginning of what it would be with more room."""
-    engine, lengths = setup.engine(kind), [1, 20, 7, 3]
-    short, long = (engine.generate(PROMPTS, [5, 6, 7, 8], n, 1.0) for n in (lengths, [20] * 4))
-    for (tokens, logp), (whole, _), length in zip(short, long, lengths, strict=True):
-        assert tokens == whole[:length] and len(logp) == len(tokens)
-
-
-@pytest.mark.parametrize("name", ["tied"])
-def test_transformers_draws_as_many_at_once_as_a_step_has_rollouts(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-):
-    engine, sizes = setup.engine("Transformers"), []
-    whole, batch = sample(engine)[1], engine.generate_batch
-    assert engine.at_once == setup.args.prompts_per_step * setup.args.group_size
-
-    def counted(prompts: list, *rest: object) -> list:
-        sizes.append(len(prompts))
-        return batch(prompts, *rest)
-
-    monkeypatch.setattr(engine, "generate_batch", counted)
-    monkeypatch.setattr(engine, "at_once", 10)
-    parts = sample(engine)[1]
-    assert sizes == [10, 10, 4] and [t for t, _ in parts] == [t for t, _ in whole]
-
-
-@pytest.mark.parametrize("name", ["tied"])
-@pytest.mark.parametrize("prompts", [PROMPTS, [[0, 120], [120]], [[120], [121]]])
-def test_transformers_computes_a_prompt_once_for_all_its_responses(
-    setup: Setup, prompts: list[list[int]]
-):
-    """All of it but the last token, from which each response starts. A prompt of one token more,
-    the token that pads the other, is another prompt."""
-    engine, computed = setup.engine("Transformers"), []
-    embedding = setup.policy.get_input_embeddings()
-    hook = embedding.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape))
-    given, responses = sample(engine, prompts)
-    hook.remove()
-    assert gap(setup.policy, given, responses) < 1e-4
-    before = max(1, *(len(prompt) - 1 for prompt in prompts))  # or one token of padding
-    assert computed[:3] == [(len(prompts), before), (len(given), 1), (len(given), 1)]
+        with pytest.raises(StopRun, match="--max-logp-gap"):
+            step()
+    assert step()["logp_gap/max"] < (1e-4 if setup.args.precision == "float32" else 0.2)
 
 
 @needs_vllm
-@pytest.mark.parametrize("name", ["tied"])
-def test_adapters_are_merged_once_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    policy, calls = lora(setup), []
-    vllm = setup.engine("VLLM", policy)
-
-    def counted(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        calls.append(policy)
-        return merged_weights(policy)
-
-    monkeypatch.setattr(engine, "merged_weights", counted)
-    vllm.sync(policy)
-    assert calls == [policy]
+@pytest.mark.parametrize("name", ["tied", "untied_bfloat16"])
+def test_norm_weights_that_did_not_arrive_stop_the_first_three_syncs(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    vllm = setup.engine("vllm")
+    perturb(setup.policy)
+    monkeypatch.setattr(vllm, "syncs", 0)
+    with monkeypatch.context() as patch:
+        withhold(patch, vllm, setup.weights, "layers.1.post_attention_layernorm")
+        stale = "stale weights: model.layers.1.post_attention_layernorm.weight differs"
+        for _ in range(3):
+            with pytest.raises(StopRun, match=stale):
+                vllm.sync(setup.policy)
+        vllm.sync(setup.policy)  # no longer checked
+    monkeypatch.setattr(vllm, "syncs", 0)
+    vllm.sync(setup.policy)
 
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["untied", "untied_bfloat16"])
-@pytest.mark.parametrize("part", ["lm_head", "layers.1.self_attn.v_proj", "up_proj", "embed"])
+@pytest.mark.parametrize(
+    ("part", "stale"),
+    [
+        ("lm_head", ["lm_head.weight"]),
+        ("layers.1.self_attn.v_proj", ["model.layers.1.self_attn.qkv_proj.weight"]),
+        ("up_proj", [f"model.layers.{i}.mlp.gate_up_proj.weight" for i in (0, 1)]),
+        ("embed", ["model.embed_tokens.weight"]),
+    ],
+)
 def test_one_weight_that_did_not_arrive_is_called_stale(
-    setup: Setup, part: str, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, part: str, stale: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    vllm = setup.engine("VLLM")
-    load = vllm.llm.collective_rpc
-    old = {name: weight.clone() for name, weight in setup.policy.state_dict().items()}
-
-    def without_part(method: str, kwargs: dict[str, Any]) -> None:
-        weights = ((n, old[n] if part in n else w) for n, w in kwargs["weights_iterator"])
-        load(method, kwargs={"weights_iterator": weights})
-
+    vllm = setup.engine("vllm")
     perturb(setup.policy)
-    monkeypatch.setattr(vllm.llm, "collective_rpc", without_part)
-    with pytest.raises(StopRun, match="stale"):
-        vllm.sync(setup.policy)
+    withhold(monkeypatch, vllm, setup.weights, part)
+    vllm.sync(setup.policy)
+    assert setup.check.stale(setup.policy) == stale
 
 
 @needs_vllm
-@pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU build computes with a copy")
-@pytest.mark.parametrize("name", ["tied", "tied_bfloat16"])
-def test_a_tied_head_that_was_left_out_is_called_stale(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-):
-    vllm = setup.engine("VLLM")
-    perturb(setup.policy)
-    monkeypatch.setattr(vllm, "unknown", {"lm_head.weight"})
-    with pytest.raises(StopRun, match="lm_head"):
+@pytest.mark.parametrize("name", ["tiny", "tied", "tied_bfloat16"])
+def test_a_tied_head_is_part_of_each_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    """`named_parameters` leaves it out, and the CPU build multiplies by a copy of its own."""
+    vllm = setup.engine("vllm")
+    assert "lm_head.weight" not in dict(setup.policy.named_parameters())
+    for _ in range(2):
+        perturb(setup.policy)
+        handed = dict(vllm.weights(setup.policy))
+        assert handed["lm_head.weight"].equal(setup.policy.get_input_embeddings().weight)
         vllm.sync(setup.policy)
+        assert not setup.check.stale(setup.policy)
+    if not torch.cuda.is_available():  # which has no copy
+        perturb(setup.policy)
+        monkeypatch.setattr(vllm, "not_in_vllm", {"lm_head.weight"})
+        vllm.sync(setup.policy)
+        assert setup.check.stale(setup.policy) == ["lm_head.weight"]
 
 
-def one_rollout(engine_logp: list[float], device: str = "cpu") -> Rollouts:
-    group = Group(Problem("", "", [1]), [[2, 3]], [engine_logp], [""])
-    return common.stack([group], [256], torch.device(device))
+@needs_vllm
+@tied
+def test_adapters_are_merged_once_per_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    policy = setup.lora()
+    vllm, counted = setup.engine("vllm", policy), Mock(wraps=merged_weights)
+    monkeypatch.setattr(vllm_engine, "merged_weights", counted)
+    vllm.sync(policy)
+    counted.assert_called_once_with(policy)
 
 
+@needs_vllm
 @pytest.mark.parametrize(
-    ("precision", "gap", "end"),
+    ("part", "held", "stale"),
     [
-        ("float32", 0.5e-4, ""),
-        ("float32", 2e-4, "stops"),
-        ("bfloat16", 0.04, ""),  # what rounding alone gives a 135M model
-        ("bfloat16", 0.06, "warns"),
-        ("bfloat16", 0.3, "stops"),
+        ("nothing", 10, "none"),
+        ("down_proj", 8, ", ".join(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))),
+        ("", 0, "lm_head.weight, model.embed_tokens.weight, model.layers.0.mlp.down_proj.weight"),
     ],
 )
-def test_the_gap_is_bounded(
-    tied_model: Path, capsys: pytest.CaptureFixture, precision: str, gap: float, end: str
+def test_check_model_names_stale_weights(
+    part: str,
+    held: int,
+    stale: str,
+    tied_model: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    args, logp = settings(tied_model, precision=precision), torch.tensor([[[-1.0, -2.0]]])
-    rollouts = one_rollout([-1.0 - gap, -2.0 + gap])
-    if end == "stops":
-        with pytest.raises(StopRun, match="--max-logp-gap"):
-            common.check_engine(rollouts, logp, args)
-    else:
-        seen = common.check_engine(rollouts, logp, args)
-        assert seen == pytest.approx({"logp_gap/mean": gap, "logp_gap/max": gap}, rel=1e-2)
-    assert ("warning" in capsys.readouterr().err) == (end == "warns")
+    """part: of the names of the weights that do not arrive; empty: none of them does."""
+    saved, make = dict(load_policy(settings(tied_model)).state_dict()), common.make_engine
+
+    def broken(*args: Any) -> Engine:
+        engine = make(*args)
+        withhold(monkeypatch, engine, saved, part)
+        return engine
+
+    monkeypatch.setattr(common, "make_engine", broken)
+    code = check_model.main(check_model.Args(model=str(tied_model), device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    gaps = [line.split() for line in lines if line.startswith("logp_gap/")]
+    assert f"vLLM holds the policy's values for {held} of 10 weights" in lines
+    assert f"\nstale: {stale}" in "\n".join(lines)
+    assert code == (0 if held == 10 else 1)
+    assert [float(gap) < 1e-4 for _, gap in gaps] == ([True] * 2 if held == 10 else [])
+    assert lines[0].startswith("vLLM holds stale weights: ") == (held == 0)
 
 
-def test_a_policy_that_is_not_finite_stops_the_run(tied_model: Path):
-    with pytest.raises(StopRun, match="not finite"):
-        common.check_engine(
-            one_rollout([-1.0, -2.0]), torch.tensor([[[-1.0, torch.nan]]]), settings(tied_model)
-        )
+def test_check_model_reports_errors_as_one_line(tmp_path: Path):
+    command = [sys.executable, "tools/check_model.py", "--device", "cpu", "--model", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"error: --model {tmp_path}: cannot be loaded")
 
 
-# ------------------------------------------------------------------------------- families
+# ------------------------------------------------------------------ families
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}
@@ -478,10 +549,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 32, "num_experts": 4}),
     "mixtral": ("Mixtral", EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
 }
-REFUSED = {
+REJECTED = {
     "phi": ("Phi", SIZES),  # a bias in its LM head
     "hyperclovax": ("HyperCLOVAX", GROUPED | {"logits_scaling": 0.3}),  # multiplies by it
     "recurrent_gemma": ("RecurrentGemma", GROUPED | {"lru_width": 64, "logits_soft_cap": 3.0}),
+}
+RECURRENT = ("lfm2", "falcon_h1")
+WITHOUT_VLLM = {
+    **dict.fromkeys(("qwen3_moe", "mixtral"), "experts"),
+    **dict.fromkeys(RECURRENT, "recurrent state"),
 }
 
 
@@ -489,9 +565,10 @@ REFUSED = {
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     import transformers
 
+    @functools.cache
     def build(family: str) -> Path:
         folder = tmp_path_factory.mktemp("families") / family
-        name, sizes = (FAMILIES | REFUSED)[family]
+        name, sizes = (FAMILIES | REJECTED)[family]
         tokenizer = byte_tokenizer("<|endoftext|>")
         ends = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
         config = getattr(transformers, f"{name}Config")
@@ -512,19 +589,24 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def test_a_family_is_rolled_out_synced_and_saved(
     family: str, lora_rank: int, kind: str, family_folder: Callable, tmp_path: Path
 ):
-    args = settings(family_folder(family), lora_rank=lora_rank, max_new_tokens=20)
-    args.engine = kind.lower()
+    args = settings(family_folder(family), lora_rank=lora_rank, max_new_tokens=20, engine=kind)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
-    assert engine.is_recurrent(policy) == (family in ("lfm2", "falcon_h1"))
-    without = {"qwen3_moe": "experts", "mixtral": "experts"}
-    without |= {"lfm2": "a state, not keys", "falcon_h1": "a state, not keys"}
-    if kind == "VLLM" and family in without:
-        assert without[family] in engine.why_not_vllm(args, policy)
+    assert models.is_recurrent(policy) == (family in RECURRENT)
+    if kind == "vllm" and family in WITHOUT_VLLM:
+        assert WITHOUT_VLLM[family] in why_not_vllm(args, policy)
         args.engine = "auto"
-    made = engine.make_engine(args, policy, tokenizer, [Problem("", "", list(range(80)))])
+    engine = make_engine(args, policy, tokenizer, [Problem("", "", list(range(80)))])
+    in_vllm = kind == "vllm" and family not in WITHOUT_VLLM
+    assert isinstance(engine, ENGINES["vllm" if in_vllm else "transformers"])
+    if in_vllm:
+        check = WeightCheck(engine.model, policy, torch.float32)
+        assert "model.embed_tokens.weight" in check.compared or family.startswith("gpt")
+    engine.sync(policy)
     perturb(policy)
-    made.sync(policy)
-    assert gap(policy, *sample(made, seeds=2)) < 1e-4
+    engine.sync(policy)
+    assert gap(policy, *sample(engine, seeds=2)) < 1e-4
+    assert not in_vllm or (check.compared and not check.stale(policy))
+
     save_model(policy, tokenizer, tmp_path)
     again = load_policy(dataclasses.replace(args, model=str(tmp_path), lora_rank=0))
     theirs = plain_logp(again, PROMPTS[1], PROMPTS[3], 1.0)
@@ -533,9 +615,9 @@ def test_a_family_is_rolled_out_synced_and_saved(
     )
     policy.save_pretrained(tmp_path / "checkpoint")
     fresh = load_policy(args)
-    engine.load_weights(fresh, tmp_path / "checkpoint")
-    mine = policy.state_dict()
-    assert all(torch.equal(weight, mine[name]) for name, weight in fresh.state_dict().items())
+    models.load_weights(fresh, tmp_path / "checkpoint")
+    saved = policy.state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1", "gpt2"])
@@ -544,52 +626,35 @@ def test_the_tiled_head_is_the_models_own(
 ):
     """Log-probabilities, entropy and gradient, against the model's own logits."""
     args = settings(family_folder(family), temperature=0.7)
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 64 * 12)  # several tiles
-    policy = load_policy(args)
-    prompts, tokens = [p[:6] for p in PROMPTS[1:3]], [[5, 6, 7, 256], [70, 80]]
-    groups = [
-        Group(Problem("", "", prompt), [row], [[0.0] * len(row)], [""])
-        for prompt, row in zip(prompts, tokens, strict=True)
-    ]
-    rollouts = common.stack(groups, [256], torch.device("cpu"))
-    index = torch.tensor([0, 1]), torch.tensor([0, 0])
+    monkeypatch.setattr(lm_head, "TILE_SIZE", 64 * 12)  # several tiles
+    policy, rollouts = load_policy(args), random_rollouts()
+    index = all_of(rollouts)
     logp, entropy = common.token_logp(policy, rollouts, index, args)
-    logp.square().sum().backward()
-    tiled = {name: weight.grad.clone() for name, weight in policy.named_parameters()}
-    policy.zero_grad()
-
-    total = torch.zeros(())
-    for i, (prompt, row) in enumerate(zip(prompts, tokens, strict=True)):
-        logits = policy(torch.tensor([prompt + row])).logits[0, len(prompt) - 1 : -1]
-        whole = (logits / args.temperature).log_softmax(-1)
-        picked = whole.gather(-1, torch.tensor(row)[:, None])[:, 0]
-        torch.testing.assert_close(logp[i, : len(row)], picked, atol=1e-5, rtol=1e-5)
-        own_entropy = -(whole.exp() * whole).sum(-1)
-        torch.testing.assert_close(entropy[i, : len(row)], own_entropy, atol=1e-5, rtol=1e-5)
-        total = total + picked.square().sum()
-    total.backward()
-    for name, weight in policy.named_parameters():
-        torch.testing.assert_close(tiled[name], weight.grad, atol=1e-4, rtol=1e-4)
+    ours = gradients(policy, logp.square().sum())
+    expected, expected_entropy, _ = plain_scores(policy, rollouts, args.temperature)
+    torch.testing.assert_close(logp, expected[index], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy[index], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(ours, gradients(policy, expected.square().sum()))
 
 
-def test_a_model_that_would_not_load_back_is_not_kept(
+def test_a_model_that_would_not_load_is_not_kept(
     tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     args = settings(tied_model)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
-    merged = engine.merged_weights
 
     def misnamed(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return ((name.replace("mlp", "base_layer.mlp"), weight) for name, weight in merged(policy))
+        for name, weight in merged_weights(policy):
+            yield name.replace("mlp", "base_layer.mlp"), weight
 
-    monkeypatch.setattr(engine, "merged_weights", misnamed)
-    with pytest.raises(StopRun, match="would not load back"):
+    monkeypatch.setattr(models, "merged_weights", misnamed)
+    with pytest.raises(StopRun, match="would not load"):
         save_model(policy, tokenizer, tmp_path)
     with pytest.raises(SystemExit):
         load_policy(dataclasses.replace(args, lora_rank=4))
 
 
-def test_a_lora_checkpoint_names_its_base_from_anywhere(
+def test_a_lora_checkpoint_loads_from_any_directory(
     tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from peft import AutoPeftModelForCausalLM
@@ -601,15 +666,13 @@ def test_a_lora_checkpoint_names_its_base_from_anywhere(
     assert AutoPeftModelForCausalLM.from_pretrained(".") is not None
 
 
-# ------------------------------------------------------------------------------- what is refused
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+# ------------------------------------------------------------------ rejections
 
 
 def quantised(folder: Path) -> None:
-    edit(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    path = folder / "config.json"
+    quantization = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantization))
 
 
 def not_finite(folder: Path) -> None:
@@ -622,16 +685,24 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def rejected(capsys: pytest.CaptureFixture, command: Callable[[], object]) -> str:
+    """The line with which the command exits."""
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
         (quantised, "is quantised (awq)"),
         *BROKEN,
-        (not_finite, "holds weights that are not finite"),
+        (not_finite, "layers.1.mlp.up_proj.weight has values that are not finite"),
         (adapter, "is a LoRA adapter"),
     ],
 )
-def test_a_model_that_cannot_be_trained_is_refused(
+def test_a_model_that_cannot_be_trained_is_rejected(
     damage: Callable[[Path], None],
     why: str,
     tied_model: Path,
@@ -641,57 +712,51 @@ def test_a_model_that_cannot_be_trained_is_refused(
     folder = tmp_path / "model"
     shutil.copytree(tied_model, folder)
     damage(folder)
-    with pytest.raises(SystemExit) as stopped:
-        load_tokenizer(settings(folder))
-        load_policy(settings(folder))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and said.startswith(f"error: --model {folder}: ") and why in said
+    args = settings(folder)
+    line = rejected(capsys, lambda: (load_tokenizer(args), load_policy(args)))
+    assert line.startswith(f"error: --model {folder}: ") and why in line
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "flag"),
     [
-        *[(family, {}, "--model") for family in REFUSED],
+        *[(family, {}, "--model") for family in REJECTED],
         ("mixtral", {"lora_rank": 4, "lora_dropout": 0.1}, "--lora-rank 4"),
         ("falcon_h1", {"lora_rank": 4}, "--lora-rank 4"),
     ],
 )
-def test_a_family_that_cannot_be_trained_is_refused(
+def test_a_family_that_cannot_be_trained_is_rejected(
     family: str,
     changes: dict[str, Any],
     flag: str,
     family_folder: Callable[[str], Path],
     capsys: pytest.CaptureFixture,
 ):
-    with pytest.raises(SystemExit) as stopped:
-        load_policy(settings(family_folder(family), **changes))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and said.startswith(f"error: {flag}")
+    args = settings(family_folder(family), **changes)
+    assert rejected(capsys, lambda: load_policy(args)).startswith(f"error: {flag}")
 
 
 @needs_vllm
-def test_an_engine_that_cannot_run_here_is_refused(
-    tied_model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_that_cannot_run_here_is_rejected(
+    tied_model: Path, capsys: pytest.CaptureFixture
 ):
-    args = settings(tied_model, engine="vllm", device="cuda", max_new_tokens=9)
-    if torch.cuda.is_available():
-        args.device = "cpu"
+    args = settings(tied_model, engine="vllm", max_new_tokens=9)
+    args.device = "cpu" if torch.cuda.is_available() else "cuda"
     policy, tokenizer = load_policy(settings(tied_model)), load_tokenizer(args)
-    assert "runs on" in engine.why_not_vllm(args, policy)
-    with pytest.raises(SystemExit):
-        engine.make_engine(args, policy, tokenizer, [Problem("", "", [1])])
-    assert "--engine vllm" in capsys.readouterr().err
+    problems = [Problem("", "", [1])]
+    assert "runs on" in why_not_vllm(args, policy)
+    line = rejected(capsys, lambda: make_engine(args, policy, tokenizer, problems))
+    assert line.startswith("error: --engine vllm: the installed vLLM runs on")
     args.engine = "auto"
-    made = engine.make_engine(args, policy, tokenizer, [Problem("", "", [1])])
-    assert isinstance(made, engine.Transformers)
+    assert isinstance(make_engine(args, policy, tokenizer, problems), HFEngine)
 
 
-# ------------------------------------------------------------------------------- CUDA
+# ------------------------------------------------------------------ memory and CUDA
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there")
-def test_a_run_on_cuda_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_a_killed_run_on_cuda_is_resumed(tiny_model: Path, tmp_path: Path):
     run, script = tmp_path / "run", [sys.executable, "grpo.py"]
     flags = f"--steps 4 --save-every 1 --max-new-tokens 32 --eval-problems 8 --run-dir {run}"
     first = subprocess.Popen([*script, *flags.split(), "--engine", "vllm"], cwd=ROOT)
@@ -707,31 +772,31 @@ def test_a_run_on_cuda_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path):
 
 
 ASLEEP = """
-import torch, common, engine, grpo
+import torch, common, grpo
 args = grpo.Args(engine="vllm", max_new_tokens=32)
-policy, tokenizer = engine.load_policy(args), engine.load_tokenizer(args)
+policy, tokenizer = common.load_policy(args), common.load_tokenizer(args)
 used = lambda: (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 1e9
-problems = [common.Problem("", "", data.prompt_tokens(tokenizer, "What is 1+2?"))]
-made, asleep = engine.make_engine(args, policy, tokenizer, problems), []
+problems = [common.Problem("", "", tokenizer.encode("What is 1+2?"))]
+engine, asleep = common.make_engine(args, policy, tokenizer, problems), []
 for _ in range(3):
-    made.sync(policy)
+    engine.sync(policy)
     awake = used()
-    common.roll_out(made, problems, args, (1,))
-    made.sleep()
+    common.roll_out(engine, problems, args, (1,))
+    engine.sleep()
     asleep.append(used())
 assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > 10, (awake, asleep)
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there")
-def test_an_engine_that_sleeps_gives_its_memory_back(tiny_model: Path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_a_sleeping_engine_frees_its_memory(tiny_model: Path):
     """In a process of its own, as every engine on CUDA; needs a card of 40 GB."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep nothing, or do not say")
-def test_freed_memory_goes_back_before_the_update():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_returned_before_the_update():
     """Pieces too small for a mapping of their own, freed with the last one still in use."""
     pages = Path("/proc/self/statm")
     pieces = [torch.ones(2**14) for _ in range(2**12)]  # 64 KiB each, 268 MB

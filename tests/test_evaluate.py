@@ -1,4 +1,4 @@
-r"""tools/evaluate.py: its metrics against slow versions, what it keeps, and what it refuses."""
+r"""tools/evaluate.py: its metrics against slow versions, its saved results, its rejections."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, SHARED_DATA, needs_vllm
 from damage import BROKEN
-from data import gold_answer
-from engine import load_policy, load_tokenizer, make_engine
 
-from common import bootstrap_interval, evaluate, load_problems
+from common import bootstrap_interval, evaluate
 from grading import Grader, last_boxed
+from infra.data import load_problems, reference_answer
+from infra.models import load_policy, load_tokenizer
+from infra.vllm_engine import make_engine
 from tools import evaluate as tool
 from tools.metrics import difference, majority, metric_values, pass_at_k, summary
 
-# ------------------------------------------------------------------------------- pass@k
+# ------------------------------------------------------------------ pass@k
 
 
 @pytest.mark.parametrize(
     ("n", "correct", "k", "expected"),
     [
         (4, 1, 1, 1 / 4),
-        (4, 1, 2, 1 / 2),  # 3 of the 6 pairs hold it
+        (4, 1, 2, 1 / 2),  # 3 of the 6 pairs include it
         (4, 2, 2, 5 / 6),
-        (5, 2, 3, 9 / 10),  # only the triple of the three wrong ones has none
+        (5, 2, 3, 9 / 10),  # only the triple of the three wrong ones includes none
         (4, 2, 3, 1.0),  # more drawn than are wrong
         (8, 0, 8, 0.0),
         (8, 8, 1, 1.0),
@@ -41,7 +43,7 @@ from tools.metrics import difference, majority, metric_values, pass_at_k, summar
         (10**6, 1, 3, 3e-6),  # a product of factors near 1 loses digits here
     ],
 )
-def test_pass_at_k_by_hand(n: int, correct: int, k: int, expected: float):
+def test_pass_at_k_by_hand(n, correct, k, expected):
     assert pass_at_k(n, correct, k) == pytest.approx(expected, rel=1e-15, abs=0)
 
 
@@ -56,12 +58,12 @@ def test_pass_at_k_is_the_average_over_all_subsets():
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
-def test_pass_at_k_of_what_cannot_be(n: int, correct: int, k: int):
+def test_pass_at_k_of_impossible_counts(n, correct, k):
     with pytest.raises(ValueError, match=f"n={n}, correct={correct}, k={k}"):
         pass_at_k(n, correct, k)
 
 
-# ------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------ intervals
 
 
 def simulated(simulations: int, problems: int, samples: int = 8) -> tuple[np.ndarray, float]:
@@ -73,9 +75,9 @@ def simulated(simulations: int, problems: int, samples: int = 8) -> tuple[np.nda
 
 
 def coverage(values: np.ndarray, truth: float) -> float:
-    """How often the interval of a row of values holds the truth."""
+    """The share of rows whose interval includes the truth."""
     problems = values.shape[1]
-    # bootstrap_interval's own resamples, as how often each problem is drawn
+    # bootstrap_interval's own resamples, as the number of times that each problem is drawn
     draws = np.random.default_rng(0).integers(problems, size=(2000, problems))
     counts = np.stack([np.bincount(draw, minlength=problems) for draw in draws])
     low, high = np.quantile(values @ counts.T / problems, [0.025, 0.975], axis=1)
@@ -84,22 +86,15 @@ def coverage(values: np.ndarray, truth: float) -> float:
     return float(((low <= truth) & (truth <= high)).mean())
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    assert 0.93 <= coverage(*simulated(2000, problems=200)) <= 0.97
-
-
-def test_the_interval_of_a_paired_difference_covers_too():
-    before, _ = simulated(2000, problems=200)
-    rng = np.random.default_rng(1)
-    gain = rng.normal(0.05, 0.2, size=before.shape)
-    assert 0.93 <= coverage(before + gain - before, 0.05) <= 0.97
-
-
-def test_thirty_problems_cover_less():
+def test_coverage_of_intervals():
+    values, truth = simulated(2000, problems=200)
+    assert 0.93 <= coverage(values, truth) <= 0.97
+    gain = np.random.default_rng(1).normal(0.05, 0.2, size=values.shape)
+    assert 0.93 <= coverage(values + gain - values, 0.05) <= 0.97  # a paired difference
     assert 0.90 <= coverage(*simulated(2000, problems=30)) <= 0.95
 
 
-# ------------------------------------------------------------------------------- majority
+# ------------------------------------------------------------------ majority
 
 
 @pytest.fixture(scope="module")
@@ -109,33 +104,33 @@ def grader():
 
 
 @pytest.mark.parametrize(
-    ("answers", "gold", "expected"),
+    ("answers", "reference", "expected"),
     [
         (["7", "7", "8"], "7", 1.0),
         (["7", "8", "8"], "7", 0.0),
         (["7", "8", "8", "7"], "7", 0.5),
         (["7", "8", "9"], "7", 1 / 3),
-        ([None, None, None, "7"], "7", 1.0),  # what boxes nothing has no vote
+        ([None, None, None, "7"], "7", 1.0),  # a response without a box has no vote
         ([None, None], "7", 0.0),
         (["8", "9"], "7", 0.0),
         (["7.0", "7", "8", "8.5"], "7", 1.0),  # two ways of writing one number
         (["7", "8.0", "8"], "7", 0.0),
-        ([r"\frac{1}{2}", r"2\pi", r"\pi+\pi"], "0.5", 0.0),  # the same for math-verify alone
+        ([r"\frac{1}{2}", r"2\pi", r"\pi+\pi"], "0.5", 0.0),  # equal only for math-verify
         ([r"\frac{1}{2}", "0.5", r"2\pi", r"\pi+\pi"], "0.5", 0.5),
         ([r"\frac{1}{2}", "0.5", r"2\pi", r"3\pi", r"\text{no }", r"\text{no  }"], "0.5", 0.5),
-        (["7", "7", "[", "}{", r"\frac"], "7", 1.0),  # what cannot be read equals nothing else
+        (["7", "7", "[", "}{", r"\frac"], "7", 1.0),  # an unreadable answer equals no other
     ],
 )
-def test_majority_by_hand(answers: list[str | None], gold: str, expected: float, grader: Grader):
+def test_majority_by_hand(answers, reference, expected, grader):
     responses = ["nothing" if answer is None else rf"\boxed{{{answer}}}" for answer in answers]
-    correct = [float(verdict) for verdict in grader.grade(responses, [gold] * len(answers))]
+    correct = [float(verdict) for verdict in grader.grade(responses, [reference] * len(answers))]
     for seed in range(3):
         both = list(zip(answers, correct, strict=True))
         random.Random(seed).shuffle(both)
         assert majority(grader, *zip(*both, strict=True)) == pytest.approx(expected)
 
 
-def test_majority_asks_math_verify_only_where_it_can_decide(monkeypatch: pytest.MonkeyPatch):
+def test_majority_asks_math_verify_only_if_it_can_decide(monkeypatch):
     monkeypatch.setattr(Grader, "_ask", lambda self, requests: 1 / (not requests) and [])
     with Grader() as never_asked:
         assert majority(never_asked, ["x", "y", "x", "z", "x"], [1, 0, 1, 0, 1]) == 1.0
@@ -145,7 +140,7 @@ def test_majority_asks_math_verify_only_where_it_can_decide(monkeypatch: pytest.
             majority(never_asked, ["x", "y", "z"], [1, 0, 0])
 
 
-# ------------------------------------------------------------------------------- summaries
+# ------------------------------------------------------------------ summaries
 
 
 def record(number: int, correct: list[int], **more: Any) -> dict[str, Any]:
@@ -162,18 +157,10 @@ def test_summary_by_hand():
     ]
     found = summary(records, ks=(1, 2))
     assert (found["problems"], found["samples"]) == (2, 4)
+    expected = {"mean@4": 0.625, "pass@1": 0.625, "pass@2": 0.75, "majority@4": 0.75}
+    expected |= {"greedy": 0.5, "length": 2.75, "truncated": 0.125}
     values = {name: metric["value"] for name, metric in found["metrics"].items()}
-    assert values == pytest.approx(
-        {
-            "mean@4": 0.625,
-            "pass@1": 0.625,
-            "pass@2": 0.75,
-            "majority@4": 0.75,
-            "greedy": 0.5,
-            "length": 2.75,
-            "truncated": 0.125,
-        }
-    )
+    assert values == pytest.approx(expected)
     assert found["metrics"]["mean@4"]["low"] == 0.25  # both times the hard problem
     assert found["metrics"]["mean@4"]["high"] == 1.0
 
@@ -195,7 +182,7 @@ def test_differences_are_paired_by_problem():
     assert difference(after[:1], before[1:], ()) == {}
 
 
-# ------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------ command
 
 
 @pytest.fixture
@@ -203,92 +190,84 @@ def run(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., d
     """A short evaluation with the transformers engine; any setting can be overridden."""
 
     def run(**settings: Any) -> dict[str, Any]:
-        defaults = {
-            "models": (str(tied_model),),
-            "datasets": (str(problem_file),),
-            "samples": 2,
-            "max_new_tokens": 6,
-            "batch": 5,
-            "engine": "transformers",
-            "device": "cpu",
-            "folder": str(tmp_path / "kept"),
-        }
+        defaults = {"models": (str(tied_model),), "datasets": (str(problem_file),)}
+        defaults |= {"samples": 2, "max_new_tokens": 6, "batch": 5, "engine": "transformers"}
+        defaults |= {"device": "cpu", "folder": str(tmp_path / "saved")}
         return tool.main(tool.Args(**defaults | settings))
 
     return run
 
 
-def kept_files(folder: Path) -> dict[str, str]:
+@pytest.fixture
+def rejection(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """The only line on stderr of a call that exits with code 2."""
+
+    def rejection(function: Callable, *args: Any, **more: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*args, **more)
+        assert stop.value.code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        [line] = output.err.splitlines()
+        return line
+
+    return rejection
+
+
+def saved_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.jsonl")}
 
 
-def test_a_killed_evaluation_goes_on(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    whole = run()
-    (name, text), *none = kept_files(tmp_path / "kept").items()
+def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch, capsys):
+    uninterrupted = run()
+    [(name, text)] = saved_files(tmp_path / "saved").items()
     lines = text.splitlines(keepends=True)
-    assert len(lines) == 1 + 12 and not none
-    results = {k: v for k, v in whole.items() if k in ("results", "differences")}
+    assert len(lines) == 1 + 12
 
-    asked: list[int] = []
-    real = tool.evaluate_model
+    evaluated: list[int] = []
+    evaluate_model = tool.evaluate_model
 
-    def counted(*values: Any, numbers: list[int], **more: Any) -> list[dict[str, Any]]:
-        asked.extend(numbers)
-        return real(*values, numbers=numbers, **more)
+    def counted(engine: Any, grader: Grader, problems: Any, numbers: list[int], args: Any) -> Any:
+        evaluated.extend(numbers)
+        return evaluate_model(engine, grader, problems, numbers, args)
 
     monkeypatch.setattr(tool, "evaluate_model", counted)
-    # in the settings, between two lines, in the middle of a line, and just before its end
-    for cut in (20, len("".join(lines[:6])), len("".join(lines[:8])) + 30, len(text) - 1):
-        again = tmp_path / f"cut-{cut}"
-        (again / name).parent.mkdir(parents=True)
-        (again / name).write_text(text[:cut])
-        asked.clear()
-        resumed = run(folder=str(again))
-        assert asked == list(range(12))[max(0, text[:cut].count("\n") - 1) :]
-        assert kept_files(again) == {name: text}
-        assert {k: resumed[k] for k in results} == results
-    asked.clear()
-    run(k=(2,), batch=1)  # what is done costs nothing, whatever is asked of it
-    assert asked == []
+    sixth, eighth = len("".join(lines[:6])), len("".join(lines[:8]))
+    # in the settings, between two lines, in the middle of a line, and before the last line's end
+    for cut, first in ((20, 0), (sixth, 5), (eighth + 30, 7), (len(text) - 2, 11)):
+        folder = tmp_path / f"cut-{cut}"
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text[:cut])
+        evaluated.clear()
+        resumed = run(folder=str(folder))
+        assert evaluated == list(range(first, 12))
+        assert saved_files(folder) == {name: text}
+        for part in ("results", "differences"):
+            assert resumed[part] == uninterrupted[part]
+    evaluated.clear()
+    run(k=(2,), batch=1)  # finished problems cost nothing, whatever is computed of them
+    assert evaluated == []
     assert "pass@2" in capsys.readouterr().out
 
 
-def test_fewer_problems_first(run: Callable, tmp_path: Path):
+def test_fewer_problems_first(run, tmp_path):
     part = run(problems=5)
     assert part["results"][0]["problems"] == 5
     run(folder=str(tmp_path / "at once"))
     run()
-    assert kept_files(tmp_path / "kept") == kept_files(tmp_path / "at once")
+    assert saved_files(tmp_path / "saved") == saved_files(tmp_path / "at once")
     assert run(problems=5)["results"] == part["results"]
 
 
-def refused(capsys: pytest.CaptureFixture, function: Callable, *args: Any, **more: Any) -> str:
-    """The one line with which a call refuses its arguments."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **more)
-    assert stop.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    (line,) = output.err.splitlines()
-    return line
-
-
-def test_other_settings_than_what_is_kept(
-    run: Callable,
-    tied_model: Path,
-    problem_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
+def test_settings_that_differ_from_the_saved_ones(
+    run, tied_model, problem_file, tmp_path, rejection
 ):
-    shutil.copytree(tied_model, tmp_path / "model")
-    shutil.copy(problem_file, tmp_path / "problems.jsonl")
-    mine = {"models": (f"{tmp_path}/model",), "datasets": (f"{tmp_path}/problems.jsonl",)}
-    mine["problems"] = 2
+    model = shutil.copytree(tied_model, tmp_path / "model")
+    problems = shutil.copy(problem_file, tmp_path / "problems.jsonl")
+    mine = {"models": (str(model),), "datasets": (str(problems),), "problems": 2}
     run(**mine)
-    before = kept_files(tmp_path / "kept")
+    before = saved_files(tmp_path / "saved")
     for name, value, was in [
         ("samples", 3, 2),
         ("max_new_tokens", 7, 6),
@@ -296,27 +275,25 @@ def test_other_settings_than_what_is_kept(
         ("seed", 2, 1),
         ("precision", "float32", "auto"),
     ]:
-        line = refused(capsys, run, **mine | {name: value})
+        line = rejection(run, **mine | {name: value})
         assert line.startswith(f"error: --{name.replace('_', '-')} {value}: ")
         assert f"was made with {was}; choose another --folder" in line
 
-    weights = tmp_path / "model" / "model.safetensors"
+    weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert refused(capsys, run, **mine).startswith(f"error: --models {tmp_path / 'model'} (")
+    assert rejection(run, **mine).startswith(f"error: --models {model} (")
     shutil.copy(tied_model / "model.safetensors", weights)
-    (tmp_path / "problems.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
-    line = refused(capsys, run, **mine)
-    assert line.startswith(f"error: --datasets {tmp_path / 'problems.jsonl'} (")
-    assert kept_files(tmp_path / "kept") == before
+    problems.write_text('{"problem": "1+1", "answer": "2"}\n')
+    assert rejection(run, **mine).startswith(f"error: --datasets {problems} (")
+    assert saved_files(tmp_path / "saved") == before
 
 
-def test_a_second_writer_is_refused(run: Callable, capsys: pytest.CaptureFixture, tmp_path: Path):
+def test_a_second_writer_is_rejected(run, rejection, tmp_path):
     run(problems=1)
-    (kept,) = (tmp_path / "kept").rglob("*.jsonl")
-    with kept.open("a") as file:
-        tool.fcntl.flock(file, tool.fcntl.LOCK_EX)
-        line = refused(capsys, run)
-    assert line.startswith("error: --folder ") and "another evaluation is writing" in line
+    [saved] = (tmp_path / "saved").rglob("*.jsonl")
+    with filelock.FileLock(saved.parent / "lock"):
+        line = rejection(run)
+    assert line == f"error: --folder {saved.parent}: another process is writing here"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +303,7 @@ def test_a_second_writer_is_refused(run: Callable, capsys: pytest.CaptureFixture
         ("--k 0", "--k 0: must be from 1 to --samples 64"),
         ("--samples 0", "--samples 0: must be at least 1"),
         ("--batch 0", "--batch 0: must be at least 1"),
-        ("--gpu-memory 1.5", "--gpu-memory 1.5: must be above 0 and at most 1"),
+        ("--gpu-memory 1.5", "--gpu-memory 1.5: must be below 1"),
         ("--output tests", "--output tests: is a folder; name a file"),
         ("--output .", "--output .: is a folder; name a file"),
         ("--problems -1", "--problems -1: must be at least 0"),
@@ -338,63 +315,46 @@ def test_a_second_writer_is_refused(run: Callable, capsys: pytest.CaptureFixture
         ("--max-new-tokens 4096", "--max-new-tokens 4096: 256 of 256 prompts leave less"),
     ],
 )
-def test_flags_that_cannot_work(
-    flags: str,
-    line: str,
-    tiny_model: Path,
-    capsys: pytest.CaptureFixture,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_flags_that_cannot_work(flags, line, tiny_model, rejection, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
-    assert refused(capsys, tool.main, args).startswith(f"error: {line}")
+    assert rejection(tool.main, args).startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize(("damage", "why"), BROKEN)
-def test_a_model_that_cannot_be_loaded_is_refused(
-    damage: Callable[[Path], None],
-    why: str,
-    run: Callable,
-    tied_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-):
-    folder = tmp_path / "model"
-    shutil.copytree(tied_model, folder)
+def test_a_model_that_cannot_be_loaded_is_rejected(damage, why, run, tied_model, tmp_path, capsys):
+    folder = shutil.copytree(tied_model, tmp_path / "model")
     damage(folder)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stop:
         run(models=(str(folder),))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2
-    assert said.startswith(f"error: --models {folder}: ") and why in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert line.startswith(f"error: --models {folder}: ") and why in line
 
 
-def test_known_names(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file in --data-dir where it is there, the hub otherwise."""
+def test_known_names(tmp_path, monkeypatch):
+    """The file in --data-dir if it exists, otherwise the hub."""
     seen: list[str] = []
     monkeypatch.setattr(tool, "load_problems", lambda args, *_: seen.append(args.datasets))
     (tmp_path / "math500.jsonl").touch()
     args = tool.Args(data_dir=str(tmp_path))
     for name in ("math500", "gsm8k", "a/b", "a/b:main@train", "sums.jsonl"):
-        tool.load_set(name, None, args, None)
+        tool.load_dataset(args, "tiny", name, None, None)
     hub = "openai/gsm8k:main@test"
     assert seen == [str(tmp_path / "math500.jsonl"), hub, "a/b", "a/b:main@train", "sums.jsonl"]
 
 
-def test_models_of_two_architectures(run: Callable, tied_model: Path, untied_model: Path):
+def test_models_of_two_architectures(run, tied_model, untied_model, tmp_path):
     both = (str(tied_model), str(untied_model))
     together = run(models=both)
     assert [row["model"] for row in together["results"]] == list(both)
     for model, row in zip(both, together["results"], strict=True):
-        assert run(models=(model,), folder=str(tied_model.parent / "one"))["results"] == [row]
+        assert run(models=(model,), folder=str(tmp_path / "one"))["results"] == [row]
 
 
-def test_a_lora_checkpoint(
-    run: Callable, make_args: Callable, tmp_path: Path, tied_model: Path, untied_model: Path
-):
-    """A checkpoint of adapters gives what the same weights merged into a model give."""
+def test_a_lora_checkpoint(run, make_args, tmp_path, untied_model, rejection):
+    """A checkpoint of adapters gives the results of the same weights merged into a model."""
     import torch
 
     args = make_args(lora_rank=2, model=str(untied_model))
@@ -402,73 +362,64 @@ def test_a_lora_checkpoint(
     for name, weight in policy.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    policy.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    merged = policy.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    tokenizer.save_pretrained(tmp_path / "merged")
-    models = tuple(
-        str(folder) for folder in (untied_model, tmp_path / "adapter", tmp_path / "merged")
-    )
-    report = run(models=models, samples=4)
-    plain, adapter, whole = (row["metrics"] for row in report["results"])
-    assert adapter == whole != plain
+    folders = [untied_model, tmp_path / "adapter", tmp_path / "merged"]
+    policy.save_pretrained(folders[1])
+    policy.merge_and_unload().save_pretrained(folders[2])
+    for folder in folders[1:]:
+        tokenizer.save_pretrained(folder)
+    report = run(models=tuple(str(folder) for folder in folders), samples=4)
+    plain, adapter, merged = (row["metrics"] for row in report["results"])
+    assert adapter == merged != plain
+
+    (folders[1] / "adapter_model.safetensors").unlink()
+    line = rejection(run, models=(str(folders[1]),), folder=str(tmp_path / "again"))
+    assert line.startswith(f"error: --models {folders[1]}: cannot be loaded: ")
+    (folders[1] / "adapter_config.json").write_text("{}")
+    line = rejection(run, models=(str(folders[1]),))
+    assert line.startswith(f"error: --models {folders[1]}: its adapter_config.json cannot be read")
 
 
-# ------------------------------------------------------------------------------- with vLLM
+# ------------------------------------------------------------------ with vLLM
 
 
 @needs_vllm
-def test_two_models_on_two_sets_with_vllm(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+def test_two_models_on_two_datasets_with_vllm(tiny_model, tmp_path, capsys):
+    models = (str(tiny_model), str(shutil.copytree(tiny_model, tmp_path / "copy")))
     rows = (tiny_model / "test.jsonl").read_text().splitlines(keepends=True)
-    sets = []
-    for name, part in (("first", rows[:24]), ("second", rows[24:36])):
-        sets.append(str(tmp_path / f"{name}.jsonl"))
-        Path(sets[-1]).write_text("".join(part))
+    datasets = (str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl"))
+    Path(datasets[0]).write_text("".join(rows[:24]))
+    Path(datasets[1]).write_text("".join(rows[24:36]))
+    files = {"folder": str(tmp_path / "saved"), "output": str(tmp_path / "report.json")}
     shape = {"samples": 4, "max_new_tokens": 64, "batch": 16, "engine": "vllm", "device": "cpu"}
-    args = tool.Args(
-        models=(str(tiny_model), str(copy)),
-        datasets=tuple(sets),
-        folder=str(tmp_path / "kept"),
-        output=str(tmp_path / "report.json"),
-        **shape,
-    )
-    report = tool.main(args)
+    report = tool.main(tool.Args(models=models, datasets=datasets, **files, **shape))
     assert json.loads((tmp_path / "report.json").read_text())["results"] == report["results"]
-    shown = capsys.readouterr().out
-    assert f"{sets[0]}: 24 problems, 4 samples of each" in shown
+    assert f"{datasets[0]}: 24 problems, 4 samples of each" in capsys.readouterr().out
 
     zero = {"value": 0.0, "low": 0.0, "high": 0.0}
     assert len(report["differences"]) == 2
     for row in report["differences"]:
         assert row["metrics"] == dict.fromkeys(row["metrics"], zero)
 
-    # every verdict again, from the answers that were kept
-    for path in (tmp_path / "kept").rglob("*.jsonl"):
-        for line in path.read_text().splitlines()[1:]:
-            kept = json.loads(line)
-            greedy = kept["greedy"]
-            for row in (kept, greedy):
-                right = [answer == kept["gold"] for answer in row["answers"]]
+    # every verdict again, from the saved answers
+    for text in saved_files(tmp_path / "saved").values():
+        for line in text.splitlines()[1:]:
+            saved = json.loads(line)
+            greedy = saved["greedy"]
+            for row in (saved, greedy):
+                right = [answer == saved["reference"] for answer in row["answers"]]
                 assert row["correct"] == [float(one) for one in right]
-            assert len(kept["answers"]) == 4 and len(greedy["answers"]) == 1
+            assert len(saved["answers"]) == 4 and len(greedy["answers"]) == 1
     means = [row["metrics"]["mean@4"]["value"] for row in report["results"]]
     assert all(0.2 < mean < 0.8 for mean in means)
 
 
-def test_the_samples_are_those_of_a_runs_own_evaluation(
-    run: Callable, make_args: Callable, tiny_model: Path
-):
+def test_the_samples_are_those_of_a_runs_own_evaluation(run, make_args, tiny_model):
     problems = str(tiny_model / "test.jsonl")
     shape = {"max_new_tokens": 48, "seed": 7}
     report = run(models=(str(tiny_model),), datasets=(problems,), samples=3, problems=8, **shape)
     ours = report["results"][0]["metrics"]
-    args = make_args(
-        model=str(tiny_model), eval_dataset=problems, eval_samples=3, eval_problems=8, **shape
-    )
+    shape |= {"model": str(tiny_model), "eval_dataset": problems}
+    args = make_args(eval_samples=3, eval_problems=8, **shape)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
     with Grader() as grader:
         held_out = load_problems(args, "--eval-dataset", tokenizer, grader)
@@ -479,13 +430,13 @@ def test_the_samples_are_those_of_a_runs_own_evaluation(
     assert list(ours["mean@3"].values()) == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------- golds
+# ------------------------------------------------------------------ reference answers
 
 
 @pytest.mark.parametrize("name", tool.KNOWN)
-def test_golds_of_the_known_sets(name: str, grader: Grader):
-    """Each is right against itself, its solution too; the page says how many are read, and which
-    are not."""
+def test_references_of_the_known_datasets(name, grader):
+    """Each is right against itself, and so is its solution. docs/evaluation.md gives their number
+    and names those that cannot be read."""
     file, hub = tool.KNOWN[name]
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     row = f"| `{name}` | `{file}` | `{hub}` |"
@@ -493,15 +444,15 @@ def test_golds_of_the_known_sets(name: str, grader: Grader):
     if not (SHARED_DATA / file).is_file():
         pytest.skip(f"{file} is not here")
     rows = [json.loads(line) for line in (SHARED_DATA / file).read_text().splitlines()]
-    golds = [gold_answer(str(row["answer"])) for row in rows]
-    assert all(grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds))
-    read = grader.readable(golds)
-    assert f"{row} {len(golds)} | {sum(read)} |" in page
-    for gold, fine in zip(golds, read, strict=True):
-        assert fine or f"- `{name}`: `{gold}`" in page
+    references = [reference_answer(str(row["answer"])) for row in rows]
+    assert all(grader.grade([rf"\boxed{{{text}}}" for text in references], references))
+    readable = grader.readable(references)
+    assert f"{row} {len(references)} | {sum(readable)} |" in page
+    for text, is_readable in zip(references, readable, strict=True):
+        assert is_readable or f"- `{name}`: `{text}`" in page
     solved = [row for row in rows if last_boxed(row.get("solution", "")) is not None]
     assert all(grader.grade([r["solution"] for r in solved], [r["answer"] for r in solved]))
 
 
-def test_a_gold_that_cannot_be_read_is_found(grader: Grader):
+def test_an_unreadable_reference_is_found(grader):
     assert grader.readable(["7", r"\frac{1}{2}", "t(0,4]"]) == [True, True, False]

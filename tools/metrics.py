@@ -1,4 +1,4 @@
-"""Metrics of sampled responses: pass@k, mean, majority, and their confidence intervals.
+"""Metrics of sampled responses: pass@k, mean, majority; their confidence intervals and table.
 
 A record holds one problem's results, as evaluate.py makes them: `correct`, `lengths` and
 `truncated` with one entry per sample, `majority`, and `greedy` with the same lists for one greedy
@@ -118,3 +118,39 @@ def by_problem(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
         seen[record["problem"]] += 1
         keyed[record["problem"], seen[record["problem"]]] = record
     return keyed
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report of evaluate.py as text.
+
+    A block per dataset, a line per metric, a column per model and per difference.
+    """
+    blocks = []
+    for dataset in dict.fromkeys(row["dataset"] for row in report["results"]):
+        rows = report["results"] + report["differences"]
+        first, *others = [row for row in rows if row["dataset"] == dataset]
+        columns = [["", *first["metrics"]]]
+        for row in (first, *others):
+            columns.append(table_column(row))
+        widths = [max(len(cell) for cell in column) for column in columns]
+        lines = [f"{dataset}: {first['problems']} problems, {first['samples']} samples of each"]
+        for metric, *cells in zip(*columns, strict=True):
+            line = f"{metric:{widths[0]}}"
+            for cell, width in zip(cells, widths[1:], strict=True):
+                line += f"   {cell:>{width}}"
+            lines.append(line)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def table_column(row: dict[str, Any]) -> list[str]:
+    """A name, and below it cells such as `0.750 [0.700, 0.800]`; differences have signs."""
+    name, sign = row["model"], ""
+    if "baseline" in row:
+        name, sign = f"{row['model']} - {row['baseline']}", "+"
+    cells = [name]
+    for metric, estimate in row["metrics"].items():
+        digits = sign + (".1f" if metric == "length" else ".3f")
+        value, low, high = (format(estimate[part], digits) for part in ("value", "low", "high"))
+        cells.append(f"{value} [{low}, {high}]")
+    return cells

@@ -11,6 +11,7 @@ while a run is in progress and does not import torch.
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import json
 import math
@@ -133,18 +134,23 @@ def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
 def defaults(script: str) -> Row:
     """A script's settings with their defaults, parsed from the source to avoid importing torch."""
     values: Row = {}
-    files = (ROOT / "run.py", ROOT / f"{script}.py")
-    for file in files if all(map(Path.is_file, files)) else ():
+    files = [ROOT / "common.py", ROOT / f"{script}.py"]
+    if not all(file.is_file() for file in files):
+        return values
+    for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Args")):
-                continue
-            for entry in node.body:
-                if isinstance(entry, ast.AnnAssign) and entry.value:
-                    try:
-                        values[entry.target.id] = ast.literal_eval(entry.value)
-                    except ValueError:
-                        continue
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Args"):
+                for entry in node.body:
+                    if is_setting(entry):
+                        with contextlib.suppress(ValueError):  # it depends on the machine
+                            values[entry.target.id] = ast.literal_eval(entry.value)
     return values
+
+
+def is_setting(entry: ast.stmt) -> bool:
+    """Whether a statement of a dataclass is a field with a default."""
+    has_value = isinstance(entry, ast.AnnAssign) and entry.value is not None
+    return has_value and "ClassVar" not in ast.unparse(entry.annotation)
 
 
 def repeat(script: str, changed: Row) -> str:

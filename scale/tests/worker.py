@@ -3,7 +3,6 @@
 python scale/tests/worker.py script FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py compare FOLDER METHOD ...
 accelerate launch --cpu --num_processes 2 scale/tests/worker.py train FOLDER METHOD ...
-accelerate launch --cpu --num_processes 2 scale/tests/worker.py sharded FOLDER vineppo
 """
 
 from __future__ import annotations
@@ -19,17 +18,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trl_trainer  # puts the repository on the path
-from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo, vineppo
+from trl_trainer import SCRIPTS, MethodTrainer, arca, common, holderpo
 
-from data import prompt_tokens
-from engine import Transformers, load_policy, load_tokenizer, load_weights
-from grading import Grader
-from run import learning_rate, parse_args
+from infra.cli import parse_args
+from infra.data import prompt_tokens
+from infra.models import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 P, G = 3, 4  # twelve rollouts: two processes share the second group
@@ -46,7 +43,6 @@ OWN = {
     "holderpo": "--updates-per-rollout 1",
     "arca": "--lora-rank 4",
     "reft": "--candidates 6 --openers 2 --mask-opener",
-    "vineppo": "--continuations 3 --kl 0.04 --overlong-buffer 8",
 }
 
 
@@ -68,148 +64,123 @@ def last_step(file: Path) -> list[dict[str, Any]]:
 
 
 def compare(folder: Path, method: str) -> dict[str, float]:
-    """How far the trainer's step is from the script's second one: the largest differences."""
+    """The largest differences between the trainer's step and the script's second one."""
     rows = last_step(folder / method / "rollouts.jsonl")
-    metrics = last_step(folder / method / "metrics.jsonl")[0]
-    args = trl_trainer.parse(
-        ["--method", method, "--steps", "1", *flags(method, folder / f"{method}-trl")]
-    )
-    tokenizer = load_tokenizer(args)
-    problems = [
-        common.Problem(row["problem"], row["answer"], prompt_tokens(tokenizer, row["problem"]))
-        for row in rows[::G]
-    ]
-    trainer = MethodTrainer(args, problems, problems[:2], Grader(), tokenizer)
-    trainer.args.eval_on_start, trainer.args.eval_strategy, trainer.args.save_strategy = (
-        0,
-        "no",
-        "no",
-    )
+    [metrics] = last_step(folder / method / "metrics.jsonl")
+    command = ["--method", method, "--steps", "1", *flags(method, folder / f"{method}-trl")]
+    args = trl_trainer.parse(command)
+    tokenizer = common.load_tokenizer(args)
+    problems = []
+    for row in rows[::G]:
+        prompt = prompt_tokens(tokenizer, row["problem"])
+        problems.append(common.Problem(row["problem"], row["answer"], prompt))
+    trainer = MethodTrainer(args, problems, problems[:2], common.Grader(), tokenizer)
+    trainer.args.eval_on_start = False
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     load_weights(trainer.model, folder / method / "checkpoints" / "step-000001")
     gaps: dict[str, float] = {}
+    credits: list[Tensor] = []
+    generate_and_score = trainer._generate_and_score_completions
+    credit_weights = arca.credit_weights
 
-    def gap(name: str, ours: Tensor, theirs: list[list[float]]) -> None:
-        """Of this process's rollouts; ours: [rows, T], theirs: lists of tokens."""
-        pairs = zip(ours.tolist(), theirs, strict=True)
-        gaps[name] = max(abs(a - b) for row, list in pairs for a, b in zip(row, list, strict=False))
-        assert all(
-            not any(row[len(list) :]) for row, list in zip(ours.tolist(), theirs, strict=True)
-        )
-
-    def shape(inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        own = share(trainer, len(inputs))
-        mine = [row["tokens"] for row in rows[own]]
-        trainer._generate_single_turn = lambda *_: (mine, None)  # the script's rollouts
-        batch = of_class(inputs)
-        gap(
-            "advantages",
-            trainer.whole.advantages.flatten(0, 1)[own],
-            [row["advantage"] for row in rows[own]],
-        )
-        gap("logp", trainer.whole.logp.flatten(0, 1)[own], [row["logp"] for row in rows[own]])
+    def watched_step(inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The trainer's step with the script's rollouts of this process."""
+        first = trainer.accelerator.process_index * len(inputs)
+        own = slice(first, first + len(inputs))
+        tokens = [row["tokens"] for row in rows[own]]
+        trainer._generate_single_turn = lambda *_: (tokens, None)
+        batch = generate_and_score(inputs)
+        compared = {"advantage": trainer.step.advantages, "logp": trainer.step.logp}
         if method == "arca":
-            gap("credit", credits[-1].flatten(0, 1)[own], [row["credit"] for row in rows[own]])
+            compared["credit"] = credits[-1]
+        for name, values in compared.items():
+            theirs = [row[name] for row in rows[own]]
+            gaps[name] = largest_gap(values.flatten(0, 1)[own].tolist(), theirs)
         if method == "holderpo":
             gaps["loss"] = holder_gap(trainer, batch)
         return batch
 
-    def measure(*measured: Any) -> None:
-        """With the seed of the script's step."""
-        assert measured[-1] == (args.seed, 1, 0)
-        of_script(*measured[:-1], (args.seed, 2, 0))
+    def watched_credit(*inputs: Any, **flags: Any) -> Tensor:
+        credits.append(credit_weights(*inputs, **flags))
+        return credits[-1]
 
-    of_script, vineppo.estimate_values = vineppo.estimate_values, measure
-    of_class, credits, weigh = trainer._generate_and_score_completions, [], arca.credit_weights
-    trainer._generate_and_score_completions = shape
-    arca.credit_weights = lambda *a, **k: credits.append(weigh(*a, **k)) or credits[-1]
+    trainer._generate_and_score_completions = watched_step
+    arca.credit_weights = watched_credit
     trainer.train()
-    arca.credit_weights, vineppo.estimate_values = weigh, of_script
+    arca.credit_weights = credit_weights
     log = next(row for row in trainer.state.log_history if "grad_norm" in row)
     gaps["mean_loss"] = abs(log["loss"] - metrics["loss"])
     gaps["grad_norm"] = abs(log["grad_norm"] / metrics["grad_norm"] - 1)
-    gaps["reward"] = abs(log["accuracy"] - metrics["accuracy"])
+    gaps["accuracy"] = abs(log["accuracy"] - metrics["accuracy"])
     gaps["largest_advantage"] = max(abs(a) for row in rows for a in row["advantage"])
     return gaps
 
 
-def share(trainer: MethodTrainer, count: int) -> slice:
-    """The rows of this process."""
-    return slice(first := trainer.accelerator.process_index * count, first + count)
+def largest_gap(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """ours: padded rows, which must be 0 beyond the end of theirs."""
+    gaps = [0.0]
+    for row, other in zip(ours, theirs, strict=True):
+        assert not any(row[len(other) :])
+        gaps += [abs(a - b) for a, b in zip(row, other, strict=False)]
+    return max(gaps)
 
 
 def holder_gap(trainer: MethodTrainer, batch: dict[str, Tensor]) -> float:
-    """Of the loss, where the policy has moved from the one that sampled."""
-    step, args = trainer.whole, trainer.settings
-    logp = step.logp.clone()
+    """The difference of losses when the policy has moved away from the one that sampled."""
+    step, args = trainer.step, trainer.settings
+    logp = step.logp
     step.logp = logp + 0.3 * torch.arange(logp.numel()).view(logp.shape).sin()
     with torch.no_grad():
-        ours = trainer.accelerator.reduce(
-            trainer._compute_loss(trainer.model, batch), "mean"
-        ).item()
-    rows = (values.flatten(0, 1) for values in (logp, step.logp, step.mask))
-    advantages, p = step.advantages[..., 0].flatten(), holderpo.anneal_p(1, args.steps)
+        loss = trainer._compute_loss(trainer.model, batch)
+    ours = trainer.accelerator.reduce(loss, "mean").item()
+    rows = [values.flatten(0, 1) for values in (logp, step.logp, step.mask)]
+    advantages = step.advantages[..., 0].flatten()
+    p = holderpo.anneal_p(1, args.steps)
     theirs = holderpo.holder_loss(*rows, advantages, p, clip=args.clip).item()
     step.logp = logp
     return abs(ours - theirs)
 
 
+def script_rates(args: common.RunArgs) -> list[float]:
+    """The learning rate of each update, as the scripts' loop uses it."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=args.lr)
+    scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
+    rates = []
+    for _ in range(args.updates):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
 def train(folder: Path, method: str) -> dict[str, Any]:
-    """Five steps; whether the processes then hold the same weights, other than at first."""
+    """Five steps, after which all processes must hold the same weights, other than at first."""
     command = ["--method", method, "--steps", "5", *flags(method, folder / f"{method}-5")]
     command += ["--lr-schedule", "linear", "--warmup-ratio", "0.4"]
     trainer = trl_trainer.make_trainer(trl_trainer.parse(command))
-    openers = []
-    roll_out = trainer._generate
+    generate, distinct = trainer._generate, []
 
-    def watched(prompts: list[Any]) -> tuple:
-        output = roll_out(prompts)
+    def watched_generate(prompts: list[Any]) -> tuple:
+        output = generate(prompts)
         if trainer.model.training:
-            openers.append([ids[0] for ids in gather_object(output[1])])
+            first_tokens = gather_object([row[0] for row in output[1]])
+            for start in range(0, P * G, G):
+                distinct.append(len({*first_tokens[start : start + G]}))
         return output
 
-    trainer._generate = watched
+    trainer._generate = watched_generate
     first = digest(trainer.model)
     trainer.train()
     last = gather_object([digest(trainer.model)])
     rows = [row for row in trainer.state.log_history if "grad_norm" in row]
-    steps = range(1, trainer.settings.steps + 1)
-    kinds = [len({*step[start : start + G]}) for step in openers for start in range(0, P * G, G)]
     return {
         "same": len({*last}) == 1,
         "moved": last[0] != first,
         "losses": [row["loss"] for row in rows],
         "rates": [row["learning_rate"] for row in rows],
-        "script_rates": [learning_rate(step, trainer.settings) for step in steps],
-        "openers": kinds,
+        "script_rates": script_rates(trainer.settings),
+        "openers": distinct,
     }
-
-
-@torch.no_grad()
-def sharded(folder: Path, method: str) -> dict[str, Any]:
-    """Values measured over whole weights, and over those that FSDP2 shards; the passes of this
-    process for each."""
-    own_ends = ["--max-new-tokens", "64", "--temperature", "1"]  # not the limit's
-    args = trl_trainer.parse(["--method", method, *flags(method, folder), *own_ends])
-    tokenizer, grader, policy = load_tokenizer(args), Grader(), load_policy(args)
-    problems = common.load_problems(args, "--dataset", tokenizer, grader).take(P, args.seed)
-    engine = Transformers(args, policy, tokenizer, context=0)
-    groups = common.roll_out(engine, problems, args, (args.seed,))
-    engine, found, passes = trl_trainer.SharedOut(args, policy, tokenizer, context=0), {}, []
-    policy.model.register_forward_hook(lambda *_: passes.append(1))
-
-    def measure(weights: str) -> None:
-        passes.clear()
-        vineppo.estimate_values(engine, grader, groups, args, (args.seed,))
-        values = [group.notes.pop(0)[1] for group in groups for _ in group.tokens]
-        found[weights] = {"values": values, "passes": len(passes)}
-
-    measure("whole")
-    trl_trainer.run_inside(policy, sharded=True)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for module in (*policy.model.layers, policy):
-        fully_shard(module, mesh=mesh)
-    policy(run=(lambda _: measure("sharded"),))
-    return found
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -217,21 +188,21 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
-MODES = {"compare": compare, "train": train, "sharded": sharded}
+MODES = {"compare": compare, "train": train}
 
 
 def main(mode: str, folder: str, *methods: str) -> None:
     if mode == "script":
-        return [run_script(Path(folder), method) for method in methods] and None
-    PartialState(cpu=True)  # as make_trainer does, before a trainer asks for the processes
+        for method in methods:
+            run_script(Path(folder), method)
+        return
+    state = PartialState(cpu=True)  # as make_trainer does, before a trainer asks for the processes
     results = {}
     for method in methods:
-        found = gather_object([MODES[mode](Path(folder), method)])
-        results[method] = found
-    processes = len(found)
-    if PartialState().is_main_process:
-        Path(folder, f"{mode}-{processes}.json").write_text(json.dumps(results, indent=1))
-    PartialState().destroy_process_group()
+        results[method] = gather_object([MODES[mode](Path(folder), method)])
+    if state.is_main_process:
+        Path(folder, f"{mode}-{state.num_processes}.json").write_text(json.dumps(results, indent=1))
+    state.destroy_process_group()
     os._exit(0)  # at a usual exit gloo's threads abort the process now and then
 
 
