@@ -4,8 +4,8 @@ grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x p
 rises with the token's entropy relative to its group. Progress is the log-ratio of policy to
 reference, signed by the outcome and standardised over the group's tokens in the same bucket. A
 token's bucket is the share of its rollout's entropy spent so far, in K equal parts. Groups with
-equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and below,
-[paper] marks what the paper states and [open] our choice where it states nothing.
+equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and
+below, [paper] marks what the paper states and [open] our choice where it states nothing.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
