@@ -42,6 +42,9 @@ from infra.vllm_engine import Engine, make_engine
 
 # ------------------------------------------------------------------ settings
 
+# transformers' names of its learning-rate schedules
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
 
 @dataclass
 class RunArgs:
@@ -76,8 +79,7 @@ class RunArgs:
     steps: int = 150  # training steps, each with new rollouts
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
-    # transformers' name; linear and cosine fall to 0 at the end of training
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
     warmup_ratio: float = 0.0  # share of all updates with linear warm-up
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
