@@ -19,13 +19,13 @@ demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
 	.venv/bin/python tools/report.py $(DEMO)
 
-# With a GPU the tests are those of a CPU, and then the ones that need it.
+# Two processes, each with whole test files. With a GPU, first the tests of a CPU, then the others.
 test: $(INSTALLED)
 ifeq ($(REQUIREMENTS),requirements.txt)
-	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -m "not gpu and not slow"
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
 	.venv/bin/python -m pytest -m gpu
 else
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 endif
 
 # Fifty kills of a run, and the comparison of two methods from start to end.

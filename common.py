@@ -4,8 +4,8 @@ settings, rollouts, verification, scoring, micro-batches, loss weights, metrics,
 
 Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
 width; n rollouts of a micro-batch, P' problems of an update.
-What is not the training step is in infra/ (models, engines, data, run folder, command line) and in
-grading/. A script imports only this module, so this one also re-exports what scripts need.
+Everything else is in infra/ (models, engines, data, run folder, command line) and in grading/. A
+script imports only this module, so this one also re-exports what scripts need.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ from infra.vllm_engine import Engine, make_engine
 
 # ------------------------------------------------------------------ settings
 
+# transformers' names of its learning-rate schedules
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
 
 @dataclass
 class RunArgs:
@@ -49,8 +52,8 @@ class RunArgs:
 
     # Model and problems
     model: str = "tiny"  # folder or hub name of a causal language model
-    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]
-    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way
+    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]; split: train
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
     system_prompt: str = ""  # for problems without a system message
@@ -66,18 +69,17 @@ class RunArgs:
     temperature: float = 1.0  # of sampling and of every log-probability
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
     generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
-    overlong_buffer: int = 0  # reward falls by up to 1/2 over the last tokens (DAPO); 0: off
+    overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # largest mean gap to the engine; 0: 1e-4 (float32 on CPU) or 0.2
+    max_logp_gap: float = 0.0  # stop above this mean gap to the engine (nats); 0: 1e-4 or 0.2
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
     steps: int = 150  # training steps, each with new rollouts
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
-    # transformers' name; linear and cosine fall to 0 at the end of training
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
     warmup_ratio: float = 0.0  # share of all updates with linear warm-up
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -226,7 +228,7 @@ def collect(
         if len(groups) == args.prompts_per_step:
             return groups
     equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + equal[: args.prompts_per_step - len(groups)]
+    return groups + equal  # P groups: the last round asked for as many as were missing
 
 
 def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> Rollouts:
@@ -295,15 +297,17 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     Returns [tokens, D], in the order of `rollouts.mask[index]`.
     """
-    model.train(torch.is_grad_enabled())  # dropout under gradients alone, none in scoring
+    model.train(torch.is_grad_enabled())  # no dropout in scoring
     lengths = rollouts.mask[index].sum(-1)  # [n]
     longest = int(lengths.max())
     tokens = rollouts.tokens[index][:, :longest]  # [n, T]
     mask = rollouts.mask[index][:, :longest]
-    problems, which = index[0].unique(return_inverse=True)  # [n]: each rollout's prompt
+    # which: [n], the place of each rollout's prompt in `prompts`
+    problems, which = index[0].unique(return_inverse=True)
     prompts = [rollouts.problems[p].prompt for p in problems.tolist()]
     which = which.to(mask.device)
 
+    # A recurrent state cannot be shared. Checkpointing would extend the cache a second time.
     can_share = not args.gradient_checkpointing and not is_recurrent(model)
     with autocast(args):
         if can_share and saves_tokens(prompts, which, lengths):
@@ -319,6 +323,8 @@ def padded_hidden_states(
     which: [n], the prompt of each rollout; tokens, mask: [n, T]. A causal model never attends to
     padding on the right.
     """
+    # The prompt's last token predicts response token 0, which predicts token 1, and so on. The last
+    # response token predicts nothing and is left out.
     sequences = []
     for p, response, length in zip(which, tokens, mask.sum(-1), strict=True):
         prompt = tokens.new_tensor(prompts[p])
@@ -326,7 +332,6 @@ def padded_hidden_states(
     body = base_model(model).base_model  # without LoRA's wrapper, then without the LM head
     states = body(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False)[0]
 
-    # The prompt's last token predicts response token 0, which predicts token 1, and so on.
     prompt_lengths = tokens.new_tensor([len(prompt) for prompt in prompts])[which]
     row, position = mask.nonzero().T
     return states[row, prompt_lengths[row] - 1 + position]
@@ -348,6 +353,7 @@ def token_logp(
 
     mask = rollouts.mask[index]
     hidden = hidden_states(model, rollouts, index, args).to(precision(args))
+    # logits = logit_scale / temperature x soft cap of (hidden @ weight.T)
     weight, logit_scale, soft_cap = lm_head(model)
     logit_scale /= args.temperature
     targets = rollouts.tokens[index][mask]
@@ -519,7 +525,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, entropy: Tensor) -> dic
 
 
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, Any]:
-    """Held-out accuracy over samples with a 95% interval over problems, greedy accuracy, length."""
+    """On held-out problems: accuracy of samples with a 95% interval, greedy accuracy, length."""
     chosen, samples = problems[: args.eval_problems], args.eval_samples
     sampled = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
     greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), group_size=1, temperature=0.0)

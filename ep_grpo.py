@@ -2,10 +2,10 @@ r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 
 
 grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress. The gate
 rises with the token's entropy relative to its group. Progress is the log-ratio of policy to
-reference, signed by the outcome and standardised over the group's tokens at the same stage of their
-rollout. The stage (bucket) is the share of the rollout's entropy spent so far. Groups with equal
-rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and below,
-[paper] marks what the paper states and [open] our choice where it states nothing.
+reference, signed by the outcome and standardised over the group's tokens in the same bucket. A
+token's bucket is the share of its rollout's entropy spent so far, in K equal parts. Groups with
+equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and
+below, [paper] marks what the paper states and [open] our choice where it states nothing.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -88,7 +88,8 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     """
     spent = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)  # all entropies may be 0
-    position = buckets * spent / total  # Eq. 23 [paper]
+    position = buckets * spent / total  # buckets x share  # Eq. 23 [paper]
+    # Rounding can make an entropy slightly negative.
     return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
 
 
@@ -109,8 +110,8 @@ def ep_grpo_advantages(
     """Gated outcome advantage plus progress advantage of each token: [P, G, T], 0 outside the mask.
 
     rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
-    ref_logp of the frozen initial policy. The paper multiplies the log-ratio by λ, which is not a
-    setting here: the standardisation divides by it again.
+    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ. It cancels
+    in the standardisation, up to eps, so it is not a setting here.
     Progress has mean 0 in each bucket of a group. It is 0 for a token alone in its bucket [open].
     """
     outcome = grpo_advantages(rewards, eps=eps)  # [P, G]
@@ -251,7 +252,7 @@ def main(args: Args) -> None:
         metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        # The two terms of the advantage: gate x outcome, and eta x progress.
+        # The two terms of the advantage, for the log: gate x outcome, and eta x progress.
         gate = entropy_gate(entropy, mask, gamma=args.gamma)
         outcome_term = gate * grpo_advantages(rewards)[..., None] * mask
         progress_term = advantages - outcome_term

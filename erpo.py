@@ -107,9 +107,9 @@ def erpo_advantages(
     """Each token's advantage, [P, G, T], 0 outside the mask; mean 0 and variance 1 over a group.
 
     rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
-    ref_logp of the frozen initial policy. The paper multiplies the log-ratio by β_progress, which
-    is not a setting here: the standardisation divides by it again. A group of equal rewards gives
-    exact zeros.
+    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by β_progress. It
+    cancels in the standardisation, up to eps, so it is not a setting here. A group of equal rewards
+    gives exact zeros.
     """
     outcome = grpo_advantages(rewards, eps=eps)[..., None]  # [P, G, 1]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]

@@ -52,7 +52,7 @@ def test_the_loop_is_that_of_grpo(script: str):
     [
         ("loss.backward()", "loss.backward() if loss else None"),
         ("    engine.sync(policy)\n", ""),
-        ("engine.sleep()\n", "engine.sleep()\n        groups = groups[:1]\n"),
+        ("        engine.sleep()", "        groups = groups[:1]\n        engine.sleep()"),
         ("optimizer.zero_grad()\n", "optimizer.zero_grad(set_to_none=False)\n"),
         ("kl_to_old=kl_to_old", "kl=kl_to_old"),
         ("# </method>", "# </method>\n# <method>\n# </method>"),
