@@ -51,14 +51,17 @@ def rejection(capsys: CaptureFixture) -> Callable[..., str]:
 
 
 def texts(path: Path, name: str) -> dict[str, str]:
-    """The comment or the docstring of each field of a dataclass."""
+    """What is said of each field: a comment next to it or above it, or a docstring."""
     source = path.read_text()
+    lines = source.splitlines()
     (node,) = (n for n in ast.parse(source).body if getattr(n, "name", "") == name)
     found = {}
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
-            comment = source.splitlines()[field.end_lineno - 1].partition("  # ")[2]
-            found[field.target.id] = comment or after.value.value
+            comment = lines[field.end_lineno - 1].partition("  # ")[2]
+            if not comment and isinstance(after, ast.Expr):
+                comment = after.value.value
+            found[field.target.id] = comment or lines[field.lineno - 2].partition("# ")[2]
     return found
 
 
@@ -80,7 +83,8 @@ def test_help_shows_every_setting_with_its_text(
     for field in dataclasses.fields(args):
         prefix = "--no-" if field.default is True else "--"
         assert prefix + field.name.replace("_", "-") in shown
-        assert re.sub(r"\s", "", described[field.name]) in shown, field.name
+        text = re.sub(r"\s", "", described[field.name])
+        assert text and text in shown, field.name
 
 
 # ------------------------------------------------------------------ impossible settings
