@@ -9,8 +9,8 @@ the paper compares with. Plain policy gradient: one on-policy update, no ratio. 
         my/test.jsonl --prompts-per-step 8 --group-size 4 --max-new-tokens 512 --steps 100 \
         --lr 5e-6 --lr-schedule cosine --warmup-ratio 0.1 --lora-dropout 0.05
 
-Left out of grpo.py: the clip, the KL penalty, several updates per step, other averages of the loss,
-training all weights.
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Left out of grpo.py: clip, KL penalty, several updates per step, other averages of the loss.
 """
 
 from __future__ import annotations

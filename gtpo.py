@@ -9,6 +9,7 @@ GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one 
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
 What the paper leaves open is a flag: see docs/gtpo.md.
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 

@@ -9,6 +9,7 @@ with p < 0 those that became less likely. The advantage is GRPO's. Page: docs/ho
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \boxed{}.'
 
 GSPO: --schedule constant --p-start 0; GMPO: --clip-level token as well.
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out of grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
 """
 
@@ -83,8 +84,8 @@ def holder_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tens
     (p = -∞) to the largest (p = ∞). Computed in log space, so that it cannot overflow. A response
     without tokens has ratio 1 and no gradient.
     """
-    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
-    log_ratio = log_ratio.double()  # float32 is not exact enough for a small p
+    # In double precision, because float32 is not exact enough for a small p.
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).double()
     mask = mask | ~mask.any(-1, keepdim=True)  # an empty response counts as tokens of ratio 1
     if abs(p) < 1e-6:  # Eq. geometric branch [code]
         log_mean = log_ratio.sum(-1) / mask.sum(-1)

@@ -8,6 +8,7 @@ Verifier, advantage and objective do not change. Page: docs/reft.md.
     python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out: correcting the opener's probability for the way it was drawn (the method does not).
 """
 

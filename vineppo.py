@@ -8,6 +8,7 @@ reward is the value there. No value network is trained; the price is tokens. Pag
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -96,8 +97,7 @@ def vineppo_advantages(
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
     """The text of each token after another one. Some tokenizers drop a text's leading space."""
     first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
-    pairs = [[first, token] for token in tokens]
-    alone, *texts = engine.decode([[first], *pairs])
+    alone, *texts = engine.decode([[first], *([first, token] for token in tokens)])
     return {token: text[len(alone) :] for token, text in zip(tokens, texts, strict=True)}
 
 
