@@ -72,7 +72,7 @@ class RunArgs:
     overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # stop above this mean gap to the engine (nats); 0: 1e-4 or 0.2
+    max_logp_gap: float = 0.0  # stop above this mean gap in nats; 0: 1e-4 (float32 on CPU) or 0.2
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -228,7 +228,8 @@ def collect(
         if len(groups) == args.prompts_per_step:
             return groups
     equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + equal  # P groups: the last round asked for as many as were missing
+    # The last round asked for as many groups as were missing. Its mixed ones are in `groups`.
+    return groups + equal
 
 
 def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> Rollouts:
@@ -307,7 +308,8 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     prompts = [rollouts.problems[p].prompt for p in problems.tolist()]
     which = which.to(mask.device)
 
-    # A recurrent state cannot be shared. Checkpointing would extend the cache a second time.
+    # Rollouts of a problem can share one pass over its prompt, through its KV cache: not with a
+    # recurrent state, nor with checkpointing, which would append to the cache again.
     can_share = not args.gradient_checkpointing and not is_recurrent(model)
     with autocast(args):
         if can_share and saves_tokens(prompts, which, lengths):

@@ -2,8 +2,8 @@ r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 
 
 grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress. The gate
 rises with the token's entropy relative to its group. Progress is the log-ratio of policy to
-reference, signed by the outcome and standardised over the group's tokens in the same bucket. A
-token's bucket is the share of its rollout's entropy spent so far, in K equal parts. Groups with
+reference, signed by the outcome and standardised over the group's tokens in the same bucket. K
+buckets divide a rollout by the share of its entropy that is spent up to a token. Groups with
 equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and
 below, [paper] marks what the paper states and [open] our choice where it states nothing.
 
@@ -89,7 +89,7 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     spent = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)  # all entropies may be 0
     position = buckets * spent / total  # buckets x share  # Eq. 23 [paper]
-    # Rounding can make an entropy slightly negative.
+    # Share 1 is in the last bucket. Rounding can make an entropy slightly negative.
     return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
 
 
