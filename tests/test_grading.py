@@ -21,11 +21,35 @@ import pytest
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
 from grading.answers import plain_number, quick_verdict, read
-from grading.benchmark import LATEX, STAND_IN, make_pairs
+from grading.benchmark import LATEX, make_pairs
 from grading.grader import Cache, Request, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+STAND_IN = """
+import os, signal, time
+
+def parse(text, **_):
+    if "sleep" in text:
+        time.sleep(600)
+    if "block" in text:  # as in C code, no signal arrives
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+        time.sleep(600)
+    if "exit" in text:
+        os._exit(3)
+    if "abort" in text:
+        os.abort()
+    if "allocate" in text:
+        bytearray(3 << 30)
+    if "noise" in text:
+        print("11111")
+        os.write(1, b"1")
+        os.write(2, b"x" * 10**6)
+    return [text]
+
+def verify(reference, answer, **_):
+    return reference[0].lower() == answer[0].lower()
+"""
 STRICT, LENIENT = Grader(), Grader(strict=False)
 ORDINARY = [
     (r"\boxed{\dfrac{1}{2}\pi}", r"\frac{\pi}{2}", True),
@@ -198,7 +222,8 @@ def test_plain_numbers_agree_with_math_verify() -> None:
     assert verdicts.count(True) > 300 and verdicts.count(False) > 300
     requests = [Request(rf"\boxed{{{r}}}", rf"\boxed{{{a}}}") for r, a in pairs]
     with Grader(workers=2) as grader:
-        slowly = list(grader._ask_all(requests, 2))
+        replies = grader._ask_all(requests)
+    slowly = [replies[request] for request in requests]
     differing = [p for p, fast, slow in zip(pairs, verdicts, slowly, strict=True) if fast != slow]
     assert not differing
 
@@ -402,7 +427,6 @@ def test_shared_solutions_against_their_references(started: list[Worker]) -> Non
         assert all(grader.grade([problem["solution"] for problem in problems], references))
         assert all(grader.readable(references))
         assert all(grader.readable([row["answer"] for row in rows("data/gsm8k_test.jsonl")]))
-        assert exit_codes(started) == [None] * 2
 
 
 # ------------------------------------------------------------------------------- references
@@ -461,7 +485,7 @@ def test_references_are_read_by_more_workers(
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     with Grader() as grader:
         assert all(grader.readable([f"x+{number}" for number in range(150)]))
-        assert sorted(exit_codes(started), key=str) == [-9, -9, None]
+        assert exit_codes(started) == [-9, -9, -9]
 
 
 # ------------------------------------------------------------------------------- workers
@@ -623,13 +647,25 @@ def test_workers_import_neither_torch_nor_neighbouring_files(
 # ------------------------------------------------------------------------------- command line
 
 
-def grade_file(folder: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess:
+def grade_file(
+    folder: Path, *arguments: str, text: str = "", **variables: str
+) -> subprocess.CompletedProcess:
     """Run `python -m grading` where nothing of ours but a copy of grading/ can be imported."""
     shutil.copytree(ROOT / "grading", folder / "grading", dirs_exist_ok=True)
     command = [sys.executable, "-m", "grading", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= variables
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
     return subprocess.run(command, input=text, **options, check=False)
+
+
+def test_a_missing_math_verify_is_one_line(stand_in: Callable, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"reference": "x+1", "response": "\\\\boxed{1+x}"}')
+    stand_in("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
+    done = grade_file(tmp_path, "pairs.jsonl", PYTHONPATH=os.environ["PYTHONPATH"])
+    assert (done.returncode, done.stdout) == (2, "")
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: ") and "math-verify" in message
 
 
 @pytest.mark.parametrize("arguments", [["pairs.jsonl"], ["-"], []])
