@@ -11,6 +11,8 @@ import os
 
 from grading import Grader
 
+WORKERS = os.cpu_count() or 1
+
 
 def parse_line(line: bytes) -> dict:
     pair = json.loads(line)
@@ -25,20 +27,18 @@ def main() -> None:
     parser.add_argument("file", nargs="?", default="-")
 
     pairs, responses, references = [], [], []
-    with fileinput.input(parser.parse_args().file, mode="rb") as lines:
+    with fileinput.input(parser.parse_args().file, mode="rb") as lines, Grader(WORKERS) as grader:
         try:
             for line in lines:
                 pair = parse_line(line)
                 pairs.append(pair)
                 responses.append(pair["response"])
                 references.append(pair["reference"])
-        except OSError as error:
-            parser.exit(2, f"error: {error}\n")
+            verdicts = grader.grade(responses, references)
         except (ValueError, RecursionError) as error:
             parser.exit(2, f"error: {lines.filename()}, line {lines.lineno()}: {error}\n")
-
-    with Grader(workers=os.cpu_count() or 1) as grader:
-        verdicts = grader.grade(responses, references)
+        except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
+            parser.exit(2, f"error: {error}\n")
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))
 

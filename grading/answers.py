@@ -4,7 +4,6 @@ grader.py sends to math-verify what cannot be decided here. README.md lists the 
 examples and the verdicts that are arguable.
 """
 
-import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -31,10 +30,11 @@ UNICODE_REWRITES = {
     "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
 }
-SYMBOLS = {"−": "-", "∞": r"\infty ", "·": r"\cdot ", "⋅": r"\cdot ", "≈": r"\approx "}
-
-# Replacements that `tidy` makes then, in this order.
-REWRITES = {
+REWRITES = {  # in this order
+    "−": "-",
+    "∞": r"\\infty ",
+    "[·⋅]": r"\\cdot ",
+    "≈": r"\\approx ",
     r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"°": r"^\\circ ",  # 18°
@@ -49,9 +49,11 @@ REWRITES = {
     r"^(?:\\approx|\\sim|approx(?:imately)?|about|roughly)(?=[- \d.])": "",  # about 18
     r"^(-?\d+\.?\d*)e\+?(?=-?\d\d)(-?)0*(\d+)$": r"\1 \\times 10^{\2\3}",  # 1e-05, a float
 }
-END_MARK = r"(?<=[\w})\]$%*!|]) *[.,;:]$"  # 3.5.
-# $18$, {18}, \(18\), \[18\]
-WRAPPED = re.compile(r"\$\$?([^$]*)\$\$?|\{([^{}]*)\}|\\\(([^()]*)\\\)|\\\[([^][]*)\\\]")
+WRAPPERS = {
+    r"(?<=[\w})\]$%*!|]) *[.,;:]$": "",  # 3.5.
+    # $18$, {18}, \(18\), \[18\]
+    r"^(?:\$\$?([^$]*)\$\$?|\{([^{}]*)\}|\\\(([^()]*)\\\)|\\\[([^][]*)\\\])$": r"\1\2\3\4",
+}
 SENTENCE = re.compile(r"[A-Z][a-z]* [a-z]+ ")  # "The answer is 5": left to math-verify
 
 FRACTION = r"\d+/0*[1-9]\d*|\\[dt]?frac\{\d+\}\{0*[1-9]\d*\}"  # 3/4, \frac{3}{4}
@@ -68,9 +70,8 @@ PYTHON_NUMBER = {  # LaTeX numbers as Fraction reads them
 }
 
 CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"  # US$
-QUANTITY = re.compile(  # -$18 per hour
-    rf"(?:(?P<minus>-?) *(?P<currency>{CURRENCY}))? *(?P<number>{NUMBER})(?P<unit>.*)", re.ASCII
-)
+MINUS_CURRENCY = rf"^- *({CURRENCY}) *"  # -$18
+QUANTITY = re.compile(rf"({CURRENCY})? *({NUMBER})(.*)", re.ASCII)  # $18 per hour
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # The names of each unit, the first of them standard. Only these units are known to differ.
 UNITS = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre
@@ -130,16 +131,17 @@ def last_boxed(text: str) -> str | None:
     A box that is never closed (a truncated response) is ignored. Of nested boxes the inner one
     counts. The braces are read once, without recursion.
     """
-    open_groups = []  # what opened each group, and where its content begins
+    open_groups = []  # where the content of each box begins, -1 for other groups
     content = None
     start = -1
     for token in BRACES.finditer(text):
-        kind = token.lastgroup
-        if kind in ("box", "open"):
-            open_groups.append((kind, token.end()))
-        elif kind == "close" and open_groups:
-            kind, begins = open_groups.pop()
-            if kind == "box" and begins > start:
+        if token["box"]:
+            open_groups.append(token.end())
+        elif token["open"]:
+            open_groups.append(-1)
+        elif token["close"] and open_groups:
+            begins = open_groups.pop()
+            if begins > start:
                 start = begins
                 content = text[begins : token.start()]
     return content
@@ -166,14 +168,10 @@ def tidy(text: str) -> str:
 
     text = rewrite(text, UNICODE_REWRITES)
     text = unicodedata.normalize("NFKC", text)
-    text = text.translate(str.maketrans(SYMBOLS))
     text = rewrite(text, REWRITES)
     for _ in range(3):  # wrappers may be nested: **{18.}**
-        text = re.sub(END_MARK, "", text.strip(" *`"))
-        match = WRAPPED.fullmatch(text)
-        if match:
-            text = match[match.lastindex].strip()
-    return text
+        text = rewrite(text.strip(" *`"), WRAPPERS)
+    return text.strip()
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -186,7 +184,9 @@ def plain_number(text: str) -> Fraction | None:
     if match is None or len(text) > 40:
         return None
     number = match[1].replace(",", "")
-    return Fraction(rewrite(number, PYTHON_NUMBER))
+    if "\\" in number or "^" in number:  # Fraction reads all others
+        number = rewrite(number, PYTHON_NUMBER)
+    return Fraction(number)
 
 
 def read(text: str) -> Answer:
@@ -194,42 +194,29 @@ def read(text: str) -> Answer:
     value = plain_number(text)
     if value is not None and "$" not in text and "e" not in text:
         return Answer(text.strip(), value)
+
     text = tidy(text)
-    return read_quantity(text) or Answer(text)
-
-
-def read_quantity(text: str) -> Answer | None:
-    """Read a number with or without a unit; None for any other text."""
-    match = QUANTITY.fullmatch(text)
-    if match is None or plain_number(match["number"]) is None:
-        return None
-    number = match["number"]
+    match = QUANTITY.fullmatch(re.sub(MINUS_CURRENCY, r"\1-", text))
+    if match is None:
+        return Answer(text)
+    currency, number, rest = match.groups(default="")
     value = plain_number(number)
-
-    unit = f"{match['currency'] or ''} {match['unit']}".lower()
-    unit = rewrite(unit, UNIT_REWRITES)
+    unit = rewrite(f"{currency} {rest}".lower(), UNIT_REWRITES)
     words = re.findall(r"[a-z]+|\S", unit)  # "mi/h" is mi, / and h
-    if NO_UNIT.search(unit) or not all(word in UNIT or len(word) > 2 for word in words):
-        return None
+    known = all(word in UNIT or len(word) > 2 for word in words)
+    if value is None or NO_UNIT.search(unit) or not known:
+        return Answer(text)
 
-    if match["minus"]:  # -$18
-        number = "-" + number
-        value = -value
     if words and words[0] in SCALE:  # 18 thousand dollars
         zeros = SCALE[words.pop(0)]
         number += rf" \times 10^{{{zeros}}}"
         value *= 10**zeros
 
-    names = tuple(standard_unit(word) for word in words)
+    # `km` for `kilometers`; other words stay as they are
+    names = tuple(UNIT.get(word, UNIT.get(word.removesuffix("s"), word)) for word in words)
     if names == PERCENT:
         return Answer(text, value, names)
     return Answer(number, value, names)
-
-
-def standard_unit(word: str) -> str:
-    """Return `km` for `kilometers`, and a word that is not a known unit as it is."""
-    singular = word.removesuffix("s")
-    return UNIT.get(word) or UNIT.get(singular) or word
 
 
 def phrase(text: str) -> str:
@@ -263,23 +250,21 @@ def quick_verdict(reference: Answer, answer: Answer) -> bool | None:
 
 def same_quantity(reference: Answer, answer: Answer) -> bool | None:
     """Whether two numbers with units are equal; None if only math-verify can decide."""
-    reference_values = [reference.value]
-    answer_values = [answer.value]
-
+    pairs = [(reference.value, answer.value)]
     if reference.unit != answer.unit:
         known = set(reference.unit + answer.unit) <= set(UNIT.values())
         if known and reference.unit and answer.unit:
             return False
         if reference.unit == PERCENT:  # 50% equals 50 and also 1/2
-            reference_values.append(reference.value / 100)
+            pairs.append((reference.value / 100, answer.value))
         if answer.unit == PERCENT:
-            answer_values.append(answer.value / 100)
+            pairs.append((reference.value, answer.value / 100))
 
-    if set(reference_values) & set(answer_values):
+    if any(left == right for left, right in pairs):
         return True
-    for left, right in itertools.product(reference_values, answer_values):
+    for left, right in pairs:
         scale = max(abs(left), abs(right))
-        if abs(left - right) < min(1, scale) / 10**5:
+        if abs(left - right) * 10**5 < min(1, scale):
             return None  # math-verify rounds decimals to six places
     return False
 

@@ -15,10 +15,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -46,7 +45,7 @@ class Worker:
     """A process that runs worker.py. It answers one request at a time and ends with its input.
 
     Raises:
-        RuntimeError: the process cannot start; the message ends with its standard error.
+        RuntimeError: the process cannot start; the message ends with its last line of output.
     """
 
     def __init__(self, deadline: float, memory_mb: int) -> None:
@@ -64,14 +63,16 @@ class Worker:
             if self.reply(START_SECONDS) != b"R":
                 self.end()
                 log.seek(0)
-                output = log.read().decode(errors="replace")[-2000:].strip()
-                raise RuntimeError(f"a grading worker cannot start: {output}")
+                lines = log.read().decode(errors="replace").strip().split("\n")
+                raise RuntimeError(
+                    f"a grading worker cannot start; is math-verify installed? {lines[-1]}"
+                )
 
-    def reply(self, seconds: float) -> bytes | None:
-        """Return the next byte, b"" if the process has died, or None if the time is up."""
+    def reply(self, seconds: float) -> bytes:
+        """Return the next byte, or b"" if the process has died or the time is up."""
         pipe = self.process.stdout
         if not wait([pipe], seconds):
-            return None
+            return b""
         return pipe.read(1)
 
     def end(self) -> None:
@@ -96,15 +97,26 @@ class Cache:
         with suppress(OSError):  # no cache yet
             for line in self.path.read_text(errors="replace").splitlines():
                 with suppress(ValueError, TypeError):  # a line that a kill left incomplete
-                    text, verdict = json.loads(line)
-                    self.verdicts[text] = verdict
+                    reference, verdict = json.loads(line)
+                    self.verdicts[Request(reference)] = verdict
 
-    def add(self, text: str, verdict: bool) -> None:
+    def add(self, request: Request, verdict: bool) -> None:
         """Append a verdict. Several runs may do so at once. A read-only folder is no error."""
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write("\n" + json.dumps([text, verdict]))  # the last line may be incomplete
+                file.write(
+                    "\n" + json.dumps([request.reference, verdict])
+                )  # the last line may be incomplete
+
+
+def quick_readable(reference: str) -> Request | bool:
+    """Whether a reference is readable if no worker is needed, else the request that decides it."""
+    text = answers.reference_text(reference)
+    if not text or answers.is_prose(text):
+        return False
+    answer = answers.read(text)
+    return answer.value is not None or Request(answers.in_box(answer.text))
 
 
 @dataclass
@@ -118,8 +130,8 @@ class Grader(AbstractContextManager):
 
     def __post_init__(self) -> None:
         self._idle = []
-        if self.workers < 1 or self.deadline <= 0:
-            raise ValueError(f"workers={self.workers} and deadline={self.deadline} must be above 0")
+        if self.deadline <= 0:
+            raise ValueError(f"deadline={self.deadline} must be above 0")
 
     def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         """Whether each response has the answer of its reference. Equal pairs are graded once.
@@ -127,45 +139,36 @@ class Grader(AbstractContextManager):
         Raises:
             RuntimeError: a worker cannot start.
         """
-        found = []  # for each pair its verdict, or the request that decides it
-        for response, reference in zip(responses, references, strict=True):
-            found.append(self._quick_verdict(response, reference))
-
-        requests = list(dict.fromkeys(item for item in found if isinstance(item, Request)))
-        replies = self._ask_all(requests, self.workers)
-        verdicts = dict(zip(requests, replies, strict=True))
+        pairs = zip(responses, references, strict=True)
+        found = [self._quick_verdict(response, reference) for response, reference in pairs]
+        verdicts = self._ask_all(found)
         return [bool(verdicts.get(item, item)) for item in found]
 
     def readable(self, references: list[str]) -> list[bool]:
         """Whether each reference is an answer that math-verify reads as more than text.
 
-        Uses all processors. The verdicts are cached on disk for later calls.
+        Uses workers of its own, on all processors. The verdicts are cached on disk for later calls.
         """
-        texts = [answers.reference_text(reference) for reference in references]
         cache = Cache()
-        known = cache.verdicts
-        for text in texts:
-            if not text or answers.is_prose(text):
-                known[text] = False
-            elif answers.read(text).value is not None:
-                known[text] = True
+        found = []
+        for reference in references:
+            item = quick_readable(reference)
+            found.append(cache.verdicts.get(item, item))
 
-        unknown = list(dict.fromkeys(text for text in texts if text not in known))
-        if len(unknown) > 1000:
-            print(f"reading {len(unknown)} reference answers (later from a cache)", file=sys.stderr)
-        requests = [Request(answers.in_box(answers.read(text).text)) for text in unknown]
-        workers = max(self.workers, min(os.cpu_count() or 1, len(unknown) // 50))
-        for text, verdict in zip(unknown, self._ask_all(requests, workers), strict=True):
-            known[text] = bool(verdict)
+        unknown = len(set(found) - {True, False})
+        if unknown > 1000:
+            print(f"reading {unknown} reference answers (later from a cache)", file=sys.stderr)
+        workers = min(os.cpu_count() or 1, 1 + unknown // 50)
+        with replace(self, workers=workers) as reader:
+            verdicts = reader._ask_all(found)
+        for request, verdict in verdicts.items():
             if verdict is not None:  # after a timeout, the next call tries again
-                cache.add(text, verdict)
+                cache.add(request, verdict)
+        return [bool(verdicts.get(item, item)) for item in found]
 
-        self.close(keep=self.workers)
-        return [known[text] for text in texts]
-
-    def close(self, keep: int = 0) -> None:
-        """End all workers except `keep` of them. A later call starts new ones."""
-        while len(self._idle) > keep:
+    def close(self) -> None:
+        """End all workers. A later call starts new ones."""
+        while self._idle:
             self._idle.pop().end()
 
     def __exit__(self, *_: object) -> None:
@@ -190,10 +193,11 @@ class Grader(AbstractContextManager):
         number_only = self.strict and expected.value is not None
         return Request(answers.in_box(text), answers.in_box(found.text), number_only)
 
-    def _ask_all(self, requests: list[Request], workers: int) -> Iterator[bool | None]:
-        """Yield the workers' verdicts in order."""
-        with ThreadPoolExecutor(workers) as threads:
-            yield from threads.map(self._ask, requests)
+    def _ask_all(self, found: list[Request | bool]) -> dict[Request, bool | None]:
+        """The workers' verdicts on the requests among `found`."""
+        requests = {item: None for item in found if isinstance(item, Request)}
+        with ThreadPoolExecutor(self.workers) as threads:
+            return dict(zip(requests, threads.map(self._ask, requests), strict=True))
 
     def _ask(self, request: Request) -> bool | None:
         """A worker's verdict; None if it exceeded the deadline or died.
@@ -206,7 +210,7 @@ class Grader(AbstractContextManager):
             worker = Worker(self.deadline, self.memory_mb)
 
         try:
-            line = json.dumps(request._asdict()) + "\n"
+            line = json.dumps(request) + "\n"
             worker.process.stdin.write(line.encode())
         except BrokenPipeError:  # it died while it was idle, so this answer gets another worker
             worker.end()

@@ -4,13 +4,12 @@ Started as a script with `python -P`, so it imports neither the caller's modules
 current directory that has the name of a library's module. Only a verdict leaves it: printing or
 pickling a parsed expression may evaluate it.
 
-    echo '{"reference": "\\boxed{1/2}", "answer": "\\boxed{0.5}", "number_only": false}' |
+    echo '["\\boxed{1/2}", "\\boxed{0.5}", false]' |  # reference, answer, number_only
         python -P grading/worker.py 5 2048  # writes R (ready), then 1 (right)
 """
 
 import functools
 import json
-import math
 import os
 import resource
 import signal
@@ -85,19 +84,19 @@ def agree(reference: Any, answer: Any) -> bool:
 # them, and they do not reach C code. The caller kills a worker that is late.
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_reference(text: str) -> list:
+@functools.lru_cache
+def parse_text(text: str) -> list:
     return parse(text, parsing_timeout=None)
 
 
 def is_right(reference: str, answer: str | None, number_only: bool) -> bool:
     """Whether an answer is right. Without an answer: whether the reference can be read."""
-    expected = parse_reference(reference)
+    expected = parse_text(reference)
     if answer is None:  # math-verify returns what it cannot read as a string
         expected = [part for part in expected if not isinstance(part, str)]
         found = expected
     else:
-        found = parse(answer, parsing_timeout=None)
+        found = parse_text(answer)
 
     if not expected or not found:
         return False
@@ -112,9 +111,9 @@ def is_right(reference: str, answer: str | None, number_only: bool) -> bool:
 
 def serve(deadline: float) -> None:
     for line in sys.stdin.buffer:
-        signal.alarm(math.ceil(deadline) + 1)  # ends the worker if its caller is gone
+        signal.alarm(int(deadline) + 2)  # ends the worker if its caller is gone
         try:
-            right = is_right(**json.loads(line))
+            right = is_right(*json.loads(line))
         except Exception:  # among others RecursionError and MemoryError
             right = False
         signal.alarm(0)
@@ -127,7 +126,7 @@ def main() -> None:
     with suppress(ValueError, OSError):  # some systems do not support this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
-    parse_reference(r"\boxed{x^2}")  # the parser builds its tables on first use
+    parse_text(r"\boxed{x^2}")  # the parser builds its tables on first use
     os.write(REPLIES, b"R")
     os.dup2(NOWHERE, 2)
 
