@@ -383,7 +383,7 @@ def main(args: Args) -> None:
     kept = ("prompts", "group_size", "continuations", "train_steps", "policies", "seed")
     settings = {name: getattr(args, name) for name in kept}
     results = {"command": "python benchmark/credit.py", "settings": settings}
-    results.update(shared.environment("torch", "vllm", "transformers"))
+    results.update(shared.environment())
     results["policies"] = summaries
     write_json(args.results, results)
     print(tables(results))

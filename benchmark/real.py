@@ -107,7 +107,7 @@ def write_problems(folder: Path) -> None:
     rows = problems()
     for name, part in (("held-out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
-        shared.atomic_write(folder / f"{name}.jsonl", text)
+        shared.write_text(folder / f"{name}.jsonl", text)
 
 
 def train(args: Args, script: str, model: Path) -> float:
@@ -191,7 +191,7 @@ def main(args: Args) -> None:
         make_model(model)
     write_problems(args.runs)
     results.update(command="python benchmark/real.py", settings=SETTINGS)
-    results.update(shared.environment("torch", "vllm", "transformers"))
+    results.update(shared.environment())
     for method in methods:
         if results["runs"].get(method, {}).get("steps", 0) < args.steps:
             memory = train(args, METHODS[method], model)
