@@ -126,9 +126,6 @@ class Job(NamedTuple):
         return f"{name}-{self.lr}-{self.seed}"
 
 
-# ------------------------------------------------------------------------------- runs
-
-
 def training_command(job: Job, args: Args) -> list[str]:
     script, *flags = shlex.split(METHODS[job.method])
     flags += shlex.split(TASKS[args.task].flags.get(job.method, ""))
@@ -252,9 +249,6 @@ def selected_rate(results: dict, method: str) -> str:
     return best["lr"]
 
 
-# ------------------------------------------------------------------------------- the pages
-
-
 def at_selected_rates(results: dict) -> dict[str, list[dict]]:
     """The measured runs of each method at its learning rate."""
     runs: dict[str, list[dict]] = {}
@@ -337,8 +331,8 @@ def described(results: dict) -> str:
     """A table, and how its numbers were measured."""
     seeds = sorted({len(rows) for rows in at_selected_rates(results).values()})
     rollouts = results["steps"] * results["prompts"] * GROUP
-    text = f"Means over {' or '.join(map(str, seeds))} seeds of at most {rollouts} "
-    text += f"rollouts and {results['steps']} steps; in brackets the 95% interval of the paired difference. "
+    text = f"Means over {' or '.join(map(str, seeds))} seeds of at most {rollouts} rollouts and "
+    text += f"{results['steps']} steps; in brackets the 95% interval of the paired difference. "
     text += f"Learning rates tried: {', '.join(results['rates'])}. "
     text += f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']}."
     return f"{text}\n\n{table(results)}"
@@ -368,9 +362,6 @@ def draw(results: dict) -> None:
         for method, rows in at_selected_rates(of_task).items():
             curves[method] = [row["curve"] for row in rows]
         figures.draw_compare(f"{name}.svg", curves)
-
-
-# ------------------------------------------------------------------------------- the comparison
 
 
 def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: Args) -> None:

@@ -19,7 +19,6 @@ from infra.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
-LINE = 400  # a JSON value of at most this many characters is written on one line
 
 
 def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
@@ -67,21 +66,8 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def as_json(value: Any, newline: str = "\n") -> str:
-    """JSON with one line for each part that fits on one."""
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) <= LINE or not isinstance(value, dict | list):
-        return text
-    inner = newline + " "
-    if isinstance(value, dict):
-        parts = [f"{json.dumps(str(key))}: {as_json(part, inner)}" for key, part in value.items()]
-    else:
-        parts = [as_json(part, inner) for part in value]
-    return text[0] + inner + f",{inner}".join(parts) + newline + text[-1]
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, as_json(value) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
