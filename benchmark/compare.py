@@ -5,15 +5,14 @@
         --results benchmark/results/compare-needle.json --runs runs/compare-needle
     python benchmark/compare.py --write       # writes the tables and figures of the pages
 
-Each method first trains once per learning rate and selection seed. The learning rate with the
-highest accuracy on the validation problems is selected. The method then trains at that rate with
-other seeds and is evaluated on the test problems. Run the same command again to resume an
-interrupted comparison. docs/compare.md describes the rules and names the command of each table.
+Each method first trains once per learning rate. The rate with the highest accuracy on the
+validation problems is selected. The method then trains at that rate with other seeds and is
+evaluated on the test problems. The same command resumes an interrupted comparison. docs/compare.md
+describes the rules and names the command of each table.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import queue
@@ -29,9 +28,11 @@ from typing import Any, Literal, NamedTuple
 
 import shared
 import tyro
-from shared import RESULTS, ROOT, markdown, read_json, reject, write_json
+from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 from docs import figures
+from infra.cli import reject
+from infra.run import read_lines
 
 METHODS = {
     "GRPO": "grpo.py",
@@ -56,7 +57,7 @@ METHODS = {
     "entropy credit": "arca.py --credit entropy",
     "divergence credit": "arca.py --credit divergence",
 }
-EXPENSIVE = {"VinePPO by token"}  # runs only if --only names it
+DEFAULT_METHODS = ",".join(name for name in METHODS if name != "VinePPO by token")  # expensive
 RATE_OF = {  # variants that use the learning rate of another method
     "EP-GRPO gate alone": "EP-GRPO",
     "EP-GRPO progress alone": "EP-GRPO",
@@ -79,13 +80,10 @@ CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
-EQUAL_TOKENS = RESULTS / "compare-tokens.json"
-FEW_ROLLOUTS = RESULTS / "compare-few.json"
-NEEDLE = RESULTS / "compare-needle.json"
-NEEDLE_TOKENS = RESULTS / "compare-needle-tokens.json"
+SAMPLES = 8  # sampled answers to each of the 256 problems of an evaluation
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
 VALIDATION = 256  # the last rows of train.jsonl; no run trains on them
-SELECTION = 100  # seeds above 100 are used for the selection of the learning rate
+SELECTION_SEED = 101  # of the runs that select the learning rate
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FREE_CORES: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -97,12 +95,10 @@ for core in sorted(os.sched_getaffinity(0)):
 class Args:
     task: Literal["sums", "needle"] = "sums"  # the task in tiny/, or the task in tiny/needle
     seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)
-    selection_seeds: int = 1  # runs of each method at each learning rate, with seeds 101, 102, ...
     rates: tuple[str, ...] = RATES  # learning rates to select from; a single one is not selected
     steps: int = 40  # training steps; DAPO's runs are cut earlier, see docs/compare.md
     prompts: int = 16  # problems per training step, with 8 rollouts each
-    samples: int = 8  # sampled answers to each of the 256 problems of an evaluation
-    only: str = ""  # methods to run, separated by commas; empty: all except VinePPO by token
+    only: str = DEFAULT_METHODS  # methods to run, separated by commas
     jobs: int = 2  # parallel runs, each on its own core; at most the number of available cores
     results: Path = RESULTS / "compare.json"  # file of the results
     runs: Path = ROOT / "runs" / "compare"  # folder of the runs
@@ -130,14 +126,11 @@ class Job(NamedTuple):
         return f"{name}-{self.lr}-{self.seed}"
 
 
-# ------------------------------------------------------------------------------- runs
-
-
 def training_command(job: Job, args: Args) -> list[str]:
     script, *flags = shlex.split(METHODS[job.method])
     flags += shlex.split(TASKS[args.task].flags.get(job.method, ""))
     flags += args.settings.split()
-    flags += (NO_CURVE if job.seed > SELECTION else CURVE).split()
+    flags += (NO_CURVE if job.seed == SELECTION_SEED else CURVE).split()
     if "--dynamic-sampling" in flags:
         # It samples more rollouts per step. The run is cut at a checkpoint within the budget.
         flags += ["--save-every", "1", "--keep-checkpoints", str(args.steps)]
@@ -173,25 +166,12 @@ def run_on_free_core(command: list[str]) -> str:
 def train(job: Job, args: Args) -> str:
     """Train one run, unless it is complete. Returns the reason if the run stopped itself."""
     folder = args.runs / job.folder
-    if (folder / "args.json").exists():
-        steps = read_json(folder / "args.json")["steps"]
-        if steps != args.steps:
-            why = f"{folder.name} is a run of {steps} steps, not {args.steps}"
-            reject("--runs", args.runs, why)
-    if (folder / "model").exists():  # the last thing that a run writes
-        return ""
-    return run_on_free_core(training_command(job, args))
-
-
-def train_all(jobs: list[Job], args: Args) -> dict[Job, str]:
-    """Train runs in parallel. Returns a reason for each run that stopped itself."""
-    stopped = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        reasons = pool.map(lambda job: train(job, args), jobs)
-        for job, reason in zip(jobs, reasons, strict=True):
-            print(f"{job.folder} {reason}", flush=True)
-            if reason:
-                stopped[job] = reason
+    if (folder / "args.json").exists() and read_json(folder / "args.json")["steps"] != args.steps:
+        reject("--steps", args.steps, f"{folder} is a run of another length")
+    stopped = ""
+    if not (folder / "model").exists():  # the last thing that a run writes
+        stopped = run_on_free_core(training_command(job, args))
+    print(f"{job.folder} {stopped}", flush=True)
     return stopped
 
 
@@ -222,26 +202,21 @@ def cut(folder: Path, args: Args) -> Cut:
 def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[str, float]]:
     """Accuracy, pass@8 and length of each model. tools/evaluate.py keeps finished evaluations."""
     output = args.runs / f"{problems.stem}-results.json"
-    command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(args.samples)]
+    command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(SAMPLES)]
     command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
     command += ["--folder", str(args.runs / "evaluations"), "--output", str(output)]
-    command += ["--models", *models]
-    run_on_free_core(command)
+    run_on_free_core([*command, "--models", *models])
+    columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
     evaluated = {}
     for row in read_json(output)["results"]:
         metrics = row["metrics"]
-        evaluated[row["model"]] = {
-            "accuracy": metrics[f"mean@{args.samples}"]["value"],
-            "pass@8": metrics["pass@8"]["value"],
-            "length": metrics["length"]["value"],
-        }
+        evaluated[row["model"]] = {name: metrics[key]["value"] for name, key in columns.items()}
     return evaluated
 
 
 def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> dict[str, Any]:
     """The entry of a run in the results file."""
-    lines = (args.runs / job.folder / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines[: part.step + 1]]
+    metrics = read_lines(args.runs / job.folder / "metrics.jsonl")[: part.step + 1]
     steps = metrics[1:]  # the first line is the evaluation before training
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
     tokens = part.sampled[part.step] * mean(steps, "length") + continuation_tokens
@@ -266,19 +241,12 @@ def mean(rows: list[dict], name: str) -> float:
     return statistics.mean(row[name] for row in rows)
 
 
-def validation_accuracy(selection: list[dict], method: str) -> dict[str, float]:
-    """Mean accuracy over seeds by learning rate. A run that stopped itself counts as 0."""
-    rows = sorted(select(selection, method=method), key=lambda row: float(row["lr"]))
-    return {row["lr"]: mean(select(rows, lr=row["lr"]), "accuracy") for row in rows}
-
-
 def selected_rate(results: dict, method: str) -> str:
     """The learning rate with the highest validation accuracy; the lower rate on a tie."""
-    accuracy = validation_accuracy(results["selection"], RATE_OF.get(method, method))
-    return max(accuracy, key=accuracy.get) if accuracy else results["rates"][0]
-
-
-# ------------------------------------------------------------------------------- the pages
+    rows = select(results["selection"], method=RATE_OF.get(method, method))
+    rows.sort(key=lambda row: float(row["lr"]))
+    best = max(rows, key=lambda row: row["accuracy"], default={"lr": results["rates"][0]})
+    return best["lr"]
 
 
 def at_selected_rates(results: dict) -> dict[str, list[dict]]:
@@ -321,17 +289,13 @@ def table(results: dict) -> str:
     """Means over seeds of each method at its learning rate, and at its second rate, if any."""
     head = ["method", "learning rate", "accuracy", "pass@8", "entropy", "length", "tokens, M"]
     head.append("accuracy minus GRPO's")
-    start, rates = results["start"], results["rates"]
+    start = results["start"]
     cells = f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"
     lines = [["before training", "", *cells, "", ""]]
     runs = at_selected_rates(results)
     for method, lr in dict.fromkeys((row["method"], row["lr"]) for row in results["rows"]):
         rows = select(results["rows"], method=method, lr=lr)
-        rate = lr
-        if rows != runs[method]:
-            rate += " (not selected)"
-        elif len(rates) > 1 and lr in (rates[0], rates[-1]):
-            rate += " †"
+        rate = lr if rows == runs[method] else f"{lr} (not selected)"
         cells = [f"{mean(rows, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
         cells += [f"{mean(rows, 'length'):.1f}", f"{mean(rows, 'tokens') / 1e6:.2f}"]
         lines.append([method, rate, *cells, versus(rows, runs["GRPO"])])
@@ -363,47 +327,41 @@ def tokens_table(results: dict, longer: dict) -> str:
     return f"{caption}\n\n{markdown(head, lines)}"
 
 
-def caption(results: dict) -> str:
-    """How the numbers of `table` were measured."""
-    runs, steps = at_selected_rates(results), results["steps"]
-    seeds = sorted({len(rows) for rows in runs.values()})
-    text = f"Means over {' or '.join(map(str, seeds))} seeds; in brackets the 95% interval of the "
-    text += "paired difference (Student's t). Learning rates tried on validation problems: "
-    text += ", ".join(results["rates"]) + "."
-    if "†" in table(results):
-        text += " † marks the lowest or highest of these: a better rate may lie outside."
-    text += f" Each run has {steps * results['prompts'] * GROUP} rollouts in {steps} steps"
-    if "DAPO" in runs:
-        cut_at = sorted(row["step"] for row in runs["DAPO"])
-        fewest = min(row["rollouts"] for row in runs["DAPO"])
-        text += f", DAPO at least {fewest} in {cut_at[0]} to {cut_at[-1]}"
-    vllm = results["versions"]["vllm"]
-    return f"{text}. `{results['command']}`, {results['machine']}, vLLM {vllm} for CPU."
+def described(results: dict) -> str:
+    """A table, and how its numbers were measured."""
+    seeds = sorted({len(rows) for rows in at_selected_rates(results).values()})
+    rollouts = results["steps"] * results["prompts"] * GROUP
+    text = f"Means over {' or '.join(map(str, seeds))} seeds of at most {rollouts} rollouts and "
+    text += f"{results['steps']} steps; in brackets the 95% interval of the paired difference. "
+    text += f"Learning rates tried: {', '.join(results['rates'])}. "
+    text += f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']}."
+    return f"{text}\n\n{table(results)}"
+
+
+def read_table(name: str) -> dict:
+    return read_json(RESULTS / f"compare-{name}.json")
 
 
 def blocks(results: dict) -> dict[str, str]:
     """The results blocks of README.md and docs/compare.md."""
-    few, needle = read_json(FEW_ROLLOUTS), read_json(NEEDLE)
+    needle = read_table("needle")
     return {
-        "compare": f"{caption(results)}\n\n{table(results)}",
+        "compare": described(results),
         "compare-credit": credit_table(results, needle),
-        "compare-tokens": tokens_table(results, read_json(EQUAL_TOKENS)),
-        "compare-few": f"{caption(few)}\n\n{table(few)}",
-        "compare-needle": f"{caption(needle)}\n\n{table(needle)}",
-        "compare-needle-tokens": tokens_table(needle, read_json(NEEDLE_TOKENS)),
+        "compare-tokens": tokens_table(results, read_table("tokens")),
+        "compare-few": described(read_table("few")),
+        "compare-needle": described(needle),
+        "compare-needle-tokens": tokens_table(needle, read_table("needle-tokens")),
     }
 
 
 def draw(results: dict) -> None:
     """Draw the figures of both tasks."""
-    for name, of_task in (("compare", results), ("compare-needle", read_json(NEEDLE))):
+    for name, of_task in (("compare", results), ("compare-needle", read_table("needle"))):
         curves = {}
         for method, rows in at_selected_rates(of_task).items():
             curves[method] = [row["curve"] for row in rows]
         figures.draw_compare(f"{name}.svg", curves)
-
-
-# ------------------------------------------------------------------------------- the comparison
 
 
 def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: Args) -> None:
@@ -413,36 +371,32 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
     """
     finished = {(row["method"], row["lr"], row["seed"]) for row in results[name]}
     jobs = [job for job in jobs if job not in finished]
-    stopped = train_all(jobs, args)
-    parts, models = {}, []
-    for job in jobs:
-        if job not in stopped:
-            parts[job] = cut(args.runs / job.folder, args)
-            models.append(str(parts[job].weights))
-    start = TASKS[args.task].model
+    with ThreadPoolExecutor(args.jobs) as pool:
+        reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
+    parts = {job: cut(args.runs / job.folder, args) for job in jobs if not reasons[job]}
+    models, start = [str(part.weights) for part in parts.values()], TASKS[args.task].model
     if name == "rows" and "start" not in results:
         models.append(start)
     evaluated = evaluate(models, problems, args) if models else {}
     if start in evaluated:
         results["start"] = evaluated[start]
-    for job, part in parts.items():
-        results[name].append(result_row(job, part, evaluated[str(part.weights)], args))
-    if name == "selection":
-        for job, reason in stopped.items():
+    for job, reason in reasons.items():
+        if not reason:
+            part = parts[job]
+            results[name].append(result_row(job, part, evaluated[str(part.weights)], args))
+        elif name == "selection":
             results[name].append(job._asdict() | {"accuracy": 0.0, "stopped": reason})
     order = list(METHODS)
     results[name].sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
     write_json(args.results, results)
-    if stopped and name == "rows":
-        sys.exit("\n".join(f"{job.folder} {reason}" for job, reason in stopped.items()))
+    if name == "rows" and any(reasons.values()):
+        sys.exit("a measured run stopped itself; see above")
 
 
 def read_results(args: Args) -> dict:
     """The results so far. Rejects settings that differ from those of the results."""
-    names = ("steps", "prompts", "samples", "selection_seeds")
-    fixed: dict[str, Any] = {name: getattr(args, name) for name in names}
-    fixed["rates"] = sorted(args.rates, key=float)
-    fixed["settings"] = f"{args.settings} {CURVE}"
+    fixed: dict[str, Any] = {"steps": args.steps, "prompts": args.prompts}
+    fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
     results = read_json(args.results)
@@ -452,23 +406,16 @@ def read_results(args: Args) -> dict:
         results["rates"] = fixed["rates"]  # finished runs remain valid in a wider grid
     for name, value in fixed.items():
         if results[name] != value:
-            flag = "--" + name.replace("_", "-")
-            reject(flag, value, f"{args.results} was made with {results[name]}")
+            reject(f"--{name}", value, f"{args.results} was made with {results[name]}")
     return results
 
 
 def check(args: Args) -> list[str]:
     """Reject invalid settings; return the selected methods."""
-    shared.require_at_least(args, seeds=1, selection_seeds=1, steps=1, prompts=1, samples=8, jobs=1)
+    shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
     if args.seeds > len(T_QUANTILE) + 1:
         reject("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
-    for rate in args.rates:
-        if not re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", rate) or not float(rate) > 0:
-            reject("--rates", rate, "must be numbers above 0")
-    methods = shared.parse_names("--only", args.only, METHODS)
-    if args.only:
-        return methods
-    return [method for method in methods if method not in EXPENSIVE]
+    return shared.parse_names("--only", args.only, METHODS)
 
 
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
@@ -476,10 +423,10 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
     data = ROOT / TASKS[args.task].model
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    shared.atomic_write(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
+    shared.write_text(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
     validation = args.runs / "validation.jsonl"
-    shared.atomic_write(validation, "".join(lines[-VALIDATION:]))
-    results.update(shared.environment("torch", "vllm", "transformers"))
+    shared.write_text(validation, "".join(lines[-VALIDATION:]))
+    results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
     # Several commands, each for some of the methods, fill the default file.
     flags = [] if args.results == Args.results else sys.argv[1:]
@@ -487,9 +434,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     if len(args.rates) > 1:
         grid = []
         for method in dict.fromkeys(RATE_OF.get(method, method) for method in methods):
-            for rate in args.rates:
-                for seed in range(1, 1 + args.selection_seeds):
-                    grid.append(Job(method, rate, SELECTION + seed))
+            grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
         run_phase("selection", grid, validation, results, args)
     for seed in range(1, 1 + args.seeds):  # the results of a seed are saved before the next seed
         jobs = []

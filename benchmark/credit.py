@@ -11,6 +11,7 @@ advantage of every token. Each method's own function then assigns credit to the 
 from __future__ import annotations
 
 import copy
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import truth
 import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 from torch import Tensor, nn
-from truth import Credit, Truth, estimate, shares
+from truth import Credit, Truth, estimates
 
 import arca
 import common
@@ -92,13 +93,8 @@ def method_credits(
         "HölderPO, p = 2": holder_credit(policy, rollouts, outcome, logp, args, 2.0),
         "HölderPO, p = −2": holder_credit(policy, rollouts, outcome, logp, args, -2.0),
     }
-    arca_signals = {
-        "ARCA's surprisal": "surprisal",
-        "ARCA's entropy reduction": "entropy reduction",
-        "ARCA's divergence": "divergence",
-        "ARCA": "residual",
-    }
-    for name, signal in arca_signals.items():
+    for signal in ("surprisal", "entropy reduction", "divergence", "residual"):
+        name = "ARCA" if signal == "residual" else f"ARCA's {signal}"
         weights = arca.credit_weights(signals[signal], mask) * mask.sum(-1, keepdim=True)
         # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must
         # give equal ranks.
@@ -109,7 +105,12 @@ def method_credits(
 
 
 def holder_credit(
-    policy: nn.Module, rollouts: Rollouts, outcome: Tensor, old_logp: Tensor, args: Any, p: float
+    policy: nn.Module,
+    rollouts: Rollouts,
+    outcome: Tensor,
+    old_logp: Tensor,
+    args: Any,
+    p: float,
 ) -> Tensor:
     """The gradient of HölderPO's loss with respect to each log-probability, negated and times T:
     [P, G, T]. It has the scale of an advantage.
@@ -117,36 +118,37 @@ def holder_credit(
     In the first update of a step this is GRPO's advantage for any p. It is therefore taken in the
     second update: the policy has first been updated on the other half of the problems.
     """
+
+    def loss_of(model: nn.Module, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        logp, _ = common.token_logp(model, rollouts, index, args)
+        given = old_logp[index], rollouts.mask[index], outcome[index]
+        return logp, holderpo.holder_surrogate(logp, *given, p)[0].sum()
+
     credit = torch.zeros_like(old_logp)
     halves = torch.arange(len(rollouts.problems)).chunk(2)
     for half, other in (halves, halves[::-1]):
         moved = copy.deepcopy(policy)
         for index in common.micro_batches(rollouts, args.token_budget, other):
-            logp, _ = common.token_logp(moved, rollouts, index, args)
-            mask = rollouts.mask[index]
-            loss, _ = holderpo.holder_surrogate(logp, old_logp[index], mask, outcome[index], p)
-            loss.sum().backward()
+            _, loss = loss_of(moved, index)
+            loss.backward()
         trained = [weight for weight in moved.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-        optimizer.step()
-
-        logp, _ = common.score(moved, rollouts, args)
-        logp = logp[half].flatten(0, 1).requires_grad_()
-        old = old_logp[half].flatten(0, 1)
-        mask = rollouts.mask[half].flatten(0, 1)
-        loss, _ = holderpo.holder_surrogate(logp, old, mask, outcome[half].flatten(), p)
-        loss.sum().backward()
-        credit[half] = (-logp.grad * mask.sum(-1, keepdim=True)).view_as(credit[half])
+        torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
+        for index in common.micro_batches(rollouts, args.token_budget, half):
+            logp, loss = loss_of(moved, index)
+            [gradient] = torch.autograd.grad(loss, logp)
+            credit[index] = -gradient * rollouts.mask[index].sum(-1, keepdim=True)
     return credit
 
 
-def read_truth(row: Row, estimates: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
-    """The truth about a problem's group by some of the estimates, which have `count` continuations
-    each, and the curves of each rollout."""
+def read_truth(row: Row, chosen: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
+    """The truth about a problem's group, and the curves of each rollout.
+
+    chosen: estimates to use; count: continuations of each.
+    """
     true, curves = Truth([], [], row["correct"], []), []
-    tried = count * len(estimates)
+    tried = count * len(chosen)
     for g, reward in enumerate(row["correct"]):
-        won = np.array(row["wins"][g])[:, estimates].sum(-1)
+        won = np.array(row["wins"][g])[:, chosen].sum(-1)
         others = np.array(row["others"][g])
         curve = truth.true_advantages(others, won, tried, reward)
         curves.append(curve)
@@ -173,25 +175,25 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
     for row in rows:
         won, tried = row["prompt"]
         new = won / tried
+        error_of_new = np.sqrt(new * (1 - new) / tried)
         _, both = read_truth(row, [0, 1], count)
         _, first = read_truth(row, [0], count)
         _, second = read_truth(row, [1], count)
-        for g, reward in enumerate(row["correct"]):
-            total = both[g].advantages.sum()
-            closing.append(total - (reward - both[g].values[0]))
-            error_of_new = np.sqrt(new * (1 - new) / tried)
-            error = np.hypot(both[g].value_errors[0], error_of_new)
+        for curve, reward in zip(both, row["correct"], strict=True):
+            total = curve.advantages.sum()
+            error = np.hypot(curve.value_errors[0], error_of_new)
+            closing.append(total - (reward - curve.values[0]))
             against_new.append((total - (reward - new)) / error)
-            error = np.hypot(first[g].errors, second[g].errors).clip(1e-12)
-            z = (first[g].advantages - second[g].advantages) / error
-            uncertain = np.array(row["others"][g]) > 0
-            repeated.append(z[uncertain])
+        for once, again, others in zip(first, second, row["others"], strict=True):
+            error = np.hypot(once.errors, again.errors).clip(1e-12)
+            z = (once.advantages - again.advantages) / error
+            repeated.extend(z[np.array(others) > 0])
     return {
         "advantages of a rollout − (reward − V(prompt)), largest": float(np.abs(closing).max()),
         "the same with V(prompt) from new responses, mean z": float(np.mean(against_new)),
         "rms z": rms(against_new),
         "share within 2 standard errors": float((np.abs(against_new) < 2).mean()),
-        "an advantage measured twice, rms z": rms(np.concatenate(repeated)),
+        "an advantage measured twice, rms z": rms(repeated),
     }
 
 
@@ -211,13 +213,11 @@ def example(rows: list[Row], truths: list[Truth], credits: dict[str, list[Credit
 
 def as_lists(tensors: Signals, mask: Tensor) -> dict[str, list[Credit]]:
     """Values of each problem's rollouts without padding."""
-    lists = {}
+    lists = {name: [] for name in tensors}
     for name, values in tensors.items():
-        values = values.double().cpu()
-        lists[name] = []
-        for of_group, is_token in zip(values, mask.cpu(), strict=True):
-            lengths = is_token.sum(-1).tolist()
-            lists[name].append([row.numpy() for row in of_group[is_token].split(lengths)])
+        for group, is_token in zip(values.double().cpu(), mask.cpu(), strict=True):
+            rows = group[is_token].split(is_token.sum(-1).tolist())
+            lists[name].append([row.numpy() for row in rows])
     return lists
 
 
@@ -230,7 +230,11 @@ def step_sums(group: common.Group, true: Truth) -> Credit:
 
 
 def summarise(
-    rows: list[Row], groups: list[common.Group], policy: nn.Module, args: vineppo.Args, count: int
+    rows: list[Row],
+    groups: list[common.Group],
+    policy: nn.Module,
+    args: vineppo.Args,
+    count: int,
 ) -> dict[str, Any]:
     """All results for one policy. count: continuations of each estimate."""
     rollouts = common.stack(groups, [], common.device(args))
@@ -239,29 +243,20 @@ def summarise(
     given, signals = method_credits(policy, rollouts, steps, values, args)
     credits, signals = as_lists(given, mask), as_lists(signals, mask)
     truths = [read_truth(row, [0, 1], count)[0] for row in rows]
-    first = [read_truth(row, [0], count)[0] for row in rows]
+    first = [read_truth(row, [0], count)[0].advantages for row in rows]
     second = [read_truth(row, [1], count)[0] for row in rows]
+    baseline = credits["GRPO"]
     credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
-
-    methods: dict[str, dict] = {name: {} for name in credits}
-    methods["truth, measured again"] = {}
-    for label, measure in truth.MEASURES.items():
-        baseline = shares(measure, credits["GRPO"], truths)
-        for name, credit in credits.items():
-            methods[name][label] = estimate(shares(measure, credit, truths), baseline)
-        again = shares(measure, [true.advantages for true in first], second)
-        baseline = shares(measure, credits["GRPO"], second)
-        methods["truth, measured again"][label] = estimate(again, baseline)
+    methods, of_signals = {}, {}
+    for name, credit in credits.items():
+        methods[name] = estimates(truth.MEASURES, credit, truths, baseline)
+    methods["truth, measured again"] = estimates(truth.MEASURES, first, second, baseline)
 
     sizes = []  # a signal has no sign: it is compared with the size of the true advantage
     for true in truths:
-        absolute = list(map(np.abs, true.advantages))
-        sizes.append(replace(true, advantages=absolute))
-    of_signals: dict[str, dict] = {name: {} for name in signals}
-    for label, measure in truth.SIGNAL_MEASURES.items():
-        for name, signal in signals.items():
-            found = shares(measure, signal, sizes)
-            of_signals[name][label] = estimate(found, found)
+        sizes.append(replace(true, advantages=list(map(np.abs, true.advantages))))
+    for name, signal in signals.items():
+        of_signals[name] = estimates(truth.SIGNAL_MEASURES, signal, sizes, signal)
     return {
         "facts": truth.facts(truths),
         "soundness": soundness(rows, count),
@@ -297,26 +292,22 @@ def methods_table(methods: dict[str, dict[str, Any]]) -> str:
 
 def tables(results: dict[str, Any]) -> str:
     """All tables of the page."""
-    policies, settings = results["policies"], results["settings"]
-    parts = [
-        f"`{results['command']}`, seed {settings['seed']}: {settings['prompts']} problems, "
-        f"{settings['group_size']} rollouts of each, {settings['continuations']} continuations for "
-        f"each of two estimates; {results['machine']}, vLLM {results['versions']['vllm']} for CPU."
-    ]
+    policies, vllm = results["policies"], results["versions"]["vllm"]
+    parts = [f"`{results['command']}`, {results['machine']}, vLLM {vllm}."]
     for name, policy in policies.items():
         parts += [f"The {name} policy:", methods_table(policy["methods"])]
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
-        columns = [policy[part] for policy in policies.values()]
-        rows = [[name, *(number(column[name]) for column in columns)] for name in columns[0]]
+        rows = []
+        for name in policies["starting"][part]:
+            rows.append([name, *(number(policy[part][name]) for policy in policies.values())])
         parts.append(markdown([title, *policies], rows))
     head = ["signal, against the size of the true advantage"]
     head += [f"{measure}, {name}" for name in policies for measure in truth.SIGNAL_MEASURES]
     rows = []
-    columns = [policy["signals"] for policy in policies.values()]
-    for signal in columns[0]:
+    for signal in policies["starting"]["signals"]:
         rows.append([signal])
-        for column in columns:
-            rows[-1] += map(interval, column[signal].values())
+        for policy in policies.values():
+            rows[-1] += map(interval, policy["signals"][signal].values())
     parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
@@ -361,10 +352,8 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
                 row = truth.measure(engine, grader, policy, problem, settings, count, seed)
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
                 rows.append(row)
-                # Nothing below reads the engine's log-probabilities: any floats do.
-                any_floats = row["others"]
-                group = common.Group(problem, row["tokens"], any_floats, [], row["correct"])
-                groups.append(group)
+                unused_logp = row["others"]
+                groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
             write_json(args.run_dir / f"{name}.json", rows)
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
             summaries[name] = summarise(rows, groups, policy, settings, count)
@@ -380,11 +369,8 @@ def main(args: Args) -> None:
     shared.require_at_least(args, prompts=2, group_size=2, continuations=2, train_steps=1)
     names = shared.parse_names("--policies", args.policies, POLICIES)
     summaries = measure_policies(args, names)
-    kept = ("prompts", "group_size", "continuations", "train_steps", "policies", "seed")
-    settings = {name: getattr(args, name) for name in kept}
-    results = {"command": "python benchmark/credit.py", "settings": settings}
-    results.update(shared.environment("torch", "vllm", "transformers"))
-    results["policies"] = summaries
+    command = shlex.join(["python", "benchmark/credit.py", *sys.argv[1:]])
+    results = {"command": command, **shared.environment(), "policies": summaries}
     write_json(args.results, results)
     print(tables(results))
 

@@ -9,8 +9,6 @@ The 1.5B model has the shape of Qwen2.5-1.5B and random weights.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,8 @@ from shared import ROOT
 from speed import Shape, model_folder, problem_file
 
 import grpo
-from infra.cli import launch
+from infra.cli import launch, require
+from infra.run import read_lines
 from infra.vllm_engine import VLLMEngine
 
 BOUNDS = {
@@ -41,11 +40,6 @@ BOUNDS = {
     "GB at most": (0, 66),
     "--token-budget 16384: fits, or one line names the flag": (1, 1),
 }
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    """The logged steps of a run, without the evaluation before training."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
 
 def train(folder: Path, budget: int) -> None:
@@ -84,38 +78,33 @@ def train(folder: Path, budget: int) -> None:
     sys.argv += ["--token-budget", str(budget), "--run-dir", str(folder / str(budget))]
     with mock.patch.multiple(VLLMEngine, sync=noting("sync"), sleep=noting("sleep")):
         launch(grpo.main, grpo.Args)
-    (folder / "memory.json").write_text(json.dumps(memory))
+    shared.write_json(folder / "memory.json", memory)
 
 
-def measure(folder: Path) -> list[float]:
-    def run(budget: int) -> subprocess.CompletedProcess[str]:
-        code = f"import gpu, pathlib; gpu.train(pathlib.Path({str(folder)!r}), {budget})"
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, cwd=ROOT / "benchmark", capture_output=True, text=True)
+def run(folder: Path, budget: int) -> subprocess.CompletedProcess[str]:
+    """Call `train` in a process of its own."""
+    code = f"import gpu, pathlib; gpu.train(pathlib.Path({str(folder)!r}), {budget})"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT / "benchmark", capture_output=True, text=True)
 
-    exit_code = run(8192).returncode
-    last = metrics(folder / "8192")[-1]
+
+def measure(folder: Path) -> dict[str, float]:
+    """The measured value of each check."""
+    exit_code = run(folder, 8192).returncode
+    last = read_lines(folder / "8192" / "metrics.jsonl")[-1]
     memory = shared.read_json(folder / "memory.json")
-    larger = run(16384)
+    larger = run(folder, 16384)
     one_line = "--token-budget" in larger.stderr and "Traceback" not in larger.stderr
-    return [
-        exit_code,
-        *(last[f"seconds/{part}"] for part in ("sync", "rollout", "score", "update")),
-        memory["sync"],
-        memory["sleep"],
-        memory["most"],
-        larger.returncode == 0 or one_line,
-    ]
+    parts = [last[f"seconds/{part}"] for part in ("sync", "rollout", "score", "update")]
+    gigabytes = [memory[moment] for moment in ("sync", "sleep", "most")]
+    values = [exit_code, *parts, *gigabytes, larger.returncode == 0 or one_line]
+    return dict(zip(BOUNDS, map(float, values), strict=True))
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    if not torch.cuda.is_available():
-        shared.reject("--device", "cuda", "no CUDA device is available")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        values = measure(folder)
-    measured = dict(zip(BOUNDS, map(float, values), strict=True))
+    require(torch.cuda.is_available(), "--device", "cuda", "no CUDA device is available")
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(Path(folder))
     results = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
     gib = [measured[f"GB {when}"] / 1.073741824 for when in ("awake", "asleep", "at most")]
     results["memory"] = {"full": {"1.5B": gib}}  # for docs/memory.py

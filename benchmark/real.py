@@ -28,6 +28,7 @@ import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 from docs import figures
+from infra.run import read_lines
 
 PAGE = ROOT / "docs" / "real.md"
 METHODS = {
@@ -107,7 +108,7 @@ def write_problems(folder: Path) -> None:
     rows = problems()
     for name, part in (("held-out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
-        shared.atomic_write(folder / f"{name}.jsonl", text)
+        shared.write_text(folder / f"{name}.jsonl", text)
 
 
 def train(args: Args, script: str, model: Path) -> float:
@@ -127,12 +128,7 @@ def train(args: Args, script: str, model: Path) -> float:
 
 def logged(file: Path) -> dict[str, Any]:
     """The evaluations, curves, engine gap and seconds in the log of a run."""
-
-    def four_digits(number: str) -> float:
-        return float(f"{float(number):.4g}")
-
-    lines = file.read_text().splitlines()
-    log = pd.DataFrame([json.loads(line, parse_float=four_digits) for line in lines])
+    log = pd.DataFrame(read_lines(file)).round(4)
     steps = log[log.step > 0]  # step 0 is the evaluation before training
     seconds = steps.filter(like="seconds/").median()
     return {
@@ -191,7 +187,7 @@ def main(args: Args) -> None:
         make_model(model)
     write_problems(args.runs)
     results.update(command="python benchmark/real.py", settings=SETTINGS)
-    results.update(shared.environment("torch", "vllm", "transformers"))
+    results.update(shared.environment())
     for method in methods:
         if results["runs"].get(method, {}).get("steps", 0) < args.steps:
             memory = train(args, METHODS[method], model)

@@ -10,18 +10,15 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts and their modules
+
+from infra.cli import flag_of, require
+from infra.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
-sys.path.insert(0, str(ROOT))  # the training scripts and their modules
-LINE = 400  # a JSON value of at most this many characters is written on one line
-
-
-def reject(flag: str, value: Any, why: str) -> NoReturn:
-    """Print one line that names the flag and its value, and exit with code 2."""
-    print(f"error: {flag} {value}: {why}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
@@ -31,8 +28,7 @@ def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
         return known
     selected = [name.strip() for name in names.split(",")]
     for name in selected:
-        if name not in known:
-            reject(flag, name or "''", f"known are {', '.join(known)}")
+        require(name in known, flag, name or "''", f"known are {', '.join(known)}")
     return selected
 
 
@@ -40,8 +36,7 @@ def require_at_least(args: Any, **minimums: int) -> None:
     """Reject each setting that is below its minimum."""
     for name, minimum in minimums.items():
         value = getattr(args, name)
-        if value < minimum:
-            reject("--" + name.replace("_", "-"), value, f"must be at least {minimum}")
+        require(value >= minimum, flag_of(name), value, f"must be at least {minimum}")
 
 
 def describe_cores(count: int) -> str:
@@ -49,15 +44,14 @@ def describe_cores(count: int) -> str:
     return f"{count} {noun}, {platform.machine()}"
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """The machine and the versions of Python and of packages, given by their import names."""
+def environment() -> dict[str, Any]:
+    """The machine and the versions of Python and of the main packages."""
     distributions = packages_distributions()
     versions = {"python": platform.python_version()}
-    for name in packages:
+    for name in ("torch", "vllm", "transformers"):
         if name in distributions:
             versions[name] = version(distributions[name][0])
-    machine = describe_cores(len(os.sched_getaffinity(0)))
-    return {"machine": machine, "versions": versions}
+    return {"machine": describe_cores(len(os.sched_getaffinity(0))), "versions": versions}
 
 
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
@@ -67,29 +61,13 @@ def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
     return [script, *flags, "--run-dir", str(folder)]
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write a file so that no reader, and no later start, sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".unfinished")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def as_json(value: Any, newline: str = "\n") -> str:
-    """JSON with one line for each part that fits on one."""
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) <= LINE or not isinstance(value, dict | list):
-        return text
-    inner = newline + " "
-    if isinstance(value, dict):
-        parts = [f"{json.dumps(str(key))}: {as_json(part, inner)}" for key, part in value.items()]
-    else:
-        parts = [as_json(part, inner) for part in value]
-    return text[0] + inner + f",{inner}".join(parts) + newline + text[-1]
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    atomic_write(path, as_json(value) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -116,4 +94,4 @@ def fill_blocks(page: Path, blocks: dict[str, str]) -> str:
 
 
 def write_page(page: Path, blocks: dict[str, str]) -> None:
-    atomic_write(page, fill_blocks(page, blocks))
+    write_text(page, fill_blocks(page, blocks))

@@ -14,15 +14,17 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,11 +33,12 @@ import shared
 import torch
 import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
-from trl_side import peak_bytes
 
+import common
 import grpo
 from common import Grader, Run
 from infra.cli import parse_args
+from infra.run import read_lines
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
@@ -131,15 +134,46 @@ def problem_file(shape: Shape, folder: Path) -> Path:
 
 
 class MeasurementDone(Exception):
-    """All steps are measured; nothing more is saved or evaluated."""
+    pass
+
+
+class Measurement:
+    """Seconds, tokens and peak memory of the steps in this process. The first step is a warm-up."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.ends: list[float] = []  # when each step ended
+        self.tokens = Counter(prompt=0, generated=0, trained=0)
+
+    def end_step(self, *_: Any, **__: Any) -> None:
+        """Raises MeasurementDone after the last step, so that nothing is saved or evaluated."""
+        self.ends.append(time.perf_counter())
+        if len(self.ends) > self.shape.steps:
+            raise MeasurementDone
+
+    def results(self) -> dict[str, Any]:
+        status = Path("/proc/self/status").read_text()
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+        if self.shape.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        return {
+            "seconds": [end - start for start, end in itertools.pairwise(self.ends)],
+            "tokens_a_step": {name: count / len(self.ends) for name, count in self.tokens.items()},
+            "peak_bytes": peak,
+        }
+
+
+class AlternatingGrader(Grader):
+    """Runs the grader for its time and alternates the verdicts: a random model is never right, and
+    groups of equal rewards have no gradient."""
+
+    def grade(self, responses: list[str], references: list[str]) -> list[bool]:
+        verdicts = super().grade(responses, references)
+        return [i % 2 == 1 for i in range(len(verdicts))]
 
 
 def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
-    """Seconds between the ends of steps, tokens and peak memory of grpo.py.
-
-    The grader runs, but its verdicts are replaced by alternating ones, because a random model is
-    never right, and groups of equal rewards have no gradient.
-    """
+    """Measure grpo.py."""
     model_path = model_folder(model, folder / "model")
     remove_eos(model_path)
     problems = str(problem_file(shape, folder))
@@ -151,91 +185,111 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     flags += ["--save-every", "0"]
     if model in CONFIGS:  # with random weights
         flags += ["--max-logp-gap", "1e9"]
-    ends = []
-    tokens = {"prompt": 0, "generated": 0, "trained": 0}
-    log_rollouts, grade = Run.log_rollouts, Grader.grade
+    measurement, log_rollouts = Measurement(shape), Run.log_rollouts
 
     def count(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
         log_rollouts(run, step, rollouts, *rest, **more)
         prompt_tokens = sum(len(problem.prompt) for problem in rollouts.problems)
-        tokens["prompt"] += prompt_tokens * shape.group
-        tokens["generated"] += int(rollouts.engine_logp[rollouts.mask].isfinite().sum())
-        tokens["trained"] += int(rollouts.mask.sum())
-
-    def stop_when_done(*_: Any, **__: Any) -> None:
-        ends.append(time.perf_counter())
-        if len(ends) > shape.steps:  # the first step is the warm-up
-            raise MeasurementDone
-
-    def alternate(grader: Grader, texts: list[str], references: list[str]) -> list[bool]:
-        verdicts = grade(grader, texts, references)
-        return [i % 2 == 1 for i in range(len(verdicts))]
+        measurement.tokens["prompt"] += prompt_tokens * shape.group
+        generated = rollouts.engine_logp[rollouts.mask].isfinite()
+        measurement.tokens["generated"] += int(generated.sum())
+        measurement.tokens["trained"] += int(rollouts.mask.sum())
 
     with (
         mock.patch.object(Run, "log_rollouts", count),
-        mock.patch.object(Run, "save", stop_when_done),
-        mock.patch.object(Grader, "grade", alternate),
+        mock.patch.object(Run, "save", measurement.end_step),
+        mock.patch.object(common, "Grader", AlternatingGrader),
         contextlib.suppress(MeasurementDone),
     ):
         grpo.main(parse_args(grpo.Args, flags))
-    log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in log[-shape.steps :]]
+    rows = read_lines(folder / "run" / "metrics.jsonl")[-shape.steps :]
     parts = {}
     for part in (*PARTS, "step"):
         parts[part] = statistics.median(row[f"seconds/{part}"] for row in rows)
-    return {
-        "seconds": [end - start for start, end in itertools.pairwise(ends)],
-        "parts": parts,
-        "tokens_a_step": {name: count / len(ends) for name, count in tokens.items()},
-        "peak_bytes": peak_bytes(shape.device),
-    }
+    return measurement.results() | {"parts": parts}
 
 
-def trl_settings(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
-    """The settings with which trl_side.py does the same work."""
+def theirs(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
+    """Measure the same work in TRL's GRPOTrainer."""
+    sys.path.append(str(TRL))
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
     rollouts = shape.prompts * shape.group
     context = 28 + 20 * shape.joined + shape.new_tokens  # enough for the longest prompt
     at_once = rollouts
-    while rollouts % at_once or at_once * context > 16384:  # --token-budget
+    while rollouts % at_once or at_once * context > grpo.Args.token_budget:
         at_once -= 1
-    return {
-        "model": str(model_folder(model, folder / "model")),
-        "dataset": str(problem_file(shape, folder)),
-        "folder": str(folder / "trl"),
-        "rollouts": rollouts,
-        "new_tokens": shape.new_tokens,
-        "steps": shape.steps + 1,
-        "engine": engine,
-        "device": shape.device,
-        "context": context,
-        "rollouts_at_once": at_once,
-    }
+    # No token ends a response before it has the given length.
+    endless = {"min_new_tokens": shape.new_tokens}
+    if engine == "vllm":
+        endless = {"ignore_eos": True}
+    rows = []
+    for row in read_lines(problem_file(shape, folder)):
+        prompt = [{"role": "user", "content": row["problem"]}]
+        rows.append({"prompt": prompt, "reference": row["answer"]})
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=shape.device == "cpu",
+        bf16=shape.device == "cuda",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=rollouts // at_once,
+        num_generations=shape.group,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs=endless,
+        max_steps=shape.steps + 1,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        use_vllm=engine == "vllm",
+        vllm_max_model_length=context,
+        model_init_kwargs={"dtype": "float32"},
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    measurement, clock = Measurement(shape), TrainerCallback()
+    clock.on_step_end = measurement.end_step
+
+    class CountingTrainer(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
+            completions, logp = super()._generate_single_turn(prompt_ids, *rest, **more)
+            measurement.tokens["prompt"] += sum(map(len, prompt_ids))
+            measurement.tokens["generated"] += sum(map(len, completions))
+            return completions, logp
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            measurement.tokens["trained"] += int(inputs["completion_mask"].sum())
+            return super()._compute_loss(model, inputs)
+
+    def reward(completions: list[Any], reference: list[str], **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return list(map(float, grader.grade(texts, reference)))
+
+    model_path, data = model_folder(model, folder / "model"), Dataset.from_list(rows)
+    with AlternatingGrader() as grader, contextlib.suppress(MeasurementDone):
+        trainer = CountingTrainer(
+            str(model_path), reward, config, train_dataset=data, callbacks=[clock]
+        )
+        trainer.train()
+    return measurement.results() | {"trl": version("trl"), "optimizer": str(config.optim)}
 
 
 def measure_in_process(name: str) -> dict[str, Any]:
     """Measure one section in its own process. If TRL fails, the result is its error message."""
     side, model, engine = name.split(": ")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if side == "ours":
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                return pool.submit(ours, model, SHAPES[model], engine, folder).result()
-        if not (TRL / "trl").exists():
-            pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
-            subprocess.run([sys.executable, *pip], check=True)
-        settings, output = folder / "settings.json", folder / "measured.json"
-        write_json(settings, trl_settings(model, SHAPES[model], engine, folder))
-        script = str(ROOT / "benchmark" / "trl_side.py")
-        done = subprocess.run(
-            [sys.executable, script, str(settings), str(output)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(TRL)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode == 0:
-            return read_json(output)
-        return {"failed": done.stderr.strip().splitlines()[-1]}
+    if side == "trl" and not (TRL / "trl").exists():
+        pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
+        subprocess.run([sys.executable, *pip], check=True)
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as pool:
+        work = ours if side == "ours" else theirs
+        measured = pool.submit(work, model, SHAPES[model], engine, Path(folder))
+        if side == "trl" and measured.exception():
+            return {"failed": repr(measured.exception())}
+        return measured.result()
 
 
 GOALS = {  # of each row of the table
@@ -249,27 +303,21 @@ GOALS = {  # of each row of the table
 MISSING = "not measured"
 
 
-def step_ratio(sections: dict[str, Any], model: str, engine: str) -> str:
-    """TRL's step over ours; (!) if the two sides did not process the same number of tokens."""
+def ratio(sections: dict[str, Any], model: str, engine: str, measure: str) -> str:
+    """TRL's step over ours, or our peak memory over TRL's; (!) if the two sides did not process
+    the same number of tokens."""
     ours = sections.get(f"ours: {model}: {engine}", {})
     theirs = sections.get(f"trl: {model}: {engine}", {})
     if "failed" in theirs:
         return "fails in TRL"
     if not ours or not theirs:
         return MISSING
-    a, b = statistics.median(ours["seconds"]), statistics.median(theirs["seconds"])
-    ratio = f"{b:.3g} / {a:.3g} s = {b / a:.2f}"
-    if ours["tokens_a_step"] != theirs["tokens_a_step"]:
-        ratio += " (!)"
-    return ratio
-
-
-def memory_ratio(sections: dict[str, Any], model: str) -> str:
-    ours = sections.get(f"ours: {model}: transformers", {}).get("peak_bytes")
-    theirs = sections.get(f"trl: {model}: transformers", {}).get("peak_bytes")
-    if not ours or not theirs:
-        return MISSING
-    return f"{ours / 1e9:.2f} / {theirs / 1e9:.2f} GB = {ours / theirs:.2f}"
+    mark = "" if ours["tokens_a_step"] == theirs["tokens_a_step"] else " (!)"
+    if measure == "peak_bytes":
+        a, b = ours[measure] / 1e9, theirs[measure] / 1e9
+        return f"{a:.2f} / {b:.2f} GB = {a / b:.2f}{mark}"
+    a, b = statistics.median(theirs["seconds"]), statistics.median(ours["seconds"])
+    return f"{a:.3g} / {b:.3g} s = {a / b:.2f}{mark}"
 
 
 def column(sections: dict[str, Any], model: str) -> list[str]:
@@ -279,9 +327,9 @@ def column(sections: dict[str, Any], model: str) -> list[str]:
         seconds = sections[f"ours: {model}: vllm"]["parts"]
         cells = [f"{seconds[part]:.3g}" for part in ("step", *PARTS)]
         cells.append(f"{seconds['other'] / seconds['step']:.1%}")
-    cells.append(step_ratio(sections, model, "transformers"))
-    cells.append(step_ratio(sections, model, "vllm"))
-    cells.append(memory_ratio(sections, model))
+    cells.append(ratio(sections, model, "transformers", "seconds"))
+    cells.append(ratio(sections, model, "vllm", "seconds"))
+    cells.append(ratio(sections, model, "transformers", "peak_bytes"))
     return cells
 
 
@@ -311,7 +359,7 @@ def main(args: Args) -> None:
         print(f"{name}: {measured}", flush=True)
         of_device = results.setdefault(DEVICE, {"sections": {}})
         of_device["command"] = "python benchmark/speed.py"
-        of_device.update(shared.environment("torch", "transformers", "vllm"))
+        of_device.update(shared.environment())
         if DEVICE == "cuda":
             of_device["machine"] += f", {torch.cuda.get_device_name()}"
         of_device["sections"][name] = measured

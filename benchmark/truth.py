@@ -83,7 +83,6 @@ def complete(
     args: RunArgs,
 ) -> list[Ids]:
     """Continue each prefix of a response to its end: token ids."""
-    responses = list(prefixes)
     unfinished = []
     for i, prefix in enumerate(prefixes):
         ended = bool(prefix) and prefix[-1] in engine.stop_tokens
@@ -95,6 +94,7 @@ def complete(
         [args.max_new_tokens - len(prefixes[i]) for i in unfinished],
         args.temperature,
     )
+    responses = list(prefixes)
     for i, (tokens, _) in zip(unfinished, continuations, strict=True):
         responses[i] = prefixes[i] + tokens
     return responses
@@ -198,16 +198,6 @@ class Truth:
     steps: list[list[tuple[slice, bool]]]  # tokens of each arithmetic step; whether it is right
 
 
-def flat(rows: Credit) -> np.ndarray:
-    return np.concatenate(rows)
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the smallest value; equal values share the mean of their ranks."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
-
-
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
     """Cosine similarity; 0 if one of the vectors is 0."""
     norm = np.linalg.norm(left) * np.linalg.norm(right)
@@ -216,13 +206,13 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
     """Rank correlation; 0 if one of the vectors is constant."""
-    left = ranks(left)
-    right = ranks(right)
-    return cosine(left - left.mean(), right - right.mean())
+    ranks = pd.DataFrame({"left": left, "right": right}).rank()
+    centred = (ranks - ranks.mean()).to_numpy()
+    return cosine(centred[:, 0], centred[:, 1])
 
 
-def rank_in_group(credit: Credit, true: Truth) -> Share:
-    return spearman(flat(credit), flat(true.advantages)), 1
+def in_group(credit: Credit, true: Truth, similarity: Callable[..., float]) -> Share:
+    return similarity(np.concatenate(credit), np.concatenate(true.advantages)), 1
 
 
 def rank_in_rollouts(credit: Credit, true: Truth, verdicts: tuple[float, ...] = (0, 1)) -> Share:
@@ -235,23 +225,17 @@ def rank_in_rollouts(credit: Credit, true: Truth, verdicts: tuple[float, ...] = 
     return total, count
 
 
-def cosine_in_group(credit: Credit, true: Truth) -> Share:
-    return cosine(flat(credit), flat(true.advantages)), 1
-
-
 def wrong_sign(credit: Credit, true: Truth) -> Share:
     """Share of wrong signs among the tokens with a clear true sign and a credit other than 0."""
-    product = flat(credit) * flat(true.advantages)
-    product = product[flat(true.clear)]
-    wrong = product < 0
-    signed = product != 0
-    return int(wrong.sum()), int(signed.sum())
+    product = np.concatenate(credit) * np.concatenate(true.advantages)
+    product = product[np.concatenate(true.clear)]
+    return int((product < 0).sum()), int((product != 0).sum())
 
 
 def on_decisive(credit: Credit, true: Truth) -> Share:
     """Share of the absolute credit that lies on decisive tokens."""
-    size = np.abs(flat(credit))
-    decisive = np.abs(flat(true.advantages)) > DECISIVE
+    size = np.abs(np.concatenate(credit))
+    decisive = np.abs(np.concatenate(true.advantages)) > DECISIVE
     return float(size[decisive].sum()), float(size.sum())
 
 
@@ -272,21 +256,34 @@ def penalised(credit: Credit, true: Truth, gain: float = -np.inf) -> Share:
 
 Measure = Callable[[Credit, Truth], Share]
 MEASURES: dict[str, Measure] = {
-    "rank, group": rank_in_group,
+    "rank, group": functools.partial(in_group, similarity=spearman),
     "rank, right rollout": functools.partial(rank_in_rollouts, verdicts=(1,)),
     "rank, failed rollout": functools.partial(rank_in_rollouts, verdicts=(0,)),
-    "cosine": cosine_in_group,
+    "cosine": functools.partial(in_group, similarity=cosine),
     "wrong sign": wrong_sign,
     "on decisive tokens": on_decisive,
     "right steps penalised": penalised,
     "helpful steps penalised": functools.partial(penalised, gain=CLEAR),  # they raised V
 }
-SIGNAL_MEASURES = {"rank, rollout": rank_in_rollouts, "on decisive tokens": on_decisive}
+SIGNAL_MEASURES: dict[str, Measure] = {
+    "rank, rollout": rank_in_rollouts,
+    "on decisive tokens": on_decisive,
+}
 
 
-def shares(measure: Measure, credits: list[Credit], truths: list[Truth]) -> np.ndarray:
-    """The measure of each problem: [problems, 2]."""
-    return np.array(list(map(measure, credits, truths)), dtype=float)
+def estimates(
+    measures: dict[str, Measure],
+    credits: list[Credit],
+    truths: list[Truth],
+    baseline: list[Credit],
+) -> dict[str, Any]:
+    """Each measure of the credits of all problems, compared with the baseline's."""
+    found = {}
+    for label, measure in measures.items():
+        shares = np.array(list(map(measure, credits, truths)), dtype=float)
+        base = np.array(list(map(measure, baseline, truths)), dtype=float)
+        found[label] = estimate(shares, base)
+    return found
 
 
 def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
@@ -317,16 +314,15 @@ def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
 
 def facts(truths: list[Truth]) -> dict[str, float]:
     """Properties of the rollouts, which no method changes. A share of nothing is NaN."""
-    token_rows, step_rows = [], []
+    token_parts, step_rows = [], []
     for true in truths:
-        mixed = any(true.correct)
         for g, right in enumerate(true.correct):
-            for t, advantage in enumerate(true.advantages[g]):
-                token_rows.append((right, t, advantage, true.clear[g][t]))
+            columns = {"advantage": true.advantages[g], "clear": true.clear[g]}
+            token_parts.append(pd.DataFrame(columns).assign(right=right))
             for place, fine in true.steps[g]:
-                gain = true.advantages[g][place].sum()
-                step_rows.append((right, mixed, fine, gain > CLEAR))
-    tokens = pd.DataFrame(token_rows, columns=["right", "t", "advantage", "clear"])
+                helpful = true.advantages[g][place].sum() > CLEAR
+                step_rows.append((right, any(true.correct), fine, helpful))
+    tokens = pd.concat(token_parts)  # the index is the position in the rollout
     steps = pd.DataFrame(step_rows, columns=["right", "mixed", "fine", "helpful"])
     tokens["size"] = tokens.advantage.abs()
     size = tokens["size"].sum()
@@ -345,7 +341,7 @@ def facts(truths: list[Truth]) -> dict[str, float]:
         "of those in right rollouts, harmful": (succeeded < 0).mean(),
         "decisive tokens": len(decisive) / len(tokens),
         "of the true advantages' size, on decisive tokens": decisive["size"].sum() / size,
-        "the same, on the first token of each rollout": tokens.query("t == 0")["size"].sum() / size,
+        "the same, on the first token of each rollout": tokens["size"].loc[0].sum() / size,
         "right steps in failed rollouts": len(right_steps),
         "of those, in groups that are not all wrong": right_steps.mixed.mean(),
         "of those, helpful": right_steps.helpful.mean(),

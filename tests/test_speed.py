@@ -1,5 +1,6 @@
 """benchmark/speed.py measures real steps; the memory and the padding of a step."""
 
+import functools
 import gc
 import re
 import subprocess
@@ -49,14 +50,15 @@ def test_missing_and_unequal_sections():
         return {"seconds": [seconds] * 3, "tokens_a_step": {"trained": trained}, "peak_bytes": 1e9}
 
     sections = {"ours: tiny: transformers": side(0.5, 10), "trl: tiny: transformers": side(1.0, 10)}
-    assert speed.step_ratio(sections, "tiny", "transformers") == "1 / 0.5 s = 2.00"
-    assert speed.step_ratio(sections, "tiny", "vllm") == "not measured"
-    assert speed.memory_ratio(sections, "tiny") == "1.00 / 1.00 GB = 1.00"
-    assert speed.memory_ratio(sections, "0.5B") == "not measured"
+    ratio = functools.partial(speed.ratio, sections)
+    assert ratio("tiny", "transformers", "seconds") == "1 / 0.5 s = 2.00"
+    assert ratio("tiny", "vllm", "seconds") == "not measured"
+    assert ratio("tiny", "transformers", "peak_bytes") == "1.00 / 1.00 GB = 1.00"
+    assert ratio("0.5B", "transformers", "peak_bytes") == "not measured"
     sections["trl: tiny: transformers"] = side(1.0, 11)
-    assert speed.step_ratio(sections, "tiny", "transformers") == "1 / 0.5 s = 2.00 (!)"
+    assert ratio("tiny", "transformers", "seconds") == "1 / 0.5 s = 2.00 (!)"
     sections["trl: tiny: vllm"] = {"failed": "why"}
-    assert speed.step_ratio(sections, "tiny", "vllm") == "fails in TRL"
+    assert ratio("tiny", "vllm", "seconds") == "fails in TRL"
     results = {"cpu": {"sections": sections, "command": "", "machine": "", "versions": {}}}
     assert "| at least 1.3 | 1 / 0.5 s = 2.00 (!) | not measured |" in speed.table(results)
 
