@@ -395,6 +395,9 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
 def read_results(args: Args) -> dict:
     """The results so far. Rejects settings that differ from those of the results."""
+    for rate in args.rates:
+        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", rate):
+            reject("--rates", rate, "is not a learning rate")
     fixed: dict[str, Any] = {"steps": args.steps, "prompts": args.prompts}
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
