@@ -106,8 +106,9 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     """
     script = inspect.getmodule(settings)
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_resume.add_argument("--resume", default="")
+    only_resume.add_argument("--resume")
     folder = only_resume.parse_known_args(command)[0].resume
+    require(folder != "", "--resume", "''", "names no folder")
 
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)

@@ -13,6 +13,8 @@ from infra.models import TokenIds, autocast, base_model, is_recurrent
 from infra.shared_prefix import left_pad, positions, prompt_cache
 from infra.vllm_engine import Engine, Response
 
+CACHE_NAMES = ("past_key_values", "cache_params")  # the second is Mamba's
+
 
 class HFEngine(Engine):
     """A decode loop over the policy's forward pass."""
@@ -61,16 +63,20 @@ class HFEngine(Engine):
         with autocast(self.args):
             inputs, is_token, cache = self.prefill(model, prompts)
             while not ended.all():
+                width = inputs.shape[1]
+                mask = is_token
+                if "past_key_values" not in cache:  # nothing but the inputs is attended to
+                    mask = is_token[:, -width:]
                 position_ids = positions(is_token)
                 outputs = model(
                     input_ids=inputs,
-                    attention_mask=is_token,
-                    position_ids=position_ids[:, -inputs.shape[1] :],
-                    past_key_values=cache,
+                    attention_mask=mask,
+                    position_ids=position_ids[:, -width:],
                     use_cache=True,
                     logits_to_keep=1,
+                    **cache,
                 )
-                cache = outputs.past_key_values
+                cache = {name: outputs[name] for name in CACHE_NAMES if name in outputs}
                 logits = outputs.logits[:, -1].float()
                 token, logp = sample(logits, temperature, uniform[len(sampled)])
                 sampled.append(token)
@@ -95,14 +101,14 @@ class HFEngine(Engine):
         """
         if is_recurrent(model):
             inputs, is_token, _ = left_pad(prompts, model.device)
-            return inputs, is_token, None
+            return inputs, is_token, {}
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         which = [distinct.index(tuple(prompt)) for prompt in prompts]
         which = torch.tensor(which, device=model.device)
         cache, is_token = prompt_cache(model, [prompt[:-1] for prompt in distinct], which)
         inputs = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
         is_token = pad(is_token, (0, 1), value=True)
-        return inputs, is_token, cache
+        return inputs, is_token, {"past_key_values": cache}
 
     def end_of(self, tokens: TokenIds) -> int:
         """The length of a response: up to its first stop token, that token included."""

@@ -92,7 +92,7 @@ def load_policy(args: Any) -> nn.Module:
 
 
 def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
-    """The weights of `args.model` on the CPU. Rejects a folder that lacks or breaks any."""
+    """The weights of `args.model` on the CPU. Rejects missing weights, and ones not finite."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -108,20 +108,20 @@ def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Modul
         reject(flag, args.model, f"cannot be loaded: {first_line(error)}")
     missing = sorted(info["missing_keys"])
     require(not missing, flag, args.model, f"lacks the weights {missing[:3]}")
+    for name, weight in model.named_parameters():
+        why = f"the weight {name} has values that are not finite"
+        require(weight.isfinite().all(), flag, args.model, why)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     return model
 
 
 def check_model(policy: nn.Module, args: Any) -> None:
-    """Reject weights that are not finite, and logits that `lm_head` does not reproduce."""
+    """Reject a model whose logits `lm_head` does not reproduce."""
     from infra.lm_head import head_logits, lm_head  # which imports this module
 
     bias = getattr(policy.get_output_embeddings(), "bias", None)
     require(bias is None, "--model", args.model, "its LM head has a bias, which is not supported")
-    for name, weight in policy.named_parameters():
-        finite = weight.isfinite().all()
-        require(finite, "--model", args.model, f"the weight {name} has values that are not finite")
 
     with torch.no_grad():
         two_tokens = torch.tensor([[0, 1]])

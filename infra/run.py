@@ -274,7 +274,9 @@ class Run:
     # -------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
+        folders = (self.folder / "checkpoints").glob("step-*")
+        complete = [folder for folder in folders if folder.name.removeprefix("step-").isdigit()]
+        return sorted(complete, key=step_of)
 
     def restore(self, policy: nn.Module, **state: Any) -> None:
         """Load the newest checkpoint that loads, if there is one, then open the logs.

@@ -197,13 +197,15 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
     context = max(lengths) + args.max_new_tokens
     limit = getattr(base_model(policy).config, "max_position_embeddings", context)
     if context > limit:
-        room = max(0, limit - args.max_new_tokens)
+        room = limit - args.max_new_tokens
+        flag, value = "--max-new-tokens", args.max_new_tokens
+        require(room > 0, flag, value, f"exceeds the model's context of {limit} tokens")
         too_long = sum(length > room for length in lengths)
         why = (
             f"{too_long} of {len(lengths)} prompts leave less than that in the model's context of "
             f"{limit} tokens; --max-prompt-tokens {room} discards them"
         )
-        reject("--max-new-tokens", args.max_new_tokens, why)
+        reject(flag, value, why)
 
     if args.engine != "transformers":
         why_not = why_not_vllm(args, policy)

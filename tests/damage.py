@@ -30,6 +30,12 @@ def without_one_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def not_finite(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def empty(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -41,5 +47,6 @@ BROKEN = [  # what is said of each
     (without_tokenizer, "has no tokenizer"),
     (without_weights, "cannot be loaded"),
     (without_one_weight, "lacks the weights"),
+    (not_finite, "layers.1.mlp.up_proj.weight has values that are not finite"),
     (empty, "cannot be loaded"),
 ]

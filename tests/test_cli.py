@@ -221,6 +221,8 @@ def test_prompts_longer_than_the_context(
         "--max-new-tokens 40: 2 of 17 prompts leave less than that in the model's context of 256 "
         "tokens; --max-prompt-tokens 216 discards them"
     )
+    line = rejection("grpo", *command(dataset=str(path), max_new_tokens=256))
+    assert line == "--max-new-tokens 256: exceeds the model's context of 256 tokens"
     monkeypatch.setattr(sys, "argv", ["grpo.py", *command(**settings, max_prompt_tokens=216)])
     launch(grpo.main, grpo.Args)
     discarded = "discarded 2 of 5: prompts exceed --max-prompt-tokens 216"
@@ -339,6 +341,10 @@ def test_folder_of_no_run(text: str | None, tmp_path: Path, rejection: Callable)
         (tmp_path / "args.json").write_text(text)
     line = rejection("grpo", "--resume", str(tmp_path))
     assert line.startswith(f"--resume {tmp_path}: is not the folder of a run: ")
+
+
+def test_an_empty_folder_name_starts_no_new_run(rejection: Callable):
+    assert rejection("grpo", "--resume", "") == "--resume '': names no folder"
 
 
 def test_run_of_another_script(begin: Callable, rejection: Callable):
