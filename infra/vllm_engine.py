@@ -199,7 +199,7 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
     if context > limit:
         room = limit - args.max_new_tokens
         flag, value = "--max-new-tokens", args.max_new_tokens
-        require(room > 0, flag, value, f"exceeds the model's context of {limit} tokens")
+        require(room > 0, flag, value, f"leaves no room in the model's context of {limit} tokens")
         too_long = sum(length > room for length in lengths)
         why = (
             f"{too_long} of {len(lengths)} prompts leave less than that in the model's context of "

@@ -222,7 +222,7 @@ def test_prompts_longer_than_the_context(
         "tokens; --max-prompt-tokens 216 discards them"
     )
     line = rejection("grpo", *command(dataset=str(path), max_new_tokens=256))
-    assert line == "--max-new-tokens 256: exceeds the model's context of 256 tokens"
+    assert line == "--max-new-tokens 256: leaves no room in the model's context of 256 tokens"
     monkeypatch.setattr(sys, "argv", ["grpo.py", *command(**settings, max_prompt_tokens=216)])
     launch(grpo.main, grpo.Args)
     discarded = "discarded 2 of 5: prompts exceed --max-prompt-tokens 216"

@@ -312,7 +312,7 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
         ("--datasets", "--datasets : name at least one"),
         ("--models no/such/folder", "--models no/such/folder: cannot be loaded: "),
         ("--datasets none.jsonl", "--datasets none.jsonl: no such file"),
-        ("--max-new-tokens 4096", "--max-new-tokens 4096: 256 of 256 prompts leave less"),
+        ("--max-new-tokens 4096", "--max-new-tokens 4096: leaves no room in the model"),
     ],
 )
 def test_flags_that_cannot_work(flags, line, tiny_model, rejection, tmp_path, monkeypatch):
