@@ -63,21 +63,7 @@ class HFEngine(Engine):
         with autocast(self.args):
             inputs, is_token, cache = self.prefill(model, prompts)
             while not ended.all():
-                width = inputs.shape[1]
-                mask = is_token
-                if "past_key_values" not in cache:  # nothing but the inputs is attended to
-                    mask = is_token[:, -width:]
-                position_ids = positions(is_token)
-                outputs = model(
-                    input_ids=inputs,
-                    attention_mask=mask,
-                    position_ids=position_ids[:, -width:],
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **cache,
-                )
-                cache = {name: outputs[name] for name in CACHE_NAMES if name in outputs}
-                logits = outputs.logits[:, -1].float()
+                logits, cache = decode_step(model, inputs, is_token, cache)
                 token, logp = sample(logits, temperature, uniform[len(sampled)])
                 sampled.append(token)
                 logps.append(logp)
@@ -116,6 +102,30 @@ class HFEngine(Engine):
             if token in self.stop_tokens:
                 return position + 1
         return len(tokens)
+
+
+def decode_step(
+    model: nn.Module, inputs: Tensor, is_token: Tensor, cache: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """One forward pass: the next token's logits, [n, V], and the cache with the inputs added.
+
+    inputs: [n, width]; is_token: [n, L], which positions of cache and inputs are tokens.
+    """
+    width = inputs.shape[1]
+    mask = is_token
+    if "past_key_values" not in cache:  # nothing but the inputs is attended to
+        mask = is_token[:, -width:]
+    position_ids = positions(is_token)
+    outputs = model(
+        input_ids=inputs,
+        attention_mask=mask,
+        position_ids=position_ids[:, -width:],
+        use_cache=True,
+        logits_to_keep=1,
+        **cache,
+    )
+    cache = {name: outputs[name] for name in CACHE_NAMES if name in outputs}
+    return outputs.logits[:, -1].float(), cache
 
 
 def uniform_numbers(seed: int, count: int) -> Tensor:
