@@ -447,7 +447,8 @@ def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Ten
 def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tensor:
     """Truncated importance sampling between engine and trainer: min(π_old / π_engine, cap).
 
-    [P, G, T]. 1 if cap is 0, and on tokens that the engine did not sample.
+    [P, G, T]. 1 if cap is 0, and on tokens that the engine did not sample. The weights multiply
+    the whole loss of a token, its KL term included.
     """
     if not cap:
         return torch.ones_like(old_logp)

@@ -228,7 +228,9 @@ class Run:
         gap = metrics.get("logp_gap/mean", 0.0)
         if self.first_gap == math.inf:
             self.first_gap = gap
-        if gap > max(3 * self.first_gap, 1e-3):  # below 1e-3 it is rounding
+        if gap > 0.05:  # more than rounding in bfloat16
+            warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
+        elif gap > max(3 * self.first_gap, 1e-3):  # below 1e-3 it is rounding
             warn(f"warning: logp_gap/mean {gap:.2g} is three times that of the first step")
             self.first_gap = gap
 

@@ -701,6 +701,14 @@ def test_warnings(
     assert error.count("warning: ") == error.count(f"warning: {warning}") == 1
 
 
+def test_a_gap_above_rounding_is_reported_at_each_step(small_run: Callable, capsys: CaptureFixture):
+    small = small_run(steps=9, save_every=0)
+    small.train(2, **{"logp_gap/mean": 0.05})
+    assert "warning" not in capsys.readouterr().err
+    small.train(3, **{"logp_gap/mean": 0.051})
+    assert capsys.readouterr().err.count("warning: logp_gap/mean 0.051 is above 0.05") == 3
+
+
 # ------------------------------------------------------------------ errors
 
 MEMORY_ERRORS = (
