@@ -85,6 +85,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     dataset of which none is left.
     """
     name = getattr(args, flag.strip("-").replace("-", "_"))
+    for_template = template_arguments(args)
     rows = [flatten(row) for row in read_rows(flag, name) if row]
     if not rows:
         reject(flag, name, "holds no problems")
@@ -102,7 +103,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         elif not is_readable:
             unreadable.append(repr(row.get(answer))[:40])
         else:
-            problem = make_problem(chat, reference, tokenizer, args)
+            problem = make_problem(chat, reference, tokenizer, args, for_template)
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
             else:
@@ -123,7 +124,9 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     return problems
 
 
-def make_problem(chat: list[Row], reference: str, tokenizer: Any, args: Any) -> Problem:
+def make_problem(
+    chat: list[Row], reference: str, tokenizer: Any, args: Any, for_template: Row
+) -> Problem:
     """Add --instruction and --system-prompt, and apply the chat template."""
     text = chat[-1]["content"]
     if args.instruction:
@@ -131,7 +134,7 @@ def make_problem(chat: list[Row], reference: str, tokenizer: Any, args: Any) -> 
     if args.system_prompt and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": args.system_prompt})
     try:
-        prompt = prompt_tokens(tokenizer, chat, **template_arguments(args))
+        prompt = prompt_tokens(tokenizer, chat, **for_template)
     except ValueError as error:
         why = "its chat template"
         if args.system_prompt:
