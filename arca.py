@@ -111,22 +111,23 @@ def arca_weights(
 
 @torch.no_grad()
 def residuals(
-    policy: nn.Module, reference: common.Reference, rollouts: common.Rollouts, args: Args
+    policy: nn.Module,
+    reference: common.Reference,
+    rollouts: common.Rollouts,
+    index: common.Index,
+    args: Args,
+    adapted: Tensor | None = None,
 ) -> Tensor:
-    """`residual_norm` at the position that predicts each response token: [P, G, T].
+    """`residual_norm` where the response tokens of n rollouts are predicted: [tokens].
 
-    Hidden states exist for one micro-batch at a time. As in `common.score` there is no gradient,
-    so a micro-batch can have four times the tokens of an update's.
+    In the order of `rollouts.mask[index]`. adapted: the policy's hidden states, [tokens, D], if
+    they are known; otherwise they are computed without dropout.
     """
-    mask = rollouts.mask
-    alpha = torch.zeros(mask.shape, device=mask.device)
-    all_problems = torch.arange(len(rollouts.problems))
-    for index in common.micro_batches(rollouts, 4 * args.token_budget, all_problems):
-        adapted = common.hidden_states(policy, rollouts, index, args)  # [tokens, D]
-        with reference() as frozen:
-            base = common.hidden_states(frozen, rollouts, index, args)
-        alpha[index] = alpha[index].masked_scatter(mask[index], residual_norm(adapted, base))
-    return alpha
+    if adapted is None:
+        adapted = common.hidden_states(policy, rollouts, index, args)
+    with reference() as frozen:
+        base = common.hidden_states(frozen, rollouts, index, args)
+    return residual_norm(adapted, base)
 
 
 def surprisal(logp: Tensor) -> Tensor:
@@ -191,8 +192,8 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
-    # A frozen copy, or with LoRA the policy with its adapters off.
-    reference = common.Reference(policy, args)
+    base = common.Reference(policy, args)  # the policy with its adapters off
+    reference = base if args.credit == "divergence" else None
     # </method>
 
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -221,55 +222,63 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, and compare with the engine.
-        # With a single micro-batch the update reuses this forward pass (keep_graph).
+        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
-            match args.credit:
-                case "uniform":
-                    signal = torch.zeros_like(old_logp)
-                case "surprisal":
-                    signal = surprisal(old_logp)
-                case "entropy":
-                    signal = entropy_reduction(entropy, mask)
-                case "divergence":
-                    with reference() as frozen:
-                        signal = divergence(old_logp, common.score(frozen, rollouts, args)[0])
-                case "arca":
-                    signal = residuals(policy, reference, rollouts, args)
-            credit = credit_weights(signal, mask, sharpening=args.sharpening)  # [P, G, T]
+            if common.needs_scoring_pass(policy, rollouts, args):
+                common.score_rollouts(policy, reference, rollouts, args)
             # </method>
-        gap = common.check_engine(rollouts, old_logp, args)
 
         # 3. Compute the advantages.
         # <method>
-        advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
-        # Times the length, because the loss is averaged over each response.
-        advantages = advantages[..., None] * credit * mask.sum(-1, keepdim=True)  # [P, G, T]
+        # In the update, because they need its log-probabilities, entropies and hidden states.
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
-        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-        means = common.TokenMeans()
+        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                loss_weights = importance * common.token_weights(
+                token_weights = common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
-                for index in common.micro_batches(rollouts, args.token_budget, share):
-                    logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
+                for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
+                    importance = common.importance_weights(
+                        batch.old_logp, batch.engine_logp, args.importance_cap
+                    )
+                    loss_weights = importance * token_weights[batch.problems] * batch.trained
                     # <method>
-                    loss = -advantages[index] * logp  # Eq. gradient [paper]
-                    loss = (loss * loss_weights[index]).sum()
-                    clipped = torch.zeros_like(logp)  # there is no ratio to clip
+                    match args.credit:
+                        case "uniform":
+                            signal = torch.zeros_like(batch.old_logp)
+                        case "surprisal":
+                            signal = surprisal(batch.old_logp)
+                        case "entropy":
+                            signal = entropy_reduction(batch.entropy, batch.mask)
+                        case "divergence":
+                            signal = divergence(batch.old_logp, batch.ref_logp)
+                        case "arca":
+                            # Under dropout the update's hidden states would be noisy.
+                            hidden = None if args.lora_dropout else batch.hidden
+                            moved = residuals(policy, base, rollouts, batch.index, args, hidden)
+                            signal = torch.zeros_like(batch.old_logp)
+                            signal = signal.masked_scatter(batch.trained, moved)
+                    credit = credit_weights(signal, batch.mask, sharpening=args.sharpening)
+                    advantage = grpo_advantages(rewards[batch.problems], scale=args.scale_rewards)
+                    # Times the length, because the loss is averaged over each response.
+                    length = batch.mask.sum(-1, keepdim=True)
+                    advantage = advantage[..., None] * credit * length
+                    per_token.add(batch, credit=credit)
+                    loss = -advantage * batch.logp  # Eq. gradient [paper]
+                    clipped = torch.zeros_like(batch.mask)  # there is no ratio to clip
+                    loss = (loss * loss_weights).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                    kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
+                    per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+                gap = common.check_engine(rollouts, args)  # before the weights change
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -278,14 +287,14 @@ def main(args: Args) -> None:
                 scheduler.step()
 
         # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
-        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics = common.rollout_metrics(rollouts, rewards) | gap
+        metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        per_token = {"advantage": advantages, "credit": credit}
-        metrics["gini"] = gini(credit, mask).mean()
-        metrics["effective_fraction"] = effective_fraction(credit, mask).mean()
+        metrics["gini"] = gini(per_token["credit"], mask).mean()
+        metrics["effective_fraction"] = effective_fraction(per_token["credit"], mask).mean()
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
+        run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)

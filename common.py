@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grading import Grader, last_boxed
 from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, load_problems
+from infra.forward import forward_passes, left_pad, response_states
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
     Reference,
@@ -37,7 +38,6 @@ from infra.models import (
     uses_dropout,
 )
 from infra.run import Run
-from infra.shared_prefix import left_pad, saves_tokens, shared_hidden_states
 from infra.vllm_engine import Engine, make_engine
 
 # ------------------------------------------------------------------ settings
@@ -148,7 +148,11 @@ class Rollouts:
     correct: Tensor  # [P, G] 1.0 or 0.0
     truncated: Tensor  # [P, G] true if a response does not end in a stop token
     texts: list[list[str]]
-    graph: tuple[nn.Module, Tensor, Tensor] | None = None  # kept by `score`, used by `token_logp`
+
+    # [P, G, T] once scored, 0 outside the mask
+    old_logp: Tensor | None = None  # log-probability under the policy that sampled
+    entropy: Tensor | None = None  # of that policy's distribution, in nats
+    ref_logp: Tensor | None = None  # log-probability under the reference, if there is one
 
 
 def roll_out(
@@ -272,25 +276,53 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
 
-def micro_batches(rollouts: Rollouts, token_budget: int, problems: Tensor) -> Iterator[Index]:
+def micro_batches(
+    rollouts: Rollouts, token_budget: int, problems: Tensor, can_share: bool = True
+) -> Iterator[Index]:
     """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
 
-    Padding counts. A rollout that exceeds the budget is a batch of its own. Rollouts are sorted by
-    length, so there is little padding: the lengths 9, 3, 4 and 10 with a budget of 20 give the
-    batches [3, 4] and [9, 10].
+    A batch holds whole groups. A group that exceeds the budget is split; a rollout that exceeds it
+    is a batch of its own. Padding counts. A prompt counts once if its rollouts can share it.
     """
-    lengths = rollouts.mask.sum(-1).tolist()
-    by_length = []
-    for p in problems.tolist():
-        for g, length in enumerate(lengths[p]):
-            by_length.append((len(rollouts.problems[p].prompt) + length, p, g))
-    batch: list[tuple[int, int]] = []  # (problem, rollout)
-    for length, p, g in sorted(by_length):
-        if batch and length * (len(batch) + 1) > token_budget:
-            yield tuple(torch.tensor(batch).T)
-            batch = []
-        batch.append((p, g))
-    yield tuple(torch.tensor(batch).T)
+    prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
+    lengths = rollouts.mask.sum(-1).tolist()  # [P, G]
+
+    def fits(rows: list[tuple[int, int]]) -> bool:
+        which, of_rows = [], []
+        for p, g in rows:
+            which.append(p)
+            of_rows.append(lengths[p][g])
+        passes = forward_passes(which, prompt_lengths, of_rows, can_share)
+        return sum(part.tokens for part in passes) <= token_budget
+
+    groups = []
+    for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
+        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)
+        groups.append([(p, g) for g in by_length])
+    for batch in pack(groups, fits):
+        parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
+        for part in parts:
+            yield tuple(torch.tensor(sorted(part)).T)
+
+
+def pack(pieces: list[list[Any]], fits: Callable[[list[Any]], bool]) -> list[list[Any]]:
+    """Join consecutive pieces for as long as they fit."""
+    packed = pieces[:1]
+    for piece in pieces[1:]:
+        joined = packed[-1] + piece
+        if fits(joined):
+            packed[-1] = joined
+        else:
+            packed.append(piece)
+    return packed
+
+
+def can_share_prompts(model: nn.Module, args: RunArgs) -> bool:
+    """Whether the rollouts of a problem can share one pass over its prompt, through its KV cache.
+
+    Not with a recurrent state, nor with checkpointing, which would append to the cache again.
+    """
+    return not args.gradient_checkpointing and not is_recurrent(model)
 
 
 def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
@@ -298,45 +330,16 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     Returns [tokens, D], in the order of `rollouts.mask[index]`.
     """
+    was_training = model.training
     model.train(torch.is_grad_enabled())  # no dropout in scoring
-    lengths = rollouts.mask[index].sum(-1)  # [n]
-    longest = int(lengths.max())
-    tokens = rollouts.tokens[index][:, :longest]  # [n, T]
-    mask = rollouts.mask[index][:, :longest]
-    # which: [n], the place of each rollout's prompt in `prompts`
-    problems, which = index[0].unique(return_inverse=True)
-    prompts = [rollouts.problems[p].prompt for p in problems.tolist()]
-    which = which.to(mask.device)
-
-    # Rollouts of a problem can share one pass over its prompt, through its KV cache: not with a
-    # recurrent state, nor with checkpointing, which would append to the cache again.
-    can_share = not args.gradient_checkpointing and not is_recurrent(model)
+    prompts = [problem.prompt for problem in rollouts.problems]
+    tokens, mask = rollouts.tokens[index], rollouts.mask[index]
+    can_share = can_share_prompts(model, args)
     with autocast(args):
-        if can_share and saves_tokens(prompts, which, lengths):
-            return shared_hidden_states(model, prompts, which, tokens, mask)
-        return padded_hidden_states(model, prompts, which, tokens, mask)
-
-
-def padded_hidden_states(
-    model: nn.Module, prompts: list[list[int]], which: Tensor, tokens: Tensor, mask: Tensor
-) -> Tensor:
-    """`hidden_states` of prompt and response in one right-padded sequence per rollout.
-
-    which: [n], the prompt of each rollout; tokens, mask: [n, T]. A causal model never attends to
-    padding on the right.
-    """
-    # The prompt's last token predicts response token 0, which predicts token 1, and so on. The last
-    # response token predicts nothing and is left out.
-    sequences = []
-    for p, response, length in zip(which, tokens, mask.sum(-1), strict=True):
-        prompt = tokens.new_tensor(prompts[p])
-        sequences.append(torch.cat([prompt, response[: length - 1]]))
-    body = base_model(model).base_model  # without LoRA's wrapper, then without the LM head
-    states = body(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False)[0]
-
-    prompt_lengths = tokens.new_tensor([len(prompt) for prompt in prompts])[which]
-    row, position = mask.nonzero().T
-    return states[row, prompt_lengths[row] - 1 + position]
+        states = response_states(model, prompts, index[0], tokens, mask, can_share)
+    if not torch.is_grad_enabled():
+        model.train(was_training)  # a backward pass under checkpointing computes dropout again
+    return states
 
 
 def token_logp(
@@ -344,63 +347,137 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token of n rollouts, and the entropy of its distribution.
 
-    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient. If
-    `score` kept its graph, the first call under gradients returns those results.
+    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient.
     """
-    if rollouts.graph and torch.is_grad_enabled():
-        scored_model, logp, entropy = rollouts.graph
-        assert model is scored_model, "the graph kept by `score` belongs to another model"
-        rollouts.graph = None  # a backward pass can use it once
-        return logp[index], entropy[index]
+    hidden = hidden_states(model, rollouts, index, args)
+    return head_logp(model, rollouts, index, hidden, args)
 
+
+def head_logp(
+    model: nn.Module, rollouts: Rollouts, index: Index, hidden: Tensor, args: RunArgs
+) -> tuple[Tensor, Tensor]:
+    """`token_logp` from hidden states, [tokens, D]."""
     mask = rollouts.mask[index]
-    hidden = hidden_states(model, rollouts, index, args).to(precision(args))
     # logits = logit_scale / temperature x soft cap of (hidden @ weight.T)
     weight, logit_scale, soft_cap = lm_head(model)
     logit_scale /= args.temperature
     targets = rollouts.tokens[index][mask]
+    hidden = hidden.to(precision(args))
     logp, entropy = HeadLogp.apply(hidden, weight, targets, logit_scale, soft_cap)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module, rollouts: Rollouts, args: RunArgs, *, keep_graph: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`token_logp` of all rollouts: two [P, G, T] that carry no gradient.
-
-    keep_graph: if the step's only update fits into one micro-batch, also keep the results with
-    their autograd graph in `rollouts`. The update's `token_logp` returns them, so that the same
-    forward pass is not computed again.
-    """
-    all_problems = torch.arange(len(rollouts.problems))
-    batches = list(micro_batches(rollouts, args.token_budget, all_problems))
-    one_pass = args.updates_per_rollout == 1 and len(batches) == 1
-    keep_graph = keep_graph and one_pass and not uses_dropout(model, args)
-    if not keep_graph:  # no activations are kept, so a batch can have more tokens
-        batches = list(micro_batches(rollouts, 4 * args.token_budget, all_problems))
-
+def score(model: nn.Module, rollouts: Rollouts, args: RunArgs) -> tuple[Tensor, Tensor]:
+    """`token_logp` of all rollouts: two [P, G, T] that carry no gradient."""
     logp = torch.zeros_like(rollouts.engine_logp)
     entropy = torch.zeros_like(logp)
-    with torch.set_grad_enabled(keep_graph):
-        for index in batches:
-            logp[index], entropy[index] = token_logp(model, rollouts, index, args)
-    if keep_graph:
-        rollouts.graph = model, logp, entropy
-    return logp.detach(), entropy.detach()
+    everything = torch.arange(len(rollouts.problems))
+    token_budget = 4 * args.token_budget  # no activations are kept
+    can_share = can_share_prompts(model, args)
+    for index in micro_batches(rollouts, token_budget, everything, can_share):
+        logp[index], entropy[index] = token_logp(model, rollouts, index, args)
+    return logp, entropy
 
 
-def check_engine(rollouts: Rollouts, old_logp: Tensor, args: RunArgs) -> dict[str, float]:
+def score_rollouts(
+    policy: nn.Module, reference: Reference | None, rollouts: Rollouts, args: RunArgs
+) -> None:
+    """Set old_logp, entropy and ref_logp of all rollouts, in a forward pass of their own."""
+    rollouts.old_logp, rollouts.entropy = score(policy, rollouts, args)
+    if reference:
+        with reference() as frozen:
+            rollouts.ref_logp, _ = score(frozen, rollouts, args)
+
+
+def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> bool:
+    """Whether the update's forward pass cannot also score the rollouts.
+
+    It can if the policy is the one that sampled, if it has no dropout, and if every group fits into
+    a micro-batch.
+    """
+    if args.updates_per_rollout > 1 or uses_dropout(policy, args):
+        return True
+    everything, group_size = torch.arange(len(rollouts.problems)), rollouts.mask.shape[1]
+    can_share = can_share_prompts(policy, args)
+    batches = micro_batches(rollouts, args.token_budget, everything, can_share)
+    return any(len(problems) % group_size for problems, _ in batches)
+
+
+@dataclass
+class MicroBatch:
+    """The whole groups of p problems, scored. Tensors are [p, G, T], 0 outside the mask."""
+
+    problems: Tensor  # [p] their indices
+    mask: Tensor  # true on response tokens
+    logp: Tensor  # log-probability under the policy; has a gradient on `trained`
+    old_logp: Tensor  # log-probability under the policy that sampled
+    entropy: Tensor  # of that policy's distribution, in nats
+    ref_logp: Tensor | None  # log-probability under the reference, if there is one
+    engine_logp: Tensor  # as of `Rollouts`
+
+    # All of a group is trained at once, unless it exceeds the token budget.
+    trained: Tensor  # true on response tokens that this micro-batch trains
+    index: Index  # of the n rollouts with these tokens
+    hidden: Tensor  # [tokens, D] the policy's hidden states that predict them, no gradient
+
+
+def scored_micro_batches(
+    policy: nn.Module,
+    reference: Reference | None,
+    rollouts: Rollouts,
+    problems: Tensor,
+    args: RunArgs,
+) -> Iterator[MicroBatch]:
+    """One forward pass of the policy, with gradients, over each micro-batch of some problems, [P'].
+
+    If the rollouts are not scored, this pass scores them: see `needs_scoring_pass`.
+    """
+    scored = rollouts.old_logp is not None
+    if not scored:
+        rollouts.old_logp = torch.zeros_like(rollouts.engine_logp)
+        rollouts.entropy = torch.zeros_like(rollouts.engine_logp)
+        rollouts.ref_logp = torch.zeros_like(rollouts.engine_logp) if reference else None
+
+    can_share = can_share_prompts(policy, args)
+    for index in micro_batches(rollouts, args.token_budget, problems, can_share):
+        if reference and not scored:
+            with torch.no_grad(), reference() as frozen:
+                rollouts.ref_logp[index], _ = token_logp(frozen, rollouts, index, args)
+        hidden = hidden_states(policy, rollouts, index, args)
+        logp, entropy = head_logp(policy, rollouts, index, hidden, args)
+        if not scored:
+            rollouts.old_logp[index] = logp.detach()
+            rollouts.entropy[index] = entropy
+
+        p = index[0].unique()
+        trained = torch.zeros_like(rollouts.mask)
+        trained[index] = rollouts.mask[index]
+        yield MicroBatch(
+            problems=p,
+            mask=rollouts.mask[p],
+            logp=rollouts.old_logp.index_put(index, logp)[p],
+            old_logp=rollouts.old_logp[p],
+            entropy=rollouts.entropy[p],
+            ref_logp=rollouts.ref_logp[p] if reference else None,
+            engine_logp=rollouts.engine_logp[p],
+            trained=trained[p],
+            index=index,
+            hidden=hidden.detach(),
+        )
+
+
+def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
     """How far the engine's log-probabilities are from the trainer's, mean and maximum in nats.
 
     Raises StopRun if the mean exceeds rounding error, because then the engine sampled from another
     policy than the one that is trained, or if a log-probability is not finite.
     """
-    if not old_logp[rollouts.mask].isfinite().all():
+    if not rollouts.old_logp[rollouts.mask].isfinite().all():
         raise StopRun("the policy's log-probabilities are not finite")
     sampled = rollouts.mask & ~rollouts.engine_logp.isnan()  # NaN: the engine did not sample it
-    gap = (rollouts.engine_logp - old_logp)[sampled].abs()
+    gap = (rollouts.engine_logp - rollouts.old_logp)[sampled].abs()
     mean = gap.mean().item()
     maximum = gap.max().item() if len(gap) else math.nan
     exact = precision(args) is torch.float32 and not gap.is_cuda
@@ -444,15 +521,15 @@ def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Ten
     return torch.where(mask & (std > 0), (x - mean) / (std + eps), 0.0)
 
 
-def importance_weights(rollouts: Rollouts, old_logp: Tensor, cap: float) -> Tensor:
+def importance_weights(old_logp: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
     """Truncated importance sampling between engine and trainer: min(π_old / π_engine, cap).
 
-    [P, G, T]. 1 if cap is 0, and on tokens that the engine did not sample. The weights multiply
-    the whole loss of a token, its KL term included.
+    Both [..., T]. 1 if cap is 0, and on tokens that the engine did not sample (NaN). The weights
+    multiply the whole loss of a token, its KL term included.
     """
     if not cap:
         return torch.ones_like(old_logp)
-    ratio = (old_logp - rollouts.engine_logp).exp().clamp(max=cap)
+    ratio = (old_logp - engine_logp).exp().clamp(max=cap)
     return torch.where(ratio.isnan(), 1.0, ratio)
 
 
@@ -491,27 +568,29 @@ def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, upda
 # ------------------------------------------------------------------ metrics and evaluation
 
 
-class TokenMeans:
-    """Running means over response tokens, across micro-batches."""
+class TokenValues(dict[str, Tensor]):
+    """What micro-batches record about each response token of a step, by name: [P, G, T]."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count = 0.0
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
 
     @torch.no_grad()
-    def add(self, mask: Tensor, **values: Tensor) -> None:
-        self.count += mask.sum().item()
+    def add(self, batch: MicroBatch, **values: Tensor) -> None:
+        """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value[mask].float().sum().item()
+            if name not in self:
+                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
+            self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
 
-    def result(self) -> dict[str, float]:
-        return {name: total / self.count for name, total in self.sums.items()}
+    def means(self, *names: str) -> dict[str, Tensor]:
+        return {name: self[name][self.mask].mean() for name in names}
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Tensor, entropy: Tensor) -> dict[str, Any]:
+def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
     """Means over a step's rollouts; zero_variance is the share of groups with equal rewards.
 
-    rewards: [P, G]; entropy: [P, G, T], in nats.
+    rewards: [P, G].
     """
     lengths = rollouts.mask.sum(-1).float()
     equal_rewards = rewards.amax(-1) == rewards.amin(-1)
@@ -523,7 +602,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, entropy: Tensor) -> dic
         "length": lengths.mean(),
         "truncated": rollouts.truncated.float().mean(),
         "boxed": np.mean(boxed),
-        "entropy": entropy[rollouts.mask].mean(),
+        "entropy": rollouts.entropy[rollouts.mask].mean(),
     }
 
 

@@ -121,47 +121,46 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, and compare with the engine.
-        # With a single micro-batch the update reuses this forward pass (keep_graph).
+        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
-            if args.kl:
-                with reference() as frozen:
-                    ref_logp, _ = common.score(frozen, rollouts, args)
+            if common.needs_scoring_pass(policy, rollouts, args):
+                common.score_rollouts(policy, reference, rollouts, args)
             # </method>
-        gap = common.check_engine(rollouts, old_logp, args)
 
         # 3. Compute the advantages.
         # <method>
-        advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
-        advantages = advantages[..., None] * mask  # [P, G, T]
+        advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
-        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-        means = common.TokenMeans()
+        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                loss_weights = importance * common.token_weights(
+                token_weights = common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
-                for index in common.micro_batches(rollouts, args.token_budget, share):
-                    logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
+                for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
+                    importance = common.importance_weights(
+                        batch.old_logp, batch.engine_logp, args.importance_cap
+                    )
+                    loss_weights = importance * token_weights[batch.problems] * batch.trained
                     # <method>
+                    advantage = advantages[batch.problems]
                     loss, clipped = clipped_loss(
-                        logp, old_logp[index], advantages[index], args.clip_low, args.clip_high
+                        batch.logp, batch.old_logp, advantage, args.clip_low, args.clip_high
                     )
                     if args.kl:
-                        loss = loss + args.kl * kl_estimate(logp, ref_logp[index])
-                    loss = (loss * loss_weights[index]).sum()
+                        loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
+                    loss = (loss * loss_weights).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                    kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
+                    per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+                gap = common.check_engine(rollouts, args)  # before the weights change
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -170,14 +169,15 @@ def main(args: Args) -> None:
                 scheduler.step()
 
         # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
-        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics = common.rollout_metrics(rollouts, rewards) | gap
+        metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        per_token = {"advantage": advantages}
         if args.kl:
-            metrics["kl_to_reference"] = kl_estimate(old_logp, ref_logp)[mask].mean()
+            kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
+            metrics["kl_to_reference"] = kl[mask].mean()
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
+        run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)

@@ -105,7 +105,7 @@ def holder_surrogate(
     clip: float = 0.2,
     clip_level: str = "sequence",
 ) -> tuple[Tensor, Tensor]:
-    """Each response's loss, [N], and where the clip removes its gradient, [N, T].
+    """Each response's loss, [..., N], and where the clip removes its gradient, [..., N, T].
 
     logp, old_logp, mask: [N, T]; advantages: [N]. The loss of a step is the mean over responses.
     """
@@ -113,14 +113,14 @@ def holder_surrogate(
         rho = holder_ratio(logp, old_logp, mask, p)
         zero = torch.zeros_like(rho)
         loss, clipped = clipped_loss(rho.log(), zero, advantages, clip, clip)  # Eq. 2 [paper]
-        return loss, clipped[:, None] & mask  # Eq. 16 [paper]
+        return loss, clipped[..., None] & mask  # Eq. 16 [paper]
     if clip_level == "token":
         log_ratio = logp - old_logp
         from_above = log_ratio.clamp(max=math.log1p(clip))
         from_below = log_ratio.clamp(min=math.log1p(-clip))
-        kept = torch.where(advantages[:, None] > 0, from_above, from_below)
+        kept = torch.where(advantages[..., None] > 0, from_above, from_below)
         rho = holder_ratio(kept, torch.zeros_like(kept), mask, p)  # Eq. 11 [paper]
-        return -rho * advantages, mask & (kept != log_ratio) & (advantages != 0)[:, None]
+        return -rho * advantages, mask & (kept != log_ratio) & (advantages != 0)[..., None]
     raise ValueError(f"--clip-level must be sequence or token, not {clip_level!r}")
 
 
@@ -199,6 +199,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
+    reference = None
     # </method>
 
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -227,53 +228,56 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, and compare with the engine.
-        # With a single micro-batch the update reuses this forward pass (keep_graph).
+        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
         with run.time("score"):
-            old_logp, entropy = common.score(policy, rollouts, args, keep_graph=True)  # [P, G, T]
             # <method>
+            if common.needs_scoring_pass(policy, rollouts, args):
+                common.score_rollouts(policy, reference, rollouts, args)
             # </method>
-        gap = common.check_engine(rollouts, old_logp, args)
 
         # 3. Compute the advantages.
         # <method>
-        advantages = grpo_advantages(rewards, scale=args.scale_rewards)  # [P, G]
-        advantages = advantages[..., None] * mask  # [P, G, T]
+        advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         p = anneal_p(  # Eq. p is held for a step [code]
             step, args.steps, p_start=args.p_start, p_end=args.p_end, schedule=args.schedule
         )
         rhos, entropies = [], []
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches that fit the memory.
-        importance = common.importance_weights(rollouts, old_logp, args.importance_cap)
-        means = common.TokenMeans()
+        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                loss_weights = importance * common.token_weights(
+                token_weights = common.token_weights(
                     mask, share, args.loss_average, args.max_new_tokens
                 )
                 update_loss = 0.0
-                for index in common.micro_batches(rollouts, args.token_budget, share):
-                    logp, _ = common.token_logp(policy, rollouts, index, args)  # [n, T]
+                for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
+                    importance = common.importance_weights(
+                        batch.old_logp, batch.engine_logp, args.importance_cap
+                    )
+                    loss_weights = importance * token_weights[batch.problems] * batch.trained
                     # <method>
-                    pair = logp, old_logp[index], mask[index]
+                    advantage = advantages[batch.problems]
+                    pair = batch.logp, batch.old_logp, batch.mask
                     loss, clipped = holder_surrogate(
                         *pair,
-                        advantages[index][:, 0],  # the same on every token
+                        advantage[..., 0],  # the same on every token
                         p,
                         clip=args.clip,
                         clip_level=args.clip_level,
                     )
-                    loss = (loss * loss_weights[index].sum(-1)).sum()
-                    rhos.append(holder_ratio(*pair, p).detach())
-                    entropies.append(torch.special.entr(gradient_weights(*pair, p)).sum(-1))
+                    loss = (loss * loss_weights.sum(-1)).sum()
+                    rhos.append(holder_ratio(*pair, p).detach()[batch.trained.any(-1)])
+                    weights = gradient_weights(*pair, p)[batch.trained.any(-1)]
+                    entropies.append(torch.special.entr(weights).sum(-1))
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
-                    kl_to_old = kl_estimate(old_logp[index], logp.detach())  # KL(π_old ‖ π)
-                    means.add(mask[index], clip_fraction=clipped, kl_to_old=kl_to_old)
+                    kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
+                    per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+                gap = common.check_engine(rollouts, args)  # before the weights change
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -282,15 +286,15 @@ def main(args: Args) -> None:
                 scheduler.step()
 
         # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
-        metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
+        metrics = common.rollout_metrics(rollouts, rewards) | gap
+        metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        per_token = {"advantage": advantages}
         rho = torch.cat(rhos)
         metrics |= {"p": p, "weight_entropy": torch.cat(entropies).mean()}
         metrics |= {"rho/min": rho.min(), "rho/max": rho.max(), "rho/std": rho.std()}
         # </method>
-        run.log_rollouts(step, rollouts, rewards, logp=old_logp, entropy=entropy, **per_token)
+        run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):
                 engine.sync(policy)

@@ -72,6 +72,10 @@ def method_credits(
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
+    residual = torch.zeros_like(logp)
+    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
+        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
+        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
     outcome = grpo.grpo_advantages(correct)
     scored = (correct, entropy, logp, ref_logp, mask)
     ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
@@ -81,7 +85,7 @@ def method_credits(
         "entropy": entropy,
         "entropy reduction": arca.entropy_reduction(entropy, mask),
         "divergence": arca.divergence(logp, ref_logp),
-        "residual": arca.residuals(policy, reference, rollouts, args),
+        "residual": residual,
     }
     credits = {
         "GRPO": outcome[..., None] * mask,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from infra.cli import progress_bar
+from infra.forward import left_pad, positions, prompt_cache
 from infra.models import TokenIds, autocast, base_model, is_recurrent
-from infra.shared_prefix import left_pad, positions, prompt_cache
 from infra.vllm_engine import Engine, Response
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # the second is Mamba's

@@ -234,12 +234,15 @@ class Run:
             warn(f"warning: logp_gap/mean {gap:.2g} is three times that of the first step")
             self.first_gap = gap
 
-    def log_rollouts(self, step: int, rollouts: Any, rewards: Tensor, **per_token: Tensor) -> None:
+    def log_rollouts(
+        self, step: int, rollouts: Any, rewards: Tensor, per_token: dict[str, Tensor]
+    ) -> None:
         """Write the first --log-rollouts groups to rollouts.jsonl.
 
         per_token: tensors [P, G, T], of which each rollout gets its response tokens' values.
         """
-        per_token["tokens"] = rollouts.tokens
+        scores = {"logp": rollouts.old_logp, "entropy": rollouts.entropy}
+        per_token = {"tokens": rollouts.tokens, **scores, **per_token}
         with self.rollouts_file.open("a") as file:
             for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
                 for g, text in enumerate(rollouts.texts[p]):

@@ -277,7 +277,7 @@ class MethodTrainer(GRPOTrainer):
         # Each of several updates has a part of the rollouts, and of the whole step's weights.
         average = args.loss_average, args.max_new_tokens
         weights = common.token_weights(mask, torch.arange(len(groups)), *average)
-        importance = common.importance_weights(step, step.logp, args.importance_cap)
+        importance = common.importance_weights(step.logp, step.engine_logp, args.importance_cap)
         step.weights = weights * importance * args.updates_per_rollout
         step.weights[..., 0] *= not getattr(args, "mask_opener", False)
         self._metrics["train"]["entropy"].append(step.entropy[mask].mean().item())

@@ -82,7 +82,7 @@ def record_run(
     policies: list[nn.Module] = []
     shares: list[list[int]] = []
     load_policy, make_engine = common.load_policy, common.make_engine
-    stack, micro_batches = common.stack, common.micro_batches
+    stack, micro_batches = common.stack, common.scored_micro_batches
 
     def keep_policy(*call: Any) -> nn.Module:
         policies.append(load_policy(*call))
@@ -100,10 +100,10 @@ def record_run(
         recording.rollouts.append(rollouts)
         return rollouts
 
-    def keep_share(rollouts: common.Rollouts, budget: int, problems: Tensor) -> Iterator[Any]:
-        if torch.is_grad_enabled():
-            shares.append(problems.tolist())
-        return micro_batches(rollouts, budget, problems)
+    def keep_share(*call: Any) -> Iterator[common.MicroBatch]:
+        problems = call[3]
+        shares.append(problems.tolist())
+        return micro_batches(*call)
 
     def keep_update(*_: Any) -> None:
         policy = policies[0]
@@ -115,7 +115,7 @@ def record_run(
         patch.setattr(common, "load_policy", keep_policy)
         patch.setattr(common, "make_engine", keep_engine)
         patch.setattr(common, "stack", keep_rollouts)
-        patch.setattr(common, "micro_batches", keep_share)
+        patch.setattr(common, "scored_micro_batches", keep_share)
         hook = register_optimizer_step_pre_hook(keep_update)
         try:
             script.main(args)
@@ -221,8 +221,9 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
             texts=[[""] * size],
         )
 
-    def score(*_: Any, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
-        return (logp if keep_graph else ref_logp), example.entropy.float()
+    def score(_: Any, __: Any, rollouts: common.Rollouts, ___: Any) -> None:
+        rollouts.old_logp, rollouts.ref_logp = logp, ref_logp
+        rollouts.entropy = example.entropy.float()
 
     def verify(_: Any, groups: list[common.Group]) -> None:
         for group in groups:
@@ -230,7 +231,8 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "stack", stack)
-        patch.setattr(common, "score", score)
+        patch.setattr(common, "needs_scoring_pass", lambda *_: True)
+        patch.setattr(common, "score_rollouts", score)
         patch.setattr(common, "verify", verify)
         return record_run(script, args)
 

@@ -154,7 +154,8 @@ def test_more_padding_changes_nothing(method: Method):
         batch = random_batch(seed)
         wider = batch.change(lambda x: pad(x, (0, 3), value=0) if x.dim() == 3 else x)
         result = method(wider)
-        torch.testing.assert_close(result[..., :-3], method(batch), atol=1e-12, rtol=0)
+        # ARCA's weights are float32, whose sums may be rounded in another order.
+        torch.testing.assert_close(result[..., :-3], method(batch), atol=1e-6, rtol=0)
         assert not result[..., -3:].any()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,17 @@ from torch import Tensor, nn
 
 import common
 import grpo
-from common import Group, HeadLogp, Problem, Rollouts, StopRun, load_policy, load_tokenizer
-from infra import lm_head, shared_prefix
+from common import (
+    Group,
+    HeadLogp,
+    Problem,
+    Reference,
+    Rollouts,
+    StopRun,
+    load_policy,
+    load_tokenizer,
+)
+from infra import forward, lm_head
 from infra.hf_engine import HFEngine
 from infra.models import eos_ids
 
@@ -309,9 +319,8 @@ def test_head_logp_equals_the_plain_version(
     torch.testing.assert_close(of_frozen, of_plain[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_single_micro_batch_has_one_forward_pass(
-    args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
-):
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of `hidden_states` has gradients."""
     passes, hidden_states = [], common.hidden_states
 
     def counted(*call: Any) -> Tensor:
@@ -319,39 +328,124 @@ def test_a_single_micro_batch_has_one_forward_pass(
         return hidden_states(*call)
 
     monkeypatch.setattr(common, "hidden_states", counted)
-    rollouts = random_rollouts()
-    weights, index = random_like(rollouts.mask), all_of(rollouts)
-    old_logp, _ = common.score(policy, rollouts, args, keep_graph=True)
-    common.score(load_policy(args), rollouts, args)  # as of a reference, in between
-    assert passes == [True, False] and not old_logp.requires_grad
-    of_each = []
-    for _ in "ab":  # from the kept graph, then from another forward pass
-        logp, _ = common.token_logp(policy, rollouts, index, args)
-        torch.testing.assert_close(logp.detach(), old_logp[index])
-        of_each.append(gradients(policy, (logp * weights[index]).sum()))
-    assert passes == [True, False, True]
-    for kept, fresh in zip(*of_each, strict=True):
-        torch.testing.assert_close(kept, fresh)
+    return passes
 
-    common.score(policy, rollouts, args, keep_graph=True)
-    with pytest.raises(AssertionError, match="another model"):
-        common.token_logp(load_policy(args), rollouts, index, args)
+
+@pytest.mark.parametrize("token_budget", [10**6, 70])
+def test_whole_groups_are_scored_by_the_updates_forward_pass(
+    args: grpo.Args, policy: nn.Module, token_budget: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The reference has a pass of its own. Everything equals a separate scoring pass."""
+    args.token_budget = token_budget
+    reference = Reference(policy, args)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.1)
+    rollouts, separate = random_rollouts(), random_rollouts()
+    common.score_rollouts(policy, reference, separate, args)
+    assert not common.needs_scoring_pass(policy, rollouts, args)
+    passes = count_passes(monkeypatch)
+    problems = torch.arange(3)
+    seen = []
+    for batch in common.scored_micro_batches(policy, reference, rollouts, problems, args):
+        p = batch.problems
+        seen += p.tolist()
+        assert batch.logp.requires_grad and not batch.old_logp.requires_grad
+        assert torch.equal(batch.logp, batch.old_logp)  # the ratio is exactly 1
+        assert torch.equal(batch.mask, rollouts.mask[p])
+        assert torch.equal(batch.trained, batch.mask)
+        for name in ("old_logp", "entropy", "ref_logp"):
+            expected = getattr(separate, name)[p]
+            torch.testing.assert_close(getattr(batch, name), expected, atol=1e-5, rtol=1e-5)
+    assert sorted(seen) == [0, 1, 2]
+    batches = 1 if token_budget == 10**6 else 3
+    assert passes == [False, True] * batches  # the reference, then the policy
 
 
 @pytest.mark.parametrize(
-    "settings", [{"token_budget": 40}, {"updates_per_rollout": 2}, {"lora_dropout": 0.1}], ids=str
+    "settings", [{"token_budget": 35}, {"updates_per_rollout": 2}, {"lora_dropout": 0.1}], ids=str
 )
-def test_no_graph_is_kept_that_the_update_could_not_use(
-    args: grpo.Args, policy: nn.Module, settings: dict[str, Any]
-):
+def test_what_needs_a_scoring_pass(args: grpo.Args, policy: nn.Module, settings: dict[str, Any]):
+    """A group takes 33 tokens or 36."""
     rollouts = random_rollouts()
+    assert not common.needs_scoring_pass(policy, rollouts, args)
     for name, value in settings.items():
         setattr(args, name, value)
-    common.score(policy, rollouts, args, keep_graph=True)
-    assert rollouts.graph is None
+    assert common.needs_scoring_pass(policy, rollouts, args)
 
 
-def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn.Module):
+@pytest.mark.parametrize("token_budget", [1, 35, 70, 10**6])
+def test_gradients_of_scored_micro_batches(args: grpo.Args, policy: nn.Module, token_budget: int):
+    """Parts of a group, one group, or several in a micro-batch: the gradient is the same."""
+    args.token_budget = token_budget
+    rollouts = random_rollouts()
+    if common.needs_scoring_pass(policy, rollouts, args):
+        common.score_rollouts(policy, None, rollouts, args)
+    weights = random_like(rollouts.mask)
+    policy.zero_grad()
+    parts = 0
+    trained = torch.zeros_like(rollouts.mask, dtype=torch.long)
+    for batch in common.scored_micro_batches(policy, None, rollouts, torch.arange(3), args):
+        p = batch.problems
+        # Untrained rollouts of a split group have values, for statistics, but no gradient.
+        assert (batch.logp[batch.mask] < 0).all()
+        tokens = rollouts.mask[batch.index].sum()
+        assert batch.hidden.shape == (tokens, 64) and batch.trained.sum() == tokens
+        (batch.logp * weights[p]).sum().backward()
+        trained[p] += batch.trained
+        parts += 1
+    assert torch.equal(trained, rollouts.mask.long())
+    assert parts == {1: 9, 35: 5, 70: 3, 10**6: 1}[token_budget]
+    ours = [weight.grad for weight in policy.parameters()]
+    expected, _, _ = plain_scores(policy, rollouts, args.temperature)
+    assert_same_gradients(ours, gradients(policy, (expected * weights).sum()))
+
+
+def test_no_wrong_policy_is_updated(make_args: Make, monkeypatch: pytest.MonkeyPatch):
+    """The engine has stale weights: the run stops after all micro-batches, before the update."""
+    args = make_args(token_budget=60, steps=1)
+    updates, backward = [], Tensor.backward
+    monkeypatch.setattr(HFEngine, "sync", lambda *_: None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: updates.append(1))
+    monkeypatch.setattr(HFEngine, "generate", stale(HFEngine.generate))
+    calls = []
+    monkeypatch.setattr(Tensor, "backward", lambda *a, **k: (calls.append(1), backward(*a, **k)))
+    with pytest.raises(StopRun, match="engine and trainer differ by"):
+        grpo.main(args)
+    assert len(calls) > 1 and not updates
+
+
+def stale(generate: Callable) -> Callable:
+    """Log-probabilities as of a policy that differs by 0.1 nats."""
+
+    def generate_stale(*call: Any) -> list[Any]:
+        return [(tokens, [x - 0.1 for x in logp]) for tokens, logp in generate(*call)]
+
+    return generate_stale
+
+
+def test_rows_of_similar_length_share_a_pass(monkeypatch: pytest.MonkeyPatch):
+    """Prompts of 20 and 30 tokens. Worked by hand: 9 of 10 computed tokens are not padding."""
+    monkeypatch.setattr(forward, "MIN_TOKENS", 1)
+    plan = forward.forward_passes([0, 0, 1, 1], [20, 30], [10, 12, 70, 5], True)
+    # totals 30, 32, 100, 35: 30 + 32 + 35 = 97 of 3 x 35 is above 0.9; with 100 it would be 197/400
+    # shared: 19 + 29 are padded to 2 x 29, and 3 x 12 = 94 tokens; one row each: 3 x 34 = 102
+    assert plan == [forward.ForwardPass([0, 1, 3], False, 102), forward.ForwardPass([2], False, 99)]
+    plan = forward.forward_passes([0, 0, 0, 0], [20], [10, 12, 11, 12], True)
+    assert plan == [forward.ForwardPass([0, 1, 2, 3], True, 19 + 4 * 12)]
+    plan = forward.forward_passes([0, 0, 0, 0], [20], [10, 12, 11, 12], False)
+    assert plan == [forward.ForwardPass([0, 1, 2, 3], False, 4 * 31)]
+    monkeypatch.setattr(forward, "MIN_TOKENS", 400)
+    assert len(forward.forward_passes([0, 0, 1, 1], [20, 30], [10, 12, 70, 5], True)) == 1
+
+
+def several_passes(*call: Any) -> Tensor:
+    return forward.response_states(*call, can_share=True)
+
+
+def test_hidden_states_come_in_the_order_of_the_mask(
+    args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
     """With a shared prompt or a padded one: values and gradients, rows in any order."""
     rollouts = random_rollouts()
     pairs = [(2, 0), (0, 1), (1, 2), (0, 2), (2, 1), (1, 0)]
@@ -363,7 +457,8 @@ def test_hidden_states_come_in_the_order_of_the_mask(args: grpo.Args, policy: nn
     assert plain.shape == (12 + 9 + 2 + 1 + 1 + 7, 64)
     weights = random_like(plain)
     of_plain = gradients(policy.base_model, (plain * weights).sum())
-    for function in (shared_prefix.shared_hidden_states, common.padded_hidden_states):
+    monkeypatch.setattr(forward, "MIN_TOKENS", 1)  # several passes
+    for function in (forward.shared_states, forward.padded_states, several_passes):
         states = function(policy, prompts, index[0], tokens, mask)
         torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
         assert_same_gradients(gradients(policy.base_model, (states * weights).sum()), of_plain)
@@ -416,15 +511,21 @@ def test_gradients_are_bit_identical_each_time(tiny_model: Path, make_args: Make
 
 
 @pytest.mark.parametrize("token_budget", [1, 20, 25, 64, 10**6])
-def test_micro_batches_hold_every_rollout_once_within_the_budget(token_budget: int):
+def test_micro_batches_hold_whole_groups_within_the_budget(token_budget: int):
     rollouts = random_rollouts()
+    prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
     seen = []
     for p, g in common.micro_batches(rollouts, token_budget, torch.tensor([2, 0])):
         pairs = list(zip(p.tolist(), g.tolist(), strict=True))
-        lengths = [len(rollouts.problems[i].prompt) + LENGTHS[i][j] for i, j in pairs]
-        assert len(lengths) == 1 or max(lengths) * len(lengths) <= token_budget
-        seen += pairs
-    assert sorted(seen) == [(i, j) for i in (0, 2) for j in range(3)]
+        assert pairs == sorted(pairs)
+        lengths = [LENGTHS[i][j] for i, j in pairs]
+        passes = forward.forward_passes(p.tolist(), prompt_lengths, lengths, True)
+        assert len(pairs) == 1 or sum(part.tokens for part in passes) <= token_budget
+        seen.append(pairs)
+    assert sorted(itertools.chain(*seen)) == [(i, j) for i in (0, 2) for j in range(3)]
+    sizes = [len(pairs) for pairs in seen]
+    two_parts = [2, 1, 2, 1]
+    assert sizes == {1: [1] * 6, 20: two_parts, 25: two_parts, 64: [3, 3], 10**6: [6]}[token_budget]
 
 
 # ------------------------------------------------------------------ statistics and loss weights
@@ -440,23 +541,27 @@ def test_standardize_by_hand():
     assert not common.standardize(torch.full((1, 7, 3), 0.1), torch.ones(1, 7, 3).bool(), 0.0).any()
 
 
-def test_means_weigh_tokens_not_batches():
-    means = common.TokenMeans()
-    means.add(torch.tensor([[True, True, True]]), x=torch.tensor([[1.0, 2.0, 3.0]]))
-    means.add(torch.tensor([[True, False]]), x=torch.tensor([[10.0, 99.0]]))
-    assert means.result() == {"x": 4.0}
+def test_token_values_come_from_trained_tokens_alone():
+    """A step of two groups of two rollouts; the second group is trained in two parts."""
+    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 0], [1, 1]]]).bool()
+    values = common.TokenValues(mask)
+    first = SimpleNamespace(problems=torch.tensor([0]), trained=mask[:1])
+    values.add(first, x=torch.tensor([[[1.0, 2.0], [3.0, 99.0]]]))
+    for row, x in ((0, [[[4.0, 99.0], [99.0, 99.0]]]), (1, [[[99.0, 99.0], [5.0, 9.0]]])):
+        trained = torch.zeros_like(mask[1:])
+        trained[0, row] = mask[1, row]
+        part = SimpleNamespace(problems=torch.tensor([1]), trained=trained)
+        values.add(part, x=torch.tensor(x), y=torch.ones(1, 2, 1, dtype=torch.bool))
+    assert values["x"].tolist() == [[[1, 2], [3, 0]], [[4, 0], [5, 9]]]
+    assert values.means("x", "y") == {"x": 24 / 6, "y": 3 / 6}
 
 
 def test_importance_weights_by_hand():
-    rollouts = random_rollouts()
-    old_logp = torch.where(rollouts.mask, -1.0 + math.log(1.5), 0.0)
-    old_logp[0, 0, 0] = -1.0 + math.log(5.0)
-    rollouts.engine_logp[0, 1, 0] = math.nan  # the engine did not sample it
-    weights = common.importance_weights(rollouts, old_logp, cap=2.0)
-    expected = torch.where(rollouts.mask, 1.5, 1.0)
-    expected[0, 0, 0], expected[0, 1, 0] = 2.0, 1.0
-    torch.testing.assert_close(weights, expected)
-    assert torch.equal(common.importance_weights(rollouts, old_logp, 0.0), torch.ones(3, 3, 12))
+    engine_logp = torch.tensor([[-1.0, -1.0, math.nan, 0.0]])  # NaN: the engine did not sample it
+    old_logp = torch.tensor([[-1.0 + math.log(1.5), -1.0 + math.log(5.0), -1.0, 0.0]])
+    weights = common.importance_weights(old_logp, engine_logp, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.5, 2.0, 1.0, 1.0]]))
+    assert torch.equal(common.importance_weights(old_logp, engine_logp, 0.0), torch.ones(1, 4))
 
 
 @pytest.mark.parametrize(
@@ -494,27 +599,29 @@ def test_shuffled_shares_split_all_numbers():
     assert torch.cat(common.shuffled_shares(12, 3, seed=6)).tolist() != order
 
 
-def scored(gap: list[list[float]]) -> tuple[Rollouts, Tensor]:
-    """Rollouts of one problem, and scores that differ from the engine's by that much."""
+def scored(gap: list[list[float]]) -> Rollouts:
+    """Rollouts of one problem, with scores that differ from the engine's by that much."""
     engine_logp = [[-1.0] * len(row) for row in gap]
     tokens = [[5] * len(row) for row in gap]
     group = Group(Problem("", "", [1]), tokens, engine_logp, [r"\boxed{1}", "1"], [1.0, 0.0])
     rollouts = common.stack([group], [5], CPU)
-    return rollouts, rollouts.engine_logp + torch.tensor([gap])
+    rollouts.old_logp = rollouts.engine_logp + torch.tensor([gap])
+    return rollouts
 
 
 def test_the_gap_between_engine_and_trainer_by_hand(make_args: Make):
-    rollouts, logp = scored([[0.0, 3e-5], [-9e-5, 0.0]])
+    rollouts = scored([[0.0, 3e-5], [-9e-5, 0.0]])
     rollouts.engine_logp[0, 0, 0] = math.nan  # the engine did not sample it
-    gap = common.check_engine(rollouts, logp, make_args())
+    gap = common.check_engine(rollouts, make_args())
     assert gap == pytest.approx({"logp_gap/mean": 4e-5, "logp_gap/max": 9e-5}, rel=2e-2)
 
-    logp[0, 1, 1] = math.nan
+    rollouts.old_logp[0, 1, 1] = math.nan
     with pytest.raises(StopRun, match="policy's log-probabilities are not finite"):
-        common.check_engine(rollouts, logp, make_args(max_logp_gap=9.0))
+        common.check_engine(rollouts, make_args(max_logp_gap=9.0))
     rollouts.engine_logp[:] = math.nan
+    rollouts.old_logp[:] = 0.0
     with pytest.raises(StopRun, match="differ by nan nats per token"):
-        common.check_engine(rollouts, torch.zeros_like(logp), make_args(max_logp_gap=9.0))
+        common.check_engine(rollouts, make_args(max_logp_gap=9.0))
 
 
 @pytest.mark.parametrize(
@@ -530,26 +637,26 @@ def test_the_gap_between_engine_and_trainer_by_hand(make_args: Make):
     ],
 )
 def test_the_gap_is_bounded(settings: dict[str, Any], gap: float, allowed: str, make_args: Make):
-    rollouts, logp = scored([[gap, -gap], [gap, gap]])
+    rollouts = scored([[gap, -gap], [gap, gap]])
     if allowed:
         why = f"differ by {gap:.2g} nats per token .* {gap:.2g} at most, more than --max-logp-gap"
         with pytest.raises(StopRun, match=rf"{why} {allowed}$"):
-            common.check_engine(rollouts, logp, make_args(**settings))
+            common.check_engine(rollouts, make_args(**settings))
     else:
-        seen = common.check_engine(rollouts, logp, make_args(**settings))
+        seen = common.check_engine(rollouts, make_args(**settings))
         assert seen == pytest.approx({"logp_gap/mean": gap, "logp_gap/max": gap}, rel=1e-2)
 
 
 def test_rollout_metrics_by_hand():
-    rollouts, _ = scored([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    rollouts = scored([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     rollouts.mask[0, 0, 1:] = False
     rollouts.truncated[0, 1] = True
-    entropy = torch.tensor([[[1.0, 99.0, 99.0], [2.0, 4.0, 5.0]]])
-    metrics = common.rollout_metrics(rollouts, torch.tensor([[1.0, 0.5]]), entropy)
+    rollouts.entropy = torch.tensor([[[1.0, 99.0, 99.0], [2.0, 4.0, 5.0]]])
+    metrics = common.rollout_metrics(rollouts, torch.tensor([[1.0, 0.5]]))
     expected = {"reward": 0.75, "accuracy": 0.5, "zero_variance": 0.0, "length": 2.0}
     expected |= {"truncated": 0.5, "boxed": 0.5, "entropy": 3.0}
     assert {name: float(value) for name, value in metrics.items()} == expected
-    equal = common.rollout_metrics(rollouts, torch.tensor([[0.5, 0.5]]), entropy)
+    equal = common.rollout_metrics(rollouts, torch.tensor([[0.5, 0.5]]))
     assert equal["zero_variance"] == 1.0
 
 

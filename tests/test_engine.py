@@ -404,8 +404,8 @@ def test_weights_that_did_not_arrive_stop_the_run(
         problems = [Problem("", "", prompt) for prompt in PROMPTS]
         groups = common.roll_out(vllm, problems, setup.args, (1,))
         rollouts = common.stack(groups, vllm.stop_tokens, CPU)
-        logp, _ = common.score(policy, rollouts, setup.args)
-        return common.check_engine(rollouts, logp, setup.args)
+        common.score_rollouts(policy, None, rollouts, setup.args)
+        return common.check_engine(rollouts, setup.args)
 
     with monkeypatch.context() as patch:
         patch.setattr(vllm.llm, "collective_rpc", lambda *_, **__: None)

@@ -54,7 +54,7 @@ def test_the_loop_is_that_of_grpo(script: str):
         ("    engine.sync(policy)\n", ""),
         ("        engine.sleep()", "        groups = groups[:1]\n        engine.sleep()"),
         ("optimizer.zero_grad()\n", "optimizer.zero_grad(set_to_none=False)\n"),
-        ("kl_to_old=kl_to_old", "kl=kl_to_old"),
+        ("kl_to_old=kl", "kl=kl"),
         ("# </method>", "# </method>\n# <method>\n# </method>"),
         ("def clipped_loss(", "SCALE = 1\n\n\ndef clipped_loss("),
     ],

@@ -127,8 +127,8 @@ def main(args: Args) -> int:
         engine.sync(policy)
         groups = common.roll_out(engine, problems, settings, (args.seed, "check"))
         rollouts = common.stack(groups, engine.stop_tokens, device(settings))
-        logp, _ = common.score(policy, rollouts, settings)
-        gap = common.check_engine(rollouts, logp, settings)
+        common.score_rollouts(policy, None, rollouts, settings)
+        gap = common.check_engine(rollouts, settings)
     except StopRun as error:  # the checks of a run, the first of which names one weight
         print(error)
         gap = {}
