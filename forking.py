@@ -205,7 +205,7 @@ def main(args: Args) -> None:
         metrics = common.rollout_metrics(rollouts, rewards, entropy) | gap | means.result()
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        per_token = {"advantage": advantages, "kept": kept}
+        per_token = {"advantage": advantages, "kept": kept.float()}
         metrics["kept/share"] = kept.sum() / mask.sum()
         metrics["kept/threshold"] = entropy[kept].min()  # the lowest of all updates
         metrics["kept/entropy"] = entropy[kept].mean()
