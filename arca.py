@@ -239,15 +239,15 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = common.token_weights(
-                    mask, share, args.loss_average, args.max_new_tokens
-                )
+                # <method>
+                weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
+                # </method>
                 update_loss = 0.0
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
-                    loss_weights = importance * token_weights[batch.problems] * batch.trained
+                    loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     match args.credit:
                         case "uniform":

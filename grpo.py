@@ -91,7 +91,6 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
-    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args) if args.kl else None
     # </method>
 
@@ -138,15 +137,15 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = common.token_weights(
-                    mask, share, args.loss_average, args.max_new_tokens
-                )
+                # <method>
+                weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
+                # </method>
                 update_loss = 0.0
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
-                    loss_weights = importance * token_weights[batch.problems] * batch.trained
+                    loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
                     loss, clipped = clipped_loss(

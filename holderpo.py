@@ -249,15 +249,15 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = common.token_weights(
-                    mask, share, args.loss_average, args.max_new_tokens
-                )
+                # <method>
+                weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
+                # </method>
                 update_loss = 0.0
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
-                    loss_weights = importance * token_weights[batch.problems] * batch.trained
+                    loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
                     pair = batch.logp, batch.old_logp, batch.mask
@@ -270,8 +270,8 @@ def main(args: Args) -> None:
                     )
                     loss = (loss * loss_weights.sum(-1)).sum()
                     rhos.append(holder_ratio(*pair, p).detach()[batch.trained.any(-1)])
-                    weights = gradient_weights(*pair, p)[batch.trained.any(-1)]
-                    entropies.append(torch.special.entr(weights).sum(-1))
+                    token_shares = gradient_weights(*pair, p)[batch.trained.any(-1)]
+                    entropies.append(torch.special.entr(token_shares).sum(-1))
                     # </method>
                     loss.backward()
                     update_loss += loss.item()

@@ -222,7 +222,6 @@ def main(args: Args) -> None:
     policy = common.load_policy(args)
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
-    # A frozen copy, or with LoRA the policy with its adapters off.
     reference = common.Reference(policy, args) if args.kl else None
     why = f"the tokenizer has {len(tokenizer)} tokens"
     common.require(args.candidates <= len(tokenizer), "--candidates", args.candidates, why)
@@ -265,8 +264,6 @@ def main(args: Args) -> None:
         # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
-        trained = torch.ones(mask.shape, device=mask.device)
-        trained[..., 0] = not args.mask_opener  # Eq. masked opener [open]
         # </method>
 
         # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
@@ -274,15 +271,16 @@ def main(args: Args) -> None:
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
-                token_weights = common.token_weights(
-                    mask, share, args.loss_average, args.max_new_tokens
-                )
+                # <method>
+                weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
+                weights[..., 0] *= not args.mask_opener  # Eq. masked opener [open]
+                # </method>
                 update_loss = 0.0
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
-                    loss_weights = importance * token_weights[batch.problems] * batch.trained
+                    loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
                     loss, clipped = clipped_loss(
@@ -290,7 +288,7 @@ def main(args: Args) -> None:
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
-                    loss = (loss * loss_weights * trained[batch.problems]).sum()
+                    loss = (loss * loss_weights).sum()
                     # </method>
                     loss.backward()
                     update_loss += loss.item()

@@ -48,6 +48,8 @@ METHODS = {
     "GRPO-S": "gtpo.py --level sequence",
     "HölderPO": "holderpo.py",
     "GMPO": "holderpo.py --schedule constant --p-start 0 --clip-level token",
+    "forking tokens": "forking.py",
+    "λ-GRPO": "lambda_grpo.py",
     "REFT": "reft.py",
     "VinePPO": "vineppo.py",
     "VinePPO by token": "vineppo.py --step-end (?s).",  # every token is a step
@@ -122,7 +124,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> str:
-        name = re.sub(r"[^a-zö]+", "-", self.method.lower()).strip("-")
+        name = re.sub(r"[^a-zöλ]+", "-", self.method.lower()).strip("-")
         return f"{name}-{self.lr}-{self.seed}"
 
 

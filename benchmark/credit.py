@@ -31,9 +31,11 @@ import arca
 import common
 import ep_grpo
 import erpo
+import forking
 import grpo
 import gtpo
 import holderpo
+import lambda_grpo
 import vineppo
 from common import Rollouts
 from docs import figures
@@ -96,6 +98,8 @@ def method_credits(
         "GRPO-S": grpo_s_credit[..., None] * mask,
         "HölderPO, p = 2": holder_credit(policy, rollouts, outcome, logp, args, 2.0),
         "HölderPO, p = −2": holder_credit(policy, rollouts, outcome, logp, args, -2.0),
+        "forking tokens": outcome[..., None] * forking.forking_mask(entropy, mask),
+        "λ-GRPO": outcome[..., None] * lambda_grpo.lambda_weights(rollouts.tokens, mask),
     }
     for signal in ("surprisal", "entropy reduction", "divergence", "residual"):
         name = "ARCA" if signal == "residual" else f"ARCA's {signal}"

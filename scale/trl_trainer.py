@@ -28,14 +28,17 @@ import arca
 import common
 import ep_grpo
 import erpo
+import forking
 import grpo
 import gtpo
 import holderpo
+import lambda_grpo
 import reft
 from infra.cli import flag_of
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
+SCRIPTS |= {"forking": forking, "lambda_grpo": lambda_grpo}
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
 SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
 
@@ -276,7 +279,12 @@ class MethodTrainer(GRPOTrainer):
         step.advantages = method_advantages(args, step)
         # Each of several updates has a part of the rollouts, and of the whole step's weights.
         average = args.loss_average, args.max_new_tokens
-        weights = common.token_weights(mask, torch.arange(len(groups)), *average)
+        kept = mask
+        if args.method == "forking":
+            kept = forking.forking_mask(step.entropy, mask, top=args.top)
+        weights = common.token_weights(kept, torch.arange(len(groups)), *average)
+        if args.method == "lambda_grpo":
+            weights = weights * lambda_grpo.lambda_weights(step.tokens, mask)
         importance = common.importance_weights(step.logp, step.engine_logp, args.importance_cap)
         step.weights = weights * importance * args.updates_per_rollout
         step.weights[..., 0] *= not getattr(args, "mask_opener", False)

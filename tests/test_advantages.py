@@ -1,6 +1,7 @@
 """Properties that the advantage functions of all methods share.
 
-HölderPO's weights and ARCA's credit are tested with them: they shape a response's gradient too.
+HölderPO's weights, ARCA's credit, forking.py's mask and λ-GRPO's weights are tested with them: they
+shape a response's gradient too.
 VinePPO's values and steps are made of the same random numbers.
 """
 
@@ -21,9 +22,11 @@ from worked_example import tensors
 import arca
 from ep_grpo import ep_grpo_advantages
 from erpo import erpo_advantages
+from forking import forking_mask
 from grpo import grpo_advantages
 from gtpo import grpo_s_advantages, gtpo_advantages
 from holderpo import gradient_weights
+from lambda_grpo import lambda_weights
 from vineppo import vineppo_advantages
 
 
@@ -93,6 +96,11 @@ def residual(batch: Batch) -> Tensor:
     return arca.residual_norm(adapted, batch.ref_logp[..., None])
 
 
+def shared_prefix(batch: Batch) -> Tensor:
+    """Two token ids, by the entropy, so that rollouts do share prefixes."""
+    return lambda_weights((batch.entropy > 1).long(), batch.mask)
+
+
 METHODS: dict[str, Method] = {
     "grpo": grpo,
     "grpo without scale": lambda batch: grpo(batch, scale=False),
@@ -109,7 +117,10 @@ METHODS: dict[str, Method] = {
     "arca entropy": credit(lambda b: arca.entropy_reduction(b.entropy, b.mask)),
     "arca divergence": credit(lambda b: arca.divergence(b.logp, b.ref_logp)),
     "arca residual": credit(residual),
+    "forking mask": lambda b: forking_mask(b.entropy, b.mask).to(b.rewards.dtype),
+    "lambda_grpo weights": shared_prefix,
 }
+OF_A_STEP = ["vineppo whitened", "forking mask"]  # whitened, or ranked, over all groups
 OF_REWARDS_ALONE = ["grpo", "grpo without scale", "vineppo", "vineppo whitened"]
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -168,9 +179,8 @@ def test_a_permutation_of_the_rollouts_permutes_the_advantages(method: Method):
         torch.testing.assert_close(permuted, method(batch)[:, order], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "vineppo whitened"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OF_A_STEP])
 def test_groups_do_not_mix(name: str):
-    """VinePPO whitens over all groups of a step."""
     method = METHODS[name]
     other = Batch(
         torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64),
@@ -221,7 +231,9 @@ def test_equal_rewards_give_exact_zeros(name: str, reward: float):
         assert torch.equal(result, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("script", ["ep_grpo", "erpo", "holderpo", "arca", "reft"])
+@pytest.mark.parametrize(
+    "script", ["ep_grpo", "erpo", "holderpo", "arca", "reft", "forking", "lambda_grpo"]
+)
 def test_every_script_has_the_same_grpo_advantages(script: str):
     """test_grpo.py tests the one of grpo.py."""
     copied = importlib.import_module(script).grpo_advantages

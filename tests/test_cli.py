@@ -22,7 +22,18 @@ import grpo
 from infra.cli import MAY_CHANGE, flag_of, launch, parse_args
 from infra.run import Run
 
-SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
+SCRIPTS = (
+    "grpo",
+    "ep_grpo",
+    "erpo",
+    "gtpo",
+    "holderpo",
+    "arca",
+    "reft",
+    "vineppo",
+    "forking",
+    "lambda_grpo",
+)
 
 
 @pytest.fixture
@@ -132,6 +143,7 @@ REJECTED = {  # by the message after the last flag of each command line
         "gtpo --level sequence --normalize joint",
         "gtpo --level sequence --loss-average constant",
     ],
+    "must lie in (0, 1]": ["forking --top 0.0", "forking --top 1.5"],
     "must be above 0 and below 1": ["holderpo --clip 0.0", "holderpo --clip 1.0"],
     "has no effect with --schedule constant": ["holderpo --schedule constant --p-end 1.0"],
     "ARCA compares the model with and without LoRA": ["arca --lora-rank 0"],

@@ -42,6 +42,8 @@ OWN = {
     "grpo_s": "--overlong-gamma 0.75",
     "holderpo": "--updates-per-rollout 1",
     "arca": "--lora-rank 4",
+    "forking": "--top 0.3 --kl 0.04",
+    "lambda_grpo": "--kl 0.04",
     "reft": "--candidates 6 --openers 2 --mask-opener",
 }
 
