@@ -35,6 +35,7 @@ BOUNDS = {
     "seconds of rollout": (0, 4),
     "seconds of score": (0, 1.5),
     "seconds of update": (0, 3),
+    "score and update, share of the step": (0, 0.5),
     "GB awake": (0, 52),
     "GB asleep": (0, 15),
     "GB at most": (0, 66),
@@ -69,7 +70,7 @@ def train(folder: Path, budget: int) -> None:
             time.sleep(0.02)
 
     threading.Thread(target=watch, daemon=True).start()
-    problems = str(problem_file(Shape("cuda", 16, 8, 256, steps=4), folder))
+    problems = str(problem_file(Shape("1.5B", "cuda", 16, 8, 256, 4, budget), folder))
     model = folder / "model"
     if not model.exists():
         model_folder("1.5B", model)
@@ -97,7 +98,8 @@ def measure(folder: Path) -> dict[str, float]:
     one_line = "--token-budget" in larger.stderr and "Traceback" not in larger.stderr
     parts = [last[f"seconds/{part}"] for part in ("sync", "rollout", "score", "update")]
     gigabytes = [memory[moment] for moment in ("sync", "sleep", "most")]
-    values = [exit_code, *parts, *gigabytes, larger.returncode == 0 or one_line]
+    training_share = sum(parts[2:]) / last["seconds/step"]
+    values = [exit_code, *parts, training_share, *gigabytes, larger.returncode == 0 or one_line]
     return dict(zip(BOUNDS, map(float, values), strict=True))
 
 

@@ -1,11 +1,13 @@
-"""Measure a training step of grpo.py and the same step in TRL's GRPOTrainer.
+"""Measure a training step of grpo.py, the same step in TRL's GRPOTrainer, and in an older commit.
 
-    python benchmark/speed.py                # about 20 minutes on 2 cores; a larger shape on a GPU
-    python benchmark/speed.py --only "ours: tiny: vllm,trl: tiny: transformers"
-    python benchmark/speed.py --write        # writes the table of docs/speed.md
+    python benchmark/speed.py                       # about two hours on 2 cores
+    python benchmark/speed.py --only "tiny 2048: transformers" --rounds 1
+    python benchmark/speed.py --before 3759d09      # also measure that commit
+    python benchmark/speed.py --write               # writes the table of docs/speed.md
 
-Each section runs in its own process, so that its peak memory is its own. Its result is written to
-benchmark/results/speed.json when the section ends. docs/speed.md describes the comparison.
+The sides of a shape run in turn, in several rounds. Each runs in its own process, so that its peak
+memory is its own. A round's results are added to benchmark/results/speed.json when it ends.
+docs/speed.md describes the comparison.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
+import math
 import re
 import shutil
 import statistics
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +44,7 @@ from infra.run import read_lines
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
+BEFORE = not hasattr(common, "scored_micro_batches")  # the scripts are an older commit's
 PARTS = ("sync", "rollout", "verify", "score", "update", "other")
 CONFIGS = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
     "GSM8K": (49152, 576, 30, 9, 3, 1536),  # as SmolLM2-135M
@@ -53,32 +56,39 @@ CONFIGS = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
 class Shape(NamedTuple):
     """The work of one step."""
 
+    model: str  # "tiny" or a key of CONFIGS
     device: str
     prompts: int
     group: int
     new_tokens: int
     steps: int  # measured steps, after one warm-up step
+    token_budget: int
     joined: int = 1  # problems of tiny/ joined into one prompt, of about 20 tokens each
 
 
-SHAPES = {  # by model: "tiny" or a key of CONFIGS
-    "tiny": Shape("cpu", 16, 8, 27, steps=20),
-    "GSM8K": Shape("cpu", 2, 8, 224, steps=1, joined=7),
-    "0.5B": Shape("cpu", 2, 4, 24, steps=2),
-    "1.5B": Shape("cuda", 16, 8, 1024, steps=5),
+SHAPES = {
+    "tiny 16384": Shape("tiny", "cpu", 16, 8, 27, 20, 16384),
+    "tiny 2048": Shape("tiny", "cpu", 16, 8, 27, 20, 2048),
+    "tiny 1024": Shape("tiny", "cpu", 16, 8, 27, 20, 1024),
+    "GSM8K 2048": Shape("GSM8K", "cpu", 2, 8, 224, 1, 2048, joined=7),
+    "0.5B 16384": Shape("0.5B", "cpu", 2, 4, 24, 2, 16384),
+    "1.5B 8192": Shape("1.5B", "cuda", 16, 8, 1024, 5, 8192),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECTIONS = [
-    f"{side}: {model}: {engine}"
-    for model, side, engine in itertools.product(SHAPES, ("ours", "trl"), ("vllm", "transformers"))
-    if SHAPES[model].device == DEVICE
+    f"{shape}: {engine}"
+    for shape, engine in itertools.product(SHAPES, ("transformers", "vllm"))
+    if SHAPES[shape].device == DEVICE
 ]
 
 
 @dataclass
 class Args:
     only: str = ""  # sections to run, separated by commas; empty: all
+    rounds: int = 5  # rounds of each section; those in the results file count
+    before: str = ""  # commit to compare with
     write: bool = False  # only write docs/speed.md from the results
+    measure: str = ""  # measure one side and print it: "side: shape: engine: rollouts at once"
 
 
 def model_folder(name: str, folder: Path) -> Path:
@@ -143,6 +153,7 @@ class Measurement:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.ends: list[float] = []  # when each step ended
+        self.at_once = 0  # most rollouts of a micro-batch
         self.tokens = Counter(prompt=0, generated=0, trained=0)
 
     def end_step(self, *_: Any, **__: Any) -> None:
@@ -160,6 +171,7 @@ class Measurement:
             "seconds": [end - start for start, end in itertools.pairwise(self.ends)],
             "tokens_a_step": {name: count / len(self.ends) for name, count in self.tokens.items()},
             "peak_bytes": peak,
+            "at_once": self.at_once,
         }
 
 
@@ -172,9 +184,9 @@ class AlternatingGrader(Grader):
         return [i % 2 == 1 for i in range(len(verdicts))]
 
 
-def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
+def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     """Measure grpo.py."""
-    model_path = model_folder(model, folder / "model")
+    model_path = model_folder(shape.model, folder / "model")
     remove_eos(model_path)
     problems = str(problem_file(shape, folder))
     flags = ["--model", str(model_path), "--dataset", problems, "--eval-dataset", problems]
@@ -182,10 +194,15 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     flags += ["--max-new-tokens", str(shape.new_tokens), "--steps", str(shape.steps + 2)]
     flags += ["--engine", engine, "--device", shape.device, "--run-dir", str(folder / "run")]
     flags += ["--eval-problems", "1", "--eval-samples", "1", "--eval-every", "0"]
-    flags += ["--save-every", "0"]
-    if model in CONFIGS:  # with random weights
+    flags += ["--save-every", "0", "--token-budget", str(shape.token_budget)]
+    if shape.model in CONFIGS:  # with random weights
         flags += ["--max-logp-gap", "1e9"]
     measurement, log_rollouts = Measurement(shape), Run.log_rollouts
+    token_logp = common.token_logp if BEFORE else common.head_logp
+
+    def count_rollouts(*call: Any) -> Any:
+        measurement.at_once = max(measurement.at_once, len(call[2][0]))
+        return token_logp(*call)
 
     def count(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
         log_rollouts(run, step, rollouts, *rest, **more)
@@ -197,6 +214,7 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
 
     with (
         mock.patch.object(Run, "log_rollouts", count),
+        mock.patch.object(common, token_logp.__name__, count_rollouts),
         mock.patch.object(Run, "save", measurement.end_step),
         mock.patch.object(common, "Grader", AlternatingGrader),
         contextlib.suppress(MeasurementDone),
@@ -209,8 +227,8 @@ def ours(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     return measurement.results() | {"parts": parts}
 
 
-def theirs(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
-    """Measure the same work in TRL's GRPOTrainer."""
+def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, Any]:
+    """Measure the same work in TRL's GRPOTrainer. at_once: rollouts of a micro-batch, at most."""
     sys.path.append(str(TRL))
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -218,8 +236,7 @@ def theirs(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any
 
     rollouts = shape.prompts * shape.group
     context = 28 + 20 * shape.joined + shape.new_tokens  # enough for the longest prompt
-    at_once = rollouts
-    while rollouts % at_once or at_once * context > grpo.Args.token_budget:
+    while rollouts % at_once:
         at_once -= 1
     # No token ends a response before it has the given length.
     endless = {"min_new_tokens": shape.new_tokens}
@@ -268,7 +285,7 @@ def theirs(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any
         texts = [completion[0]["content"] for completion in completions]
         return list(map(float, grader.grade(texts, reference)))
 
-    model_path, data = model_folder(model, folder / "model"), Dataset.from_list(rows)
+    model_path, data = model_folder(shape.model, folder / "model"), Dataset.from_list(rows)
     with AlternatingGrader() as grader, contextlib.suppress(MeasurementDone):
         trainer = CountingTrainer(
             str(model_path), reward, config, train_dataset=data, callbacks=[clock]
@@ -277,59 +294,106 @@ def theirs(model: str, shape: Shape, engine: str, folder: Path) -> dict[str, Any
     return measurement.results() | {"trl": version("trl"), "optimizer": str(config.optim)}
 
 
-def measure_in_process(name: str) -> dict[str, Any]:
-    """Measure one section in its own process. If TRL fails, the result is its error message."""
-    side, model, engine = name.split(": ")
-    if side == "trl" and not (TRL / "trl").exists():
-        pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
-        subprocess.run([sys.executable, *pip], check=True)
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as pool:
-        work = ours if side == "ours" else theirs
-        measured = pool.submit(work, model, SHAPES[model], engine, Path(folder))
-        if side == "trl" and measured.exception():
-            return {"failed": repr(measured.exception())}
-        return measured.result()
+def measure(name: str) -> dict[str, Any]:
+    """Measure one side in this process. If TRL fails, the result is its error message."""
+    side, shape, engine, at_once = name.split(": ")
+    with tempfile.TemporaryDirectory() as folder:
+        if side != "trl":
+            return ours(SHAPES[shape], engine, Path(folder))
+        try:
+            return theirs(SHAPES[shape], engine, Path(folder), int(at_once))
+        except Exception as error:
+            return {"failed": repr(error)}
+
+
+def measure_in_process(name: str, tree: Path = ROOT) -> dict[str, Any]:
+    """Measure one side in a process of its own, with the scripts of a checkout."""
+    command = [sys.executable, "benchmark/speed.py", "--measure", name]
+    done = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """A commit in a temporary folder, with this file in the place of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "before"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
+        for name in ("speed.py", "shared.py"):
+            shutil.copy(ROOT / "benchmark" / name, tree / "benchmark" / name)
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def measure_round(section: str, before: Path | None) -> dict[str, Any]:
+    """Each side once: the older commit, this one, TRL with as many rollouts at once."""
+    sides = {}
+    if before:
+        sides["before"] = measure_in_process(f"before: {section}: 0", before)
+    sides["ours"] = measure_in_process(f"ours: {section}: 0")
+    at_once = sides["ours"]["at_once"]
+    sides["trl"] = measure_in_process(f"trl: {section}: {at_once}")
+    return sides
 
 
 GOALS = {  # of each row of the table
+    "micro-batches": "",
     "step, s": "",
     **{f"of it {part}, s": "" for part in PARTS},
-    "other / step": "at most 5%",
-    "transformers on both sides: TRL's step / ours": "at least 1.3",
-    "vLLM on both sides: TRL's step / ours": "at least 1",
-    "transformers on both sides: our peak memory / TRL's": "at most 0.8",
+    "TRL's step / ours": "at least 1.5; GSM8K 1.4",
+    "our score + update / before": "at most 0.62",
+    "our peak memory / TRL's": "at most 0.9",
+    "our peak memory / before": "at most 1",
+    "with vLLM: our step, s": "",
 }
 MISSING = "not measured"
 
 
-def ratio(sections: dict[str, Any], model: str, engine: str, measure: str) -> str:
-    """TRL's step over ours, or our peak memory over TRL's; (!) if the two sides did not process
-    the same number of tokens."""
-    ours = sections.get(f"ours: {model}: {engine}", {})
-    theirs = sections.get(f"trl: {model}: {engine}", {})
-    if "failed" in theirs:
-        return "fails in TRL"
-    if not ours or not theirs:
+def median_ratio(rounds: list[dict[str, Any]], a: str, b: str, value: Callable) -> str:
+    """The median over the rounds of value(side a) / value(side b), with the lowest and highest."""
+    ratios = []
+    for sides in rounds:
+        if "failed" in sides.get("trl", {}):
+            return "fails in TRL"
+        if a in sides and b in sides:
+            ratios.append(value(sides[a]) / value(sides[b]))
+    if not ratios:
         return MISSING
-    mark = "" if ours["tokens_a_step"] == theirs["tokens_a_step"] else " (!)"
-    if measure == "peak_bytes":
-        a, b = ours[measure] / 1e9, theirs[measure] / 1e9
-        return f"{a:.2f} / {b:.2f} GB = {a / b:.2f}{mark}"
-    a, b = statistics.median(theirs["seconds"]), statistics.median(ours["seconds"])
-    return f"{a:.3g} / {b:.3g} s = {a / b:.2f}{mark}"
+    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def column(sections: dict[str, Any], model: str) -> list[str]:
+def step_seconds(side: dict[str, Any]) -> float:
+    return statistics.median(side["seconds"])
+
+
+def training_seconds(side: dict[str, Any]) -> float:
+    return side["parts"]["score"] + side["parts"]["update"]
+
+
+def peak_bytes(side: dict[str, Any]) -> float:
+    return side["peak_bytes"]
+
+
+def column(sections: dict[str, Any], name: str) -> list[str]:
     """The cells of one shape, in the order of GOALS."""
-    cells = [MISSING] * (len(PARTS) + 2)
-    if f"ours: {model}: vllm" in sections:
-        seconds = sections[f"ours: {model}: vllm"]["parts"]
-        cells = [f"{seconds[part]:.3g}" for part in ("step", *PARTS)]
-        cells.append(f"{seconds['other'] / seconds['step']:.1%}")
-    cells.append(ratio(sections, model, "transformers", "seconds"))
-    cells.append(ratio(sections, model, "vllm", "seconds"))
-    cells.append(ratio(sections, model, "transformers", "peak_bytes"))
+    rounds = sections.get(f"{name}: transformers", [])
+    if not rounds:
+        return [MISSING] * len(GOALS)
+    shape, at_once = SHAPES[name], rounds[0]["ours"]["at_once"]
+    cells = [str(math.ceil(shape.prompts * shape.group / at_once))]
+    for part in ("step", *PARTS):
+        seconds = [sides["ours"]["parts"][part] for sides in rounds]
+        cells.append(f"{statistics.median(seconds):.3g}")
+    cells.append(median_ratio(rounds, "trl", "ours", step_seconds))
+    cells.append(median_ratio(rounds, "ours", "before", training_seconds))
+    cells.append(median_ratio(rounds, "ours", "trl", peak_bytes))
+    cells.append(median_ratio(rounds, "ours", "before", peak_bytes))
+    with_vllm = [step_seconds(sides["ours"]) for sides in sections.get(f"{name}: vllm", [])]
+    cells.append(f"{statistics.median(with_vllm):.3g}" if with_vllm else MISSING)
     return cells
 
 
@@ -338,33 +402,49 @@ def table(results: dict[str, Any]) -> str:
     captions = []
     for part in results.values():
         versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
-        captions.append(f"`{part['command']}`, {part['machine']}, {versions}")
+        rounds = max(map(len, part["sections"].values()), default=0)
+        captions.append(f"`{part['command']}`, {rounds} rounds, {part['machine']}, {versions}")
     head, columns = ["", "goal"], []
-    for model, shape in SHAPES.items():
-        head.append(f"{model}, {shape.device}")
-        columns.append(column(results.get(shape.device, {}).get("sections", {}), model))
+    for name, shape in SHAPES.items():
+        head.append(f"{name}, {shape.device}")
+        columns.append(column(results.get(shape.device, {}).get("sections", {}), name))
     rows = zip(GOALS, GOALS.values(), *columns, strict=True)
     return "\n\n".join([*captions, markdown(head, rows, words=2)])
 
 
-def main(args: Args) -> None:
-    names = shared.parse_names("--only", args.only, SECTIONS)
+def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
+    if not (TRL / "trl").exists():
+        pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
+        subprocess.run([sys.executable, *pip], check=True)
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
-    if args.write:
-        shared.write_page(PAGE, {"speed": table(results)})
-        names = []
-    for name in names:
-        measured = measure_in_process(name)
-        print(f"{name}: {measured}", flush=True)
-        of_device = results.setdefault(DEVICE, {"sections": {}})
-        of_device["command"] = "python benchmark/speed.py"
-        of_device.update(shared.environment())
-        if DEVICE == "cuda":
-            of_device["machine"] += f", {torch.cuda.get_device_name()}"
-        of_device["sections"][name] = measured
+    of_device = results.setdefault(DEVICE, {"sections": {}})
+    of_device["command"] = " ".join(["python benchmark/speed.py", *sys.argv[1:]])
+    of_device.update(shared.environment())
+    if DEVICE == "cuda":
+        of_device["machine"] += f", {torch.cuda.get_device_name()}"
+    for number, name in itertools.product(range(args.rounds), names):
+        rounds = of_device["sections"].setdefault(name, [])
+        if len(rounds) > number:
+            continue
+        rounds.append(measure_round(name, before))
+        print(f"{name}, round {number + 1}: {rounds[-1]}", flush=True)
         write_json(path, results)
     print(table(results))
+
+
+def main(args: Args) -> None:
+    names = shared.parse_names("--only", args.only, SECTIONS)
+    shared.require_at_least(args, rounds=1)
+    if args.measure:
+        print(json.dumps(measure(args.measure)))
+    elif args.write:
+        shared.write_page(PAGE, {"speed": table(read_json(RESULTS / "speed.json"))})
+    elif args.before:
+        with checkout(args.before) as before:
+            run_rounds(args, names, before)
+    else:
+        run_rounds(args, names, None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """benchmark/speed.py measures real steps; the memory and the padding of a step."""
 
-import functools
 import gc
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shared
 import speed
 import torch
 from conftest import ROOT
@@ -28,42 +25,41 @@ from infra import lm_head
 
 
 def test_two_steps_do_the_work_that_is_compared(tiny_model: Path, tmp_path: Path):
-    shape = speed.Shape("cpu", prompts=2, group=2, new_tokens=60, steps=1)  # EOS would come earlier
-    measured = speed.ours("tiny", shape, "transformers", tmp_path)
+    # EOS would come earlier. The budget holds one group.
+    shape = speed.Shape("tiny", "cpu", 2, 3, new_tokens=60, steps=1, token_budget=300)
+    measured = speed.ours(shape, "transformers", tmp_path)
     assert len((tmp_path / "problems.jsonl").read_text().splitlines()) == 2
-    assert measured["tokens_a_step"].pop("prompt") > 2 * 2 * 5
-    assert measured["tokens_a_step"] == {"generated": 2 * 2 * 60, "trained": 2 * 2 * 60}
+    assert measured["tokens_a_step"].pop("prompt") > 2 * 3 * 5
+    assert measured["tokens_a_step"] == {"generated": 2 * 3 * 60, "trained": 2 * 3 * 60}
+    assert measured["at_once"] == 3
     assert len(measured["seconds"]) == 1
     assert 0 < measured["parts"]["update"] < measured["parts"]["step"]
     assert measured["peak_bytes"] > 1e8
 
 
-def test_the_page_quotes_the_slower_day():
-    table = speed.table(shared.read_json(shared.RESULTS / "speed-slower-day.json"))
-    row = next(line for line in table.splitlines() if "transformers on both sides: TRL's" in line)
-    page = speed.PAGE.read_text(encoding="utf-8")
-    assert all(ratio in page for ratio in re.findall(r"= (\d\.\d\d)", row))
+def test_ratios_are_medians_over_the_rounds():
+    def side(seconds: float, update: float = 0.0, **more: Any) -> dict[str, Any]:
+        parts = dict.fromkeys((*speed.PARTS, "step"), 0.1) | {"update": update}
+        return {"seconds": [seconds] * 3, "parts": parts, "peak_bytes": 1e9, "at_once": 64} | more
+
+    rounds = []
+    for theirs, before in ((1.0, 0.4), (1.5, 0.9), (0.9, 0.8)):
+        sides = {"ours": side(0.5, 0.3), "trl": side(theirs), "before": side(0.7, before)}
+        rounds.append(sides)
+    sections = {"tiny 2048: transformers": rounds}
+    cells = dict(zip(speed.GOALS, speed.column(sections, "tiny 2048"), strict=True))
+    assert cells["micro-batches"] == "2"
+    assert cells["TRL's step / ours"] == "2.00 (1.80 to 3.00)"
+    # 0.1 + 0.3 against 0.1 + 0.4, 0.1 + 0.9 and 0.1 + 0.8
+    assert cells["our score + update / before"] == "0.44 (0.40 to 0.80)"
+    assert cells["our peak memory / TRL's"] == "1.00 (1.00 to 1.00)"
+    assert cells["with vLLM: our step, s"] == "not measured"
+    rounds[0]["trl"] = {"failed": "why"}
+    assert "fails in TRL" in speed.column(sections, "tiny 2048")
+    assert set(speed.column(sections, "0.5B 16384")) == {"not measured"}
 
 
-def test_missing_and_unequal_sections():
-    def side(seconds: float, trained: int) -> dict[str, Any]:
-        return {"seconds": [seconds] * 3, "tokens_a_step": {"trained": trained}, "peak_bytes": 1e9}
-
-    sections = {"ours: tiny: transformers": side(0.5, 10), "trl: tiny: transformers": side(1.0, 10)}
-    ratio = functools.partial(speed.ratio, sections)
-    assert ratio("tiny", "transformers", "seconds") == "1 / 0.5 s = 2.00"
-    assert ratio("tiny", "vllm", "seconds") == "not measured"
-    assert ratio("tiny", "transformers", "peak_bytes") == "1.00 / 1.00 GB = 1.00"
-    assert ratio("0.5B", "transformers", "peak_bytes") == "not measured"
-    sections["trl: tiny: transformers"] = side(1.0, 11)
-    assert ratio("tiny", "transformers", "seconds") == "1 / 0.5 s = 2.00 (!)"
-    sections["trl: tiny: vllm"] = {"failed": "why"}
-    assert ratio("tiny", "vllm", "seconds") == "fails in TRL"
-    results = {"cpu": {"sections": sections, "command": "", "machine": "", "versions": {}}}
-    assert "| at least 1.3 | 1 / 0.5 s = 2.00 (!) | not measured |" in speed.table(results)
-
-
-@pytest.mark.parametrize("name", ["nothing", "ours: tiny"])
+@pytest.mark.parametrize("name", ["nothing", "tiny 2048"])
 def test_an_unknown_section_is_rejected(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         speed.main(speed.Args(only=name))
@@ -211,10 +207,9 @@ def test_the_update_needs_no_more_memory_for_more_rollouts():
 
     def update(rollouts: common.Rollouts) -> None:
         problems = torch.arange(len(rollouts.problems))
-        for index in common.micro_batches(rollouts, args.token_budget, problems):
-            logp, _ = common.token_logp(policy, rollouts, index, args)
-            logp.sum().backward()
+        for batch in common.scored_micro_batches(policy, None, rollouts, problems, args):
+            batch.logp.sum().backward()
 
     few, many = (made_up_rollouts(torch.full((n, 8), 27), 36, 256) for n in (8, 64))
     update(few)  # allocates the gradients
-    assert peak_bytes(lambda: update(many)) <= 1.01 * peak_bytes(lambda: update(few))
+    assert peak_bytes(lambda: update(many)) <= 1.02 * peak_bytes(lambda: update(few))
