@@ -135,8 +135,9 @@ def evaluate_model(
 
     A response depends only on the weights, the seed and the problem's number, so problems can be
     evaluated in any batches. With the same seed, the samples are those of a run's own evaluation.
-    A record holds number, problem, reference; answers (None without a box), correct, lengths and
-    truncated of the samples; majority; and greedy, the same lists for the greedy response.
+    A record holds number, problem, reference (and alternatives, if any); answers (None without a
+    box), correct, lengths and truncated of the samples; majority; and greedy, the same lists for
+    the greedy response.
     """
     sampled = respond(engine, grader, problems, numbers, args, "evaluation")
     greedy = respond(engine, grader, problems, numbers, args, "greedy")
@@ -144,6 +145,8 @@ def evaluate_model(
     for number, samples, best in zip(numbers, sampled, greedy, strict=True):
         problem = problems[number]
         record = {"number": number, "problem": problem.text, "reference": problem.answer, **samples}
+        if problem.alternatives:
+            record["alternatives"] = problem.alternatives
         record["majority"] = majority(grader, samples["answers"], samples["correct"])
         record["greedy"] = best
         records.append(record)
