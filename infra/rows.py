@@ -70,6 +70,7 @@ def read_dataset(repository: str, config: str, split: str, wanted: Container[str
     else:
         files = []
         if path.is_dir():
+            repository = str(path.absolute())  # "json" alone would be a loader of `datasets`
             found = datasets.load_dataset_builder(repository, config or None).config.data_files
             files = [Path(file) for file in of_split(found, split)]
         if files and all(map(kind_of, files)):
@@ -127,7 +128,7 @@ def read_file(path: Path, split: str, wanted: Container[str]) -> Iterator[Row]:
     elif kind in ("csv", "tsv"):
         yield from read_csv(path, json.detect_encoding(start))
     else:
-        yield from read_json(path, json.detect_encoding(start), split)
+        yield from read_json(path, json.detect_encoding(start), split, wanted)
 
 
 def read_csv(path: Path, encoding: str) -> Iterator[Row]:
@@ -153,14 +154,14 @@ def read_csv(path: Path, encoding: str) -> Iterator[Row]:
 # ------------------------------------------------------------------ JSON
 
 
-def read_json(path: Path, encoding: str, split: str) -> Iterator[Row]:
+def read_json(path: Path, encoding: str, split: str, wanted: Container[str]) -> Iterator[Row]:
     """Rows of JSON lines, of a list, or of an object that holds a list of rows for each split."""
     with open_text(path, encoding) as text:
         values = json_values(text)
         first = list(itertools.islice(values, 2))
         rows = itertools.chain(first, values)
         if len(first) == 1:
-            rows = rows_within(first[0], split)
+            rows = rows_within(first[0], split, wanted)
         for number, row in enumerate(rows, 1):
             if is_chat(row):
                 row = {"conversations": row}
@@ -193,15 +194,16 @@ def decode_all(text: str) -> Iterator[Any]:
         position = space.match(text, position).end()
 
 
-def rows_within(value: Any, split: str) -> list[Any]:
-    """The rows of a file that holds one JSON value."""
+def rows_within(value: Any, split: str, wanted: Container[str]) -> list[Any]:
+    """The rows of a file that holds one JSON value. An object with a wanted column is a row."""
     if isinstance(value, list) and not is_chat(value):
         return value
     if isinstance(value, dict):
         splits = {key: rows for key, rows in value.items() if is_rows(rows)}
-        if split in splits:
+        is_row = any(key.strip().lower() in wanted for key in value.keys() - splits.keys())
+        if split in splits and not is_row:
             return splits[split]
-        if len(splits) == 1:
+        if len(splits) == 1 and not is_row:
             return next(iter(splits.values()))
     return [value]
 

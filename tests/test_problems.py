@@ -188,6 +188,18 @@ def test_a_folder_is_read_like_a_file(load, tmp_path, name):
     assert pairs(load(path)) == pairs(load(tmp_path / "folder")) == expected
 
 
+def test_a_single_row_with_a_list_of_objects(load, tmp_path):
+    row = ROWS[0] | {"generations": [{"text": "no"}]}
+    assert pairs(load(write_jsonl(tmp_path / "data.jsonl", [row]))) == PAIRS[:1]
+
+
+def test_a_folder_may_have_the_name_of_a_loader(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "json" / "train.jsonl", ROWS)
+    (tmp_path / "broken.json").write_text("{")
+    assert pairs(load("json")) == PAIRS
+
+
 def test_dates_stay_text(load, tmp_path):
     rows = [{"problem": "When?", "answer": f"2024-01-0{i}"} for i in range(1, 5)]
     write_jsonl(tmp_path / "folder" / "train.jsonl", rows)
