@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
+PAGES = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo", "fipo", "stare")
 HEAD = """# Equations, lines and tests
 
 `python docs/equations.py` writes this page from the tables of the method pages. The first column \

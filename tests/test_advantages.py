@@ -1,7 +1,7 @@
 """Properties that the advantage functions of all methods share.
 
 HölderPO's weights and ARCA's credit are tested with them: they shape a response's gradient too.
-VinePPO's values and steps are made of the same random numbers.
+So do the weights of FIPO and STARE. VinePPO's values and steps are made of the same random numbers.
 """
 
 import importlib
@@ -21,9 +21,11 @@ from worked_example import tensors
 import arca
 from ep_grpo import ep_grpo_advantages
 from erpo import erpo_advantages
+from fipo import fipo_weights
 from grpo import grpo_advantages
 from gtpo import grpo_s_advantages, gtpo_advantages
 from holderpo import gradient_weights
+from stare import stare_weights
 from vineppo import vineppo_advantages
 
 
@@ -84,6 +86,15 @@ def vineppo(whiten: bool) -> Method:
     return method
 
 
+def fipo(batch: Batch) -> Tensor:
+    bounds = {"low": 0.2, "ratio_cap": 1.3, "safety": 1.1}
+    return fipo_weights(batch.logp, batch.ref_logp, grpo(batch), batch.mask, **bounds)
+
+
+def stare(batch: Batch) -> Tensor:
+    return stare_weights(batch.logp, grpo(batch), batch.mask, top=0.3, attenuate=0.9)
+
+
 def credit(signal: Callable[[Batch], Tensor]) -> Method:
     return lambda batch: arca.credit_weights(signal(batch), batch.mask)
 
@@ -105,12 +116,15 @@ METHODS: dict[str, Method] = {
     "vineppo": vineppo(whiten=False),
     "vineppo whitened": vineppo(whiten=True),
     "holderpo weights": lambda b: gradient_weights(b.logp, b.ref_logp, b.mask, 2.0),
+    "fipo weights": fipo,
+    "stare weights": stare,
     "arca surprisal": credit(lambda b: arca.surprisal(b.logp)),
     "arca entropy": credit(lambda b: arca.entropy_reduction(b.entropy, b.mask)),
     "arca divergence": credit(lambda b: arca.divergence(b.logp, b.ref_logp)),
     "arca residual": credit(residual),
 }
 OF_REWARDS_ALONE = ["grpo", "grpo without scale", "vineppo", "vineppo whitened"]
+OF_WHOLE_STEPS = ["vineppo whitened", "stare weights"]  # their statistics span all groups
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 EXAMPLE = Batch(example.rewards, example.entropy, example.logp, example.ref_logp, example.mask)
@@ -168,9 +182,8 @@ def test_a_permutation_of_the_rollouts_permutes_the_advantages(method: Method):
         torch.testing.assert_close(permuted, method(batch)[:, order], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "vineppo whitened"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OF_WHOLE_STEPS])
 def test_groups_do_not_mix(name: str):
-    """VinePPO whitens over all groups of a step."""
     method = METHODS[name]
     other = Batch(
         torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64),
@@ -221,7 +234,7 @@ def test_equal_rewards_give_exact_zeros(name: str, reward: float):
         assert torch.equal(result, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("script", ["ep_grpo", "erpo", "holderpo", "arca", "reft"])
+@pytest.mark.parametrize("script", ["ep_grpo", "erpo", "holderpo", "arca", "reft", "fipo", "stare"])
 def test_every_script_has_the_same_grpo_advantages(script: str):
     """test_grpo.py tests the one of grpo.py."""
     copied = importlib.import_module(script).grpo_advantages

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPEN, CLOSE = "# <method>", "# </method>"
-SCRIPTS = ("ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
+SCRIPTS = ("ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo", "fipo", "stare")
 
 
 def shared_lines(source: str) -> list[str]:

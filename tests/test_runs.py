@@ -29,7 +29,18 @@ import grpo
 from infra import cli, run
 from infra.cli import StopRun
 
-SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
+SCRIPTS = (
+    "grpo",
+    "ep_grpo",
+    "erpo",
+    "gtpo",
+    "holderpo",
+    "arca",
+    "reft",
+    "vineppo",
+    "fipo",
+    "stare",
+)
 FULL = {"updates_per_rollout": 2, "lr_schedule": "linear", "warmup_ratio": 0.5}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
 

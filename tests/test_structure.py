@@ -18,7 +18,18 @@ from conftest import ROOT, read_metrics
 
 import common
 
-SCRIPTS = ("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo")
+SCRIPTS = (
+    "grpo",
+    "ep_grpo",
+    "erpo",
+    "gtpo",
+    "holderpo",
+    "arca",
+    "reft",
+    "vineppo",
+    "fipo",
+    "stare",
+)
 COMMON = ROOT / "common.py"
 INFRA = sorted((ROOT / "infra").glob("*.py"))
 GRADING = sorted((ROOT / "grading").glob("*.py"))
