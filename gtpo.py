@@ -38,6 +38,8 @@ class Args(common.RunArgs):
     """α₂ (β₂ in GRPO-S): weight of the entropy, next to the verdict's α₁ = 1 [paper]"""
     normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros"
     """GTPO: the tokens over which r+ and r- are standardised [open]"""
+    scope: Literal["group", "batch"] = "group"
+    """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
     entropy_clamp: tuple[float, float] | None = None
     """LOW HIGH: bounds of the entropy before shaping (another reading: 0.2 0.28) [open]"""
     overlong_gamma: float = 0.0
@@ -178,6 +180,30 @@ def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Te
     return torch.where(punished, punishment, 0.0)
 
 
+def advantages_of(correct: Tensor, entropy: Tensor, mask: Tensor, args: Args) -> Tensor:
+    """The advantage of each token, [P, G, T], by the settings.
+
+    correct: [P, G] verdicts; entropy, mask: [P, G, T].
+    """
+    shape = mask.shape
+    if args.entropy_clamp:
+        entropy = entropy.clamp(*args.entropy_clamp)
+    punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
+    alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
+    if args.scope == "batch":  # all rollouts as one group
+        correct, entropy, mask, alpha1 = (
+            x.flatten(0, 1)[None] for x in (correct, entropy, mask, alpha1)
+        )
+    if args.level == "token":
+        advantages = gtpo_advantages(
+            correct, entropy, mask, alpha1=alpha1, alpha2=args.alpha2, normalize=args.normalize
+        )
+    else:
+        advantages = grpo_s_advantages(correct, entropy, mask, beta1=alpha1, beta2=args.alpha2)
+        advantages = advantages[..., None] * mask
+    return advantages.view(shape)
+
+
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """logp that gives each token its rollout's ratio, the mean of the token ratios: [n, T]."""
     return old_logp + masked_mean((logp - old_logp).exp(), mask).log()  # Eq. 10 [paper]
@@ -245,13 +271,15 @@ def main(args: Args) -> None:
         # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
         with run.time("score"):
             # <method>
-            if common.needs_scoring_pass(policy, rollouts, args):
+            if args.scope == "batch" or common.needs_scoring_pass(policy, rollouts, args):
                 common.score_rollouts(policy, reference, rollouts, args)
             # </method>
 
         # 3. Compute the advantages.
         # <method>
-        # In the update, because they need its log-probabilities and entropies.
+        # With --scope group in the update, because they need its entropies.
+        if args.scope == "batch":
+            advantages = advantages_of(rollouts.correct, rollouts.entropy, mask, args)
         # </method>
 
         # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
@@ -269,34 +297,14 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    correct = rollouts.correct[batch.problems]
-                    entropy, response = batch.entropy, batch.mask
-                    if args.entropy_clamp:
-                        entropy = entropy.clamp(*args.entropy_clamp)
-                    gamma = args.overlong_gamma
-                    punishment = overlong_punishment(correct, response.sum(-1), gamma=gamma)
-                    punishment = torch.where(correct > 0, punishment, -punishment)
-                    alpha1 = 1 + punishment[..., None]  # Eq. D+ [open]
-                    if args.level == "token":
-                        shaped = shaped_rewards(correct, entropy, response, alpha1, args.alpha2)
-                        advantage = gtpo_advantages(
-                            correct,
-                            entropy,
-                            response,
-                            alpha1=alpha1,
-                            alpha2=args.alpha2,
-                            normalize=args.normalize,
-                        )
-                        new = batch.logp
+                    if args.scope == "batch":
+                        advantage = advantages[batch.problems]
                     else:
-                        mean, one_token = masked_mean(entropy, response), response[..., :1]
-                        shaped = shaped_rewards(correct, mean, one_token, alpha1, args.alpha2)
-                        advantage = grpo_s_advantages(
-                            correct, entropy, response, beta1=alpha1, beta2=args.alpha2
-                        )
-                        advantage = advantage[..., None] * response
-                        new = rollout_logp(batch.logp, batch.old_logp, response)
-                    per_token.add(batch, shaped_reward=sum(shaped).expand_as(advantage))
+                        correct = rollouts.correct[batch.problems]
+                        advantage = advantages_of(correct, batch.entropy, batch.mask, args)
+                    new = batch.logp
+                    if args.level == "sequence":
+                        new = rollout_logp(new, batch.old_logp, batch.mask)
                     loss, clipped = clipped_loss(  # Eq. 7, 11 [paper]
                         new, batch.old_logp, advantage, args.clip_low, args.clip_high
                     )
@@ -321,10 +329,6 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        for name, verdict in (("correct", 1), ("wrong", 0)):
-            right = rollouts.correct[..., None] == verdict
-            chosen = per_token["shaped_reward"][mask & right]
-            metrics[f"spread/{name}"] = chosen.std() if len(chosen) > 1 else 0.0
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()

@@ -36,8 +36,8 @@ class Args(common.RunArgs):
     # <method>
     continuations: int = 9
     """K: sampled from the start of each step to estimate its value (VinePPO: 9)"""
-    step_end: str = r"[.;]?\s*\n\s*|[.;](?=\s+\S)"
-    """regular expression that matches the end of a step"""
+    step_end: str = r"\n|[.;]\s"
+    """regular expression; the token in which a match ends is the last of its step"""
     whiten: bool = True
     """standardise advantages over all tokens of the step's rollouts (VinePPO: yes)"""
     clip_low: float = 0.2
@@ -48,7 +48,8 @@ class Args(common.RunArgs):
     """token: over all tokens (DAPO); sequence: over each response, then over responses
     (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
     kl: float = 1e-4
-    """β: weight of the KL penalty to the frozen initial policy (VinePPO: 1e-4)"""
+    """β: weight of the KL penalty to the frozen initial policy, which is summed over each
+    response's tokens (VinePPO: 1e-4)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +68,7 @@ def step_ends(pieces: list[str], step_end: str) -> list[int]:
     """The token count at the end of each step of a response. The last is the response's length.
 
     pieces: the text of each token. A step ends with the token in which a match of `step_end` ends:
-    the pieces ["2", ".", " So", " 4"] with the pattern "[.]" have the ends [2, 4].
+    the pieces ["2", ".", " So", " 4"] with the pattern "[.]\\s" have the ends [3, 4].
     """
     reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to each token's end
     ends = set()
@@ -92,6 +93,12 @@ def vineppo_advantages(
         return advantages
     as_one_group = advantages.flatten(0, 1), mask.flatten(0, 1)  # [P G, T]
     return common.standardize(*as_one_group, eps=1e-8).view_as(advantages)  # Eq. whitening [code]
+
+
+def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """The KL estimate of each response, a sum over its tokens: three [..., T] -> [...]."""
+    per_token = kl_estimate(logp, ref_logp).clamp(0, 10)
+    return (per_token * mask).sum(-1)  # Eq. KL [code]
 
 
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
@@ -263,9 +270,10 @@ def main(args: Args) -> None:
                     loss, clipped = clipped_loss(
                         batch.logp, batch.old_logp, advantage, args.clip_low, args.clip_high
                     )
-                    if args.kl:
-                        loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
                     loss = (loss * loss_weights).sum()
+                    if args.kl:
+                        penalty = kl_penalty(batch.logp, batch.ref_logp, batch.trained)
+                        loss = loss + args.kl * penalty.sum() / (len(share) * args.group_size)
                     per_token.add(batch, value=value[batch.problems])
                     # </method>
                     loss.backward()

@@ -244,20 +244,6 @@ def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: 
     assert metrics["credit/progress"] == pytest.approx(progress, abs=1e-4)
 
 
-def test_reward_spread_by_hand(on_example: Callable):
-    metrics = on_example(gtpo).metrics[1]
-    assert metrics["spread/correct"] == pytest.approx(0.05)  # of 1.15 1.05 1.1 1.05 1.15
-    wrong = metrics["spread/wrong"]
-    assert wrong == pytest.approx(0.0635, abs=1e-4)  # of -1.1778 -1.1 -1.1 -1.0222
-
-
-@pytest.mark.parametrize(("correct", "none"), [((0, 0, 0, 0), "correct"), ((1, 1, 1, 1), "wrong")])
-def test_no_rewards_have_no_spread(on_example: Callable, correct: tuple[int, ...], none: str):
-    metrics = on_example(gtpo, correct).metrics[1]
-    assert metrics[f"spread/{none}"] == 0
-    assert metrics["spread/correct"] + metrics["spread/wrong"] > 0.01
-
-
 # ------------------------------------------------------------------------------- GTPO
 
 
@@ -267,18 +253,29 @@ def test_no_rewards_have_no_spread(on_example: Callable, correct: tuple[int, ...
         {},
         {"level": "sequence", "kl": 0.1},
         {"normalize": "joint", "entropy_clamp": (0.5, 4.9), "overlong_gamma": 0.75},
+        {"scope": "batch"},
     ],
-    ids=["token", "sequence", "flags"],
+    ids=["token", "sequence", "flags", "batch"],
 )
 def test_gtpo_runs(record: Callable, settings: dict[str, Any]):
     recording = record(gtpo, steps=3, lr=1e-2, **settings)
     metrics, rollout = recording.metrics[1], recording.lines[0]
-    assert metrics["spread/correct"] > 0
-    assert metrics["spread/wrong"] > 0
     assert metrics["grad_norm"] > 0.01
     sign = 1 if rollout["reward"] else -1
-    assert len(rollout["shaped_reward"]) == len(rollout["tokens"])
-    assert all(sign * reward > 0.4 for reward in rollout["shaped_reward"])
+    assert len(rollout["advantage"]) == len(rollout["tokens"])
+    assert all(sign * advantage > 0.1 for advantage in rollout["advantage"])
+
+
+def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable):
+    """With a budget of several micro-batches: the advantages are those of one group of all."""
+    recording = record(gtpo, scope="batch", token_budget=60, log_rollouts=4)
+    rollouts, lines = recording.rollouts[0], recording.lines
+    correct = [line["reward"] > 0 for line in lines]
+    expected = slow.gtpo(correct, [line["entropy"] for line in lines])
+    for line, advantages in zip(lines, expected, strict=True):
+        assert line["advantage"] == pytest.approx(advantages, abs=2e-4)
+    by_group = [set(row) for row in rollouts.correct.tolist()]
+    assert len(by_group) == 4 and all(any(line["advantage"]) for line in lines)
 
 
 def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable):

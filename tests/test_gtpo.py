@@ -10,6 +10,7 @@ from worked_example import pad, pad_mask
 from grpo import grpo_advantages
 from gtpo import (
     Args,
+    advantages_of,
     clipped_loss,
     grpo_s_advantages,
     gtpo_advantages,
@@ -45,6 +46,32 @@ def test_worked_example_advantages():
     expected = [[0.9278, 0.7556, 0.8417], [0.7556, 0.9278], [-1.1856, -1.0517, -1.0517], [-0.9179]]
     advantages = gtpo_advantages(*EXAMPLE, eps=0)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
+
+
+def test_scope_by_hand():
+    """The worked example next to a group of correct rollouts and one of wrong ones.
+
+    At position 1 the entropies of the six correct rollouts are 3, 1, 3, 1, 0.5 and 4: the last
+    one's reward is 1 + 0.1 x 4 / 12.5 x 6 = 1.192.
+    """
+    correct = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    entropy, mask = example.entropy.repeat(3, 1, 1), example.mask.repeat(3, 1, 1)
+    as_one = correct.view(1, 12), entropy.view(1, 12, 3), mask.view(1, 12, 3)
+    positive, _ = shaped_rewards(*as_one, 1.0, 0.1)
+    assert positive[0, 7, 0].item() == pytest.approx(1.192)
+
+    by_group = advantages_of(correct, entropy, mask, Args())
+    by_batch = advantages_of(correct, entropy, mask, Args(scope="batch"))
+    torch.testing.assert_close(by_group[:1], gtpo_advantages(*EXAMPLE))
+    assert not by_group[1:].any()
+    right, wrong = by_batch[1][mask[1]], by_batch[2][mask[2]]
+    expected = slow.gtpo([v > 0 for v in correct.flatten().tolist()], example.ENTROPY * 3)
+    torch.testing.assert_close(by_batch[1], pad(expected[4:8])[0])
+    assert 0.80 < right.min() < 0.81 and 1.10 < right.max() < 1.11 and wrong.max() < -0.8
+
+    for level in ("token", "sequence"):  # one group: the same
+        one = [advantages_of(*EXAMPLE, Args(level=level, scope=s)) for s in ("group", "batch")]
+        assert torch.equal(*one)
 
 
 def test_worked_example_grpo_s():

@@ -1,5 +1,7 @@
 """VinePPO's values and advantages: docs/vineppo.md, by hand, step by step, and as a run."""
 
+import copy
+import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_step import assert_same_gradient, gradient_of, plain_logp
+from one_step import assert_same_gradient, gradient_of, move, moved_reference, plain_logp
 from torch import Tensor
 from worked_example import mask, pad, rewards
 
@@ -17,7 +19,14 @@ import vineppo
 from common import Group, Problem
 from infra.hf_engine import HFEngine
 from infra.models import load_policy, load_tokenizer
-from vineppo import Args, estimate_values, step_ends, token_texts, vineppo_advantages
+from vineppo import (
+    Args,
+    estimate_values,
+    kl_penalty,
+    step_ends,
+    token_texts,
+    vineppo_advantages,
+)
 
 STEP_END = Args.step_end
 
@@ -107,9 +116,9 @@ def test_nothing_learnt_where_nothing_changes():
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("Well, |5*3=15;| 17+15=32;| \\boxed{32}", "by byte"),
-        ("Pi is |3.14| here.| So it is.", ["Pi is 3.14 here.", " So it is."]),
-        ("One.\n|\n|Two.\n|", ["One.\n\n", "Two.\n"]),
+        ("Well, 5*3=15; |17+15=32; |\\boxed{32}", "by byte"),
+        ("Pi is |3.14| here.| So| it is.", ["Pi is 3.14 here. So", " it is."]),
+        ("One.\n|\n|Two.\n|", ["One.\n", "\n", "Two.\n"]),
         ("One.|\n\n|Two", ["One.\n\n", "Two"]),
         ("One|.\n\n|Two", ["One.\n\n", "Two"]),
         ("a =| 1\n|b =| 2", ["a = 1\n", "b = 2"]),
@@ -121,13 +130,31 @@ def test_nothing_learnt_where_nothing_changes():
 def test_where_steps_end(text: str, steps: Any):
     if steps == "by byte":
         steps, pieces = text.split("|"), [*text.replace("|", "")]
-        steps = [steps[0] + steps[1], *steps[2:]]
     else:
         pieces = text.split("|")
     ends = step_ends([*pieces, ""], STEP_END)  # an end-of-sequence token has no text
     starts = [0, *ends]
     assert ["".join(pieces[a:b]) for a, b in zip(starts, ends, strict=False)] == steps
     assert ends[-1] == len(pieces) + 1  # and is in the last step
+
+
+@pytest.mark.parametrize(("step_end", "gradient"), [(STEP_END, 0.0), (r"[.](?=\s)", -0.075)])
+def test_a_step_that_the_next_token_ends_biases_the_gradient(step_end: str, gradient: float):
+    """The first token is "." (probability 1/2), after which the answer is right with probability
+    0.6, or another one, after which it never is. The second token, " So" or "5" with probability
+    1/2 each, does not matter, so its true gradient is 0. Under the lookahead " So" ends the first
+    step and "5" does not; the default decides a step's end by the tokens up to it.
+    """
+    value_of_prompt, value_after = 0.5 * 0.6, 0.6
+    expected = 0.0  # of d log p(token) / d logit(" So") x advantage, after "."
+    for token, slope in ((" So", 0.5), ("5", -0.5)):
+        ends = step_ends([".", token, " x", ""], step_end)
+        values = [value_of_prompt] + [value_after] * (len(ends) - 1)
+        step_of_token = sum(end <= 1 for end in ends)
+        for reward, probability in ((1.0, 0.6), (0.0, 0.4)):
+            gains = [after - before for before, after in pairwise([*values, reward])]
+            expected += 0.5 * slope * probability * gains[step_of_token]
+    assert expected == pytest.approx(gradient, abs=1e-9)
 
 
 def test_another_step_end():
@@ -260,6 +287,38 @@ def test_a_run_takes_the_policy_gradient_of_its_advantages(record: Callable):
     assert metrics["value/tokens"] == sum(spent for *_, spent in notes)
     assert metrics["value/prompt"] == pytest.approx(sum(values[0] for _, values, _ in notes) / 16)
     assert metrics["value/steps"] == pytest.approx(sum(len(values) for _, values, _ in notes) / 16)
+
+
+def test_kl_penalty_by_hand():
+    """k3 at twice the probability is 2 - log 2 - 1 = 0.3069, and at e^3 times it 16.09, above 10.
+
+    Over the worked lengths 3, 2, 3 and 1 the mean response has 9 / 4 = 2.25 times a token's.
+    """
+    penalty = kl_penalty(torch.zeros(mask.shape), mask * math.log(2), mask)
+    torch.testing.assert_close(penalty, torch.tensor([[3, 2, 3, 1]]) * 0.3069, atol=2e-4, rtol=0)
+    assert penalty.mean().item() == pytest.approx(2.25 * (1 - math.log(2)))
+    assert kl_penalty(torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]), torch.ones(1, 2)) == 20
+
+
+def test_a_run_adds_the_kl_penalty(record: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(common, "Reference", moved_reference)
+    settings = {"continuations": 2, "step_end": "[a-z]", "log_rollouts": 4}
+    recording = record(vineppo, kl=0.3, **settings)
+    rollouts, update = recording.rollouts[0], recording.updates[0]
+    other = copy.deepcopy(update.policy)
+    move(other)
+    loss, number = 0.0, len(recording.lines)
+    advantages = [torch.tensor(line["advantage"]) for line in recording.lines]
+    tokens = sum(map(len, advantages))
+    for i, row in enumerate(advantages):
+        logp = plain_logp(update.policy, rollouts, *divmod(i, 4))
+        log_ratio = plain_logp(other, rollouts, *divmod(i, 4)).detach() - logp
+        penalty = log_ratio.exp() - log_ratio - 1
+        loss = loss - (row * logp).sum() / tokens
+        loss = loss + 0.3 * penalty.clamp(max=10).sum() / number
+    assert_same_gradient(update.gradient, gradient_of(loss, update.policy), 1e-3)
+    of_surrogate = record(vineppo, kl=0.0, **settings).updates[0].gradient
+    assert (update.gradient - of_surrogate).norm() > 0.1 * of_surrogate.norm()
 
 
 def test_values_do_not_depend_on_the_batch(short_args: Callable):
