@@ -40,8 +40,6 @@ class Args(common.RunArgs):
     """GTPO: the tokens over which r+ and r- are standardised [open]"""
     scope: Literal["group", "batch"] = "group"
     """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
-    entropy_clamp: tuple[float, float] | None = None
-    """LOW HIGH: bounds of the entropy before shaping (another reading: 0.2 0.28) [open]"""
     overlong_gamma: float = 0.0
     """γ₁: accuracy above which long correct rollouts are punished, such as 0.75; 0: off [open]"""
     clip_low: float = 0.2
@@ -56,20 +54,16 @@ class Args(common.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        clamp, gamma = self.entropy_clamp, self.overlong_gamma
-        ordered = not clamp or 0 <= clamp[0] <= clamp[1]
-        common.require(ordered, "--entropy-clamp", clamp, "needs 0 <= LOW <= HIGH")
+        gamma = self.overlong_gamma
         valid = not gamma or 0.5 < gamma <= 1
         common.require(valid, "--overlong-gamma", gamma, "must lie in (0.5, 1], or be 0: off")
         why = "only verdicts count here, which it does not change; use --overlong-gamma"
         common.require(not self.overlong_buffer, "--overlong-buffer", self.overlong_buffer, why)
-        why = "has no effect with --alpha2 0"
-        common.require(self.alpha2 or not clamp, "--entropy-clamp", clamp, why)
         if self.level == "sequence":
             why = "has no effect with --level sequence"
             common.require(self.normalize == "with-zeros", "--normalize", self.normalize, why)
-            average = self.loss_average
-            common.require(average != "constant", "--loss-average", average, why)
+            valid = self.loss_average != "constant"
+            common.require(valid, "--loss-average", self.loss_average, why)
             self.loss_average = "sequence"
 
     # </method>
@@ -112,16 +106,20 @@ def gtpo_advantages(
     alpha1: Tensor | float = 1.0,
     alpha2: float = 0.1,
     normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros",
+    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GTPO's advantage of each token, [P, G, T], 0 outside the mask. Arguments: `shaped_rewards`.
 
     normalize: how r+ and r- are standardised over the group. with-zeros: each over all tokens,
     with 0 on those of the other verdict; own-set: each over its own tokens; joint: both as one.
+    scope: "batch" makes all P G rollouts one group; alpha1 is then a number or [P, G, 1].
     A group whose verdicts are all equal gives zeros [open].
     """
-    if normalize not in ("with-zeros", "own-set", "joint"):
-        raise ValueError(f"--normalize cannot be {normalize!r}")
+    shape = mask.shape
+    if scope == "batch":
+        correct, entropy, mask = (x.flatten(0, 1)[None] for x in (correct, entropy, mask))
+        alpha1 = torch.as_tensor(alpha1).expand(*shape[:2], 1).reshape(1, -1, 1)
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
@@ -130,9 +128,9 @@ def gtpo_advantages(
     own_set = normalize == "own-set"
     plus = standardize(positive, right if own_set else mask, eps)
     minus = standardize(negative, wrong if own_set else mask, eps)
-    mixed = (correct > 0).any(-1) & (correct <= 0).any(-1)  # [P]
-    learns = mask & mixed[..., None, None]
-    return torch.where(learns, torch.where(right, plus, minus), 0.0)  # Eq. 6 [paper]
+    advantages = torch.where(right, plus, minus)  # Eq. 6 [paper]
+    both_verdicts = right.any((-2, -1), keepdim=True) & wrong.any((-2, -1), keepdim=True)
+    return torch.where(both_verdicts, advantages, 0.0).view(shape)
 
 
 def grpo_s_advantages(
@@ -142,28 +140,26 @@ def grpo_s_advantages(
     *,
     beta1: Tensor | float = 1.0,
     beta2: float = 0.1,
+    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GRPO-S's advantage of each rollout, [P, G]: GTPO's, with each rollout as a single token."""
     entropy = masked_mean(entropy, mask)  # [P, G, 1]  # Eq. 8 [paper]
     one_token = mask.any(-1, keepdim=True)
-    advantages = gtpo_advantages(  # Eq. 9 [paper]
-        correct, entropy, one_token, alpha1=beta1, alpha2=beta2, eps=eps
-    )
-    return advantages[..., 0]
+    weights = {"alpha1": beta1, "alpha2": beta2}
+    advantages = gtpo_advantages(correct, entropy, one_token, **weights, scope=scope, eps=eps)
+    return advantages[..., 0]  # Eq. 9 [paper]
 
 
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Group-relative length punishment, from 0 down to -1/2 (Appendix D).
 
-    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G]; zeros if gamma is 0.
-    gamma, in (1/2, 1], is the accuracy from which a group is easy. In an easy group long correct
-    rollouts are punished, relative to the lengths of the correct ones. In a hard group, with
-    accuracy at most 1 - gamma, none is. Otherwise the rollouts with the majority's verdict are,
-    relative to all lengths; on a tie the wrong ones [open].
+    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G].
+    gamma, in (1/2, 1], is the accuracy from which a group is easy: its long correct rollouts are
+    punished, relative to the lengths of the correct ones. In a hard group, with accuracy at most
+    1 - gamma, none is. Otherwise the rollouts with the majority's verdict are, relative to all
+    lengths; on a tie the wrong ones [open].
     """
-    if not gamma:
-        return torch.zeros_like(lengths, dtype=torch.float32)
     correct = correct > 0
     accuracy = correct.float().mean(-1, keepdim=True)
     easy = accuracy >= gamma
@@ -173,35 +169,24 @@ def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Te
 
     shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
     longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
-    mean = torch.where(measured, lengths, 0).sum(-1, keepdim=True) / measured.sum(-1, keepdim=True)
-    limit = torch.maximum((shortest + longest) / 2, mean)
+    limit = torch.maximum((shortest + longest) / 2, masked_mean(lengths, measured))
     # The paper's slope ends at -1/2 for 2 * limit, which no measured length reaches.
     punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
     return torch.where(punished, punishment, 0.0)
 
 
-def advantages_of(correct: Tensor, entropy: Tensor, mask: Tensor, args: Args) -> Tensor:
-    """The advantage of each token, [P, G, T], by the settings.
-
-    correct: [P, G] verdicts; entropy, mask: [P, G, T].
-    """
-    shape = mask.shape
-    if args.entropy_clamp:
-        entropy = entropy.clamp(*args.entropy_clamp)
-    punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-    alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
-    if args.scope == "batch":  # all rollouts as one group
-        correct, entropy, mask, alpha1 = (
-            x.flatten(0, 1)[None] for x in (correct, entropy, mask, alpha1)
-        )
-    if args.level == "token":
-        advantages = gtpo_advantages(
-            correct, entropy, mask, alpha1=alpha1, alpha2=args.alpha2, normalize=args.normalize
-        )
-    else:
-        advantages = grpo_s_advantages(correct, entropy, mask, beta1=alpha1, beta2=args.alpha2)
-        advantages = advantages[..., None] * mask
-    return advantages.view(shape)
+def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
+    """The advantage of each token by the settings, [P, G, T]."""
+    correct, entropy, mask = rollouts.correct, rollouts.entropy, rollouts.mask
+    alpha1 = torch.ones_like(entropy[..., :1])
+    if args.overlong_gamma:
+        punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
+        alpha1 += torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
+    if args.level == "sequence":
+        flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
+        return grpo_s_advantages(correct, entropy, mask, **flags)[..., None] * mask
+    flags = {"alpha1": alpha1, "alpha2": args.alpha2, "normalize": args.normalize}
+    return gtpo_advantages(correct, entropy, mask, **flags, scope=args.scope)
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -277,9 +262,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # With --scope group in the update, because they need its entropies.
-        if args.scope == "batch":
-            advantages = advantages_of(rollouts.correct, rollouts.entropy, mask, args)
+        # In the update, because they need its log-probabilities and entropies.
         # </method>
 
         # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
@@ -297,11 +280,8 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    if args.scope == "batch":
-                        advantage = advantages[batch.problems]
-                    else:
-                        correct = rollouts.correct[batch.problems]
-                        advantage = advantages_of(correct, batch.entropy, batch.mask, args)
+                    # With --scope group, groups of later micro-batches may have no entropies yet.
+                    advantage = token_advantages(rollouts, args)[batch.problems]
                     new = batch.logp
                     if args.level == "sequence":
                         new = rollout_logp(new, batch.old_logp, batch.mask)

@@ -95,10 +95,12 @@ def vineppo_advantages(
     return common.standardize(*as_one_group, eps=1e-8).view_as(advantages)  # Eq. whitening [code]
 
 
-def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """The KL estimate of each response, a sum over its tokens: three [..., T] -> [...]."""
-    per_token = kl_estimate(logp, ref_logp).clamp(0, 10)
-    return (per_token * mask).sum(-1)  # Eq. KL [code]
+def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
+    """The KL estimate of each response, summed over its tokens: three [..., T] -> [...].
+
+    weights: 0 outside the response, on its tokens 1 or their importance weight.
+    """
+    return (kl_estimate(logp, ref_logp).clamp(0, 10) * weights).sum(-1)  # Eq. KL [code]
 
 
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
@@ -272,8 +274,9 @@ def main(args: Args) -> None:
                     )
                     loss = (loss * loss_weights).sum()
                     if args.kl:
-                        penalty = kl_penalty(batch.logp, batch.ref_logp, batch.trained)
-                        loss = loss + args.kl * penalty.sum() / (len(share) * args.group_size)
+                        tokens = importance * batch.trained
+                        penalty = kl_penalty(batch.logp, batch.ref_logp, tokens).sum()
+                        loss = loss + args.kl * penalty / (len(share) * args.group_size)
                     per_token.add(batch, value=value[batch.problems])
                     # </method>
                     loss.backward()

@@ -45,6 +45,7 @@ METHODS = {
     "EP-GRPO progress alone": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
     "ERPO": "erpo.py",
     "GTPO": "gtpo.py",
+    "GTPO by batch": "gtpo.py --scope batch",
     "GRPO-S": "gtpo.py --level sequence",
     "HölderPO": "holderpo.py",
     "GMPO": "holderpo.py --schedule constant --p-start 0 --clip-level token",

@@ -95,15 +95,7 @@ def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
             flags = pick(args, "gamma", "eta", "buckets", "sigma_target")
             return erpo.erpo_advantages(*signals, **flags)
         case "gtpo" | "grpo_s":
-            doubt = step.entropy.clamp(*args.entropy_clamp) if args.entropy_clamp else step.entropy
-            punished = gtpo.overlong_punishment(step.correct, lengths, gamma=args.overlong_gamma)
-            alpha1 = 1 + torch.where(step.correct > 0, punished, -punished)[..., None]
-            rollouts = step.correct, doubt, mask
-            if args.level == "token":
-                flags = pick(args, "alpha2", "normalize")
-                return gtpo.gtpo_advantages(*rollouts, alpha1=alpha1, **flags)
-            advantages = gtpo.grpo_s_advantages(*rollouts, beta1=alpha1, beta2=args.alpha2)
-            return advantages[..., None] * mask
+            return gtpo.token_advantages(step, args)
     advantages = grpo.grpo_advantages(step.rewards, scale=args.scale_rewards)[..., None] * mask
     if args.method == "arca":
         credit = arca.credit_weights(step.residual, mask, sharpening=args.sharpening)

@@ -252,7 +252,7 @@ def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: 
     [
         {},
         {"level": "sequence", "kl": 0.1},
-        {"normalize": "joint", "entropy_clamp": (0.5, 4.9), "overlong_gamma": 0.75},
+        {"normalize": "joint", "overlong_gamma": 0.75},
         {"scope": "batch"},
     ],
     ids=["token", "sequence", "flags", "batch"],
@@ -266,16 +266,26 @@ def test_gtpo_runs(record: Callable, settings: dict[str, Any]):
     assert all(sign * advantage > 0.1 for advantage in rollout["advantage"])
 
 
-def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable):
-    """With a budget of several micro-batches: the advantages are those of one group of all."""
-    recording = record(gtpo, scope="batch", token_budget=60, log_rollouts=4)
-    rollouts, lines = recording.rollouts[0], recording.lines
-    correct = [line["reward"] > 0 for line in lines]
-    expected = slow.gtpo(correct, [line["entropy"] for line in lines])
-    for line, advantages in zip(lines, expected, strict=True):
+def first_group_is_right(_: Any, texts: list[str], references: list[str]) -> list[bool]:
+    return [i < 4 or i % 2 == 0 for i in range(len(texts))]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable, level: str):
+    """Also in several micro-batches. The first group has equal verdicts."""
+    settings = {"token_budget": 200, "log_rollouts": 4, "level": level}
+    recording = record(gtpo, scope="batch", grade=first_group_is_right, **settings)
+    entropy = [line["entropy"] for line in recording.lines]
+    correct = [verdict > 0 for verdict in recording.rollouts[0].correct.flatten().tolist()]
+    expected = slow.gtpo(correct, entropy)
+    if level == "sequence":
+        rollouts = slow.grpo_s(correct, entropy)
+        expected = [[a] * len(row) for a, row in zip(rollouts, entropy, strict=True)]
+    for line, advantages in zip(recording.lines, expected, strict=True):
         assert line["advantage"] == pytest.approx(advantages, abs=2e-4)
-    by_group = [set(row) for row in rollouts.correct.tolist()]
-    assert len(by_group) == 4 and all(any(line["advantage"]) for line in lines)
+        assert any(line["advantage"])
+    other = record(gtpo, grade=first_group_is_right, **settings)
+    assert not any(any(line["advantage"]) for line in other.lines[:4])
 
 
 def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable):

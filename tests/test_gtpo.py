@@ -10,7 +10,6 @@ from worked_example import pad, pad_mask
 from grpo import grpo_advantages
 from gtpo import (
     Args,
-    advantages_of,
     clipped_loss,
     grpo_s_advantages,
     gtpo_advantages,
@@ -48,30 +47,44 @@ def test_worked_example_advantages():
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
 
+# Groups with both verdicts, only right rollouts and only wrong ones, of one token each.
+THREE_GROUPS = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+THREE_ENTROPIES = torch.tensor([[3, 1, 0.5, 1], [3, 1, 2, 2], [0.5, 1, 2, 2]]).double()[..., None]
+
+
 def test_scope_by_hand():
-    """The worked example next to a group of correct rollouts and one of wrong ones.
-
-    At position 1 the entropies of the six correct rollouts are 3, 1, 3, 1, 0.5 and 4: the last
-    one's reward is 1 + 0.1 x 4 / 12.5 x 6 = 1.192.
+    """Under batch scope the six right rollouts share 12 nats: r+ = 1 + 0.1 x 6 H / 12. With six
+    zeros their mean is 0.55 and their standard deviation is the root of 3.64 / 11, 0.5752. The six
+    wrong ones share 7 / nat: r- = -1 - 0.1 x 6 / 7H, of mean -0.55; the root of 3.6471 / 11 is
+    0.5758.
     """
-    correct = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
-    entropy, mask = example.entropy.repeat(3, 1, 1), example.mask.repeat(3, 1, 1)
-    as_one = correct.view(1, 12), entropy.view(1, 12, 3), mask.view(1, 12, 3)
-    positive, _ = shaped_rewards(*as_one, 1.0, 0.1)
-    assert positive[0, 7, 0].item() == pytest.approx(1.192)
+    example = THREE_GROUPS, THREE_ENTROPIES, torch.ones(3, 4, 1, dtype=torch.bool)
+    mixed, *equal = gtpo_advantages(*example, eps=0)
+    assert mixed.all() and not any(group.any() for group in equal)
 
-    by_group = advantages_of(correct, entropy, mask, Args())
-    by_batch = advantages_of(correct, entropy, mask, Args(scope="batch"))
-    torch.testing.assert_close(by_group[:1], gtpo_advantages(*EXAMPLE))
-    assert not by_group[1:].any()
-    right, wrong = by_batch[1][mask[1]], by_batch[2][mask[2]]
-    expected = slow.gtpo([v > 0 for v in correct.flatten().tolist()], example.ENTROPY * 3)
-    torch.testing.assert_close(by_batch[1], pad(expected[4:8])[0])
-    assert 0.80 < right.min() < 0.81 and 1.10 < right.max() < 1.11 and wrong.max() < -0.8
+    batch = gtpo_advantages(*example, scope="batch", eps=0)[..., 0]
+    expected = [[1.0430, 0.8692, -1.0792, -0.9304], [1.0430, 0.8692, 0.9561, 0.9561]]
+    expected.append([-1.0792, -0.9304, -0.8559, -0.8559])
+    torch.testing.assert_close(batch, torch.tensor(expected).double(), atol=5e-5, rtol=0)
+    rollouts = grpo_s_advantages(*example, scope="batch", eps=0)
+    torch.testing.assert_close(rollouts, batch)  # a token each
 
-    for level in ("token", "sequence"):  # one group: the same
-        one = [advantages_of(*EXAMPLE, Args(level=level, scope=s)) for s in ("group", "batch")]
-        assert torch.equal(*one)
+
+def test_batch_scope_agrees_with_a_loop_over_all_rollouts():
+    compared = 0
+    for seed in range(200):
+        group = slow.random_group(seed)
+        if len(group.rewards) % 2:
+            continue
+        both = [x.unflatten(1, (2, -1))[0] for x in tensors(group)]  # as two groups
+        advantages = gtpo_advantages(*both, alpha1=0.9, scope="batch").flatten(0, 1)
+        expected = pad(slow.gtpo(verdicts(group), group.entropy, alpha1=0.9))[0]
+        torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
+        rollouts = grpo_s_advantages(*both, scope="batch").flatten()
+        expected = pad([slow.grpo_s(verdicts(group), group.entropy)])[0, 0]
+        torch.testing.assert_close(rollouts, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
+        compared += 1
+    assert compared > 50
 
 
 def test_worked_example_grpo_s():
@@ -148,11 +161,6 @@ def test_with_zeros_reinforces_correct_rollouts_and_own_set_does_not():
     assert own[right].mean().abs() < 1e-12
     other = gtpo_advantages(*EXAMPLE, normalize="own-set", alpha1=3, alpha2=0.5, eps=0)
     torch.testing.assert_close(own, other)
-
-
-def test_unknown_normalization():
-    with pytest.raises(ValueError, match=r"--normalize.*'batch'"):
-        gtpo_advantages(*EXAMPLE, normalize="batch")
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
@@ -264,11 +272,6 @@ def test_overlong_punishment(correct: list[int], lengths: list[int], expected: l
     torch.testing.assert_close(punishment, torch.tensor([expected], dtype=punishment.dtype))
 
 
-def test_no_punishment_at_gamma_0():
-    punishment = overlong_punishment(example.correct, example.mask.sum(-1), gamma=0)
-    assert torch.equal(punishment, torch.zeros(1, 4))
-
-
 def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising():
     punishment = torch.tensor([[0.0, -0.25, 0.0, -0.125]], dtype=torch.float64)
     alpha1 = torch.tensor([[1.0, 0.75, 1.0, 1.125]], dtype=torch.float64)[..., None]
@@ -281,6 +284,9 @@ def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising
     )
     joint = gtpo_advantages(*EXAMPLE, normalize="joint", alpha1=alpha1)
     torch.testing.assert_close(joint, pad(expected))
+    as_two = [x.view(2, 2, *x.shape[2:]) for x in (*EXAMPLE, alpha1)]
+    batch = gtpo_advantages(*as_two[:3], normalize="joint", scope="batch", alpha1=as_two[3])
+    torch.testing.assert_close(batch.view_as(joint), joint)
 
     plain = gtpo_advantages(*EXAMPLE)
     for advantages, before in (

@@ -299,6 +299,8 @@ def test_kl_penalty_by_hand():
     torch.testing.assert_close(penalty, torch.tensor([[3, 2, 3, 1]]) * 0.3069, atol=2e-4, rtol=0)
     assert penalty.mean().item() == pytest.approx(2.25 * (1 - math.log(2)))
     assert kl_penalty(torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]), torch.ones(1, 2)) == 20
+    half = kl_penalty(torch.zeros(mask.shape), mask * math.log(2), 0.5 * mask)  # importance
+    torch.testing.assert_close(half, penalty / 2)
 
 
 def test_a_run_adds_the_kl_penalty(record: Callable, monkeypatch: pytest.MonkeyPatch):
