@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grading import Grader, last_boxed
 from infra.cli import StopRun, check_settings, launch, reject, require
-from infra.data import Problem, Problems, load_problems
+from infra.data import Problem, Problems, grade, load_problems
 from infra.forward import forward_passes, left_pad, response_states
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
@@ -56,6 +56,7 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
+    references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
@@ -195,12 +196,12 @@ def roll_out(
 
 
 def verify(grader: Grader, groups: list[Group]) -> None:
-    """Set `correct`: 1.0 if the last \\boxed{} of the response equals the reference answer."""
-    texts, references = [], []
+    """Set `correct`: 1.0 if the last \\boxed{} of the response equals a reference answer."""
+    texts, problems = [], []
     for group in groups:
         texts += group.texts
-        references += [group.problem.answer] * len(group.texts)
-    verdicts = iter(grader.grade(texts, references))
+        problems += [group.problem] * len(group.texts)
+    verdicts = iter(grade(grader, texts, problems))
     for group in groups:
         group.correct = [float(next(verdicts)) for _ in group.texts]
 

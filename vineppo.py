@@ -142,12 +142,12 @@ def estimate_values(
             lengths.append(args.max_new_tokens - len(prefix))
     responses = engine.generate(prompts, seeds, lengths, args.temperature)
 
-    responses_with_prefix, references = [], []
+    responses_with_prefix, problems = [], []
     for i, (tokens, _) in enumerate(responses):
         p, prefix = distinct[i // args.continuations]
         responses_with_prefix.append([*prefix, *tokens])
-        references.append(groups[p].problem.answer)
-    verdicts = grader.grade(engine.decode(responses_with_prefix), references)
+        problems.append(groups[p].problem)
+    verdicts = common.grade(grader, engine.decode(responses_with_prefix), problems)
     correct = torch.tensor(verdicts, dtype=torch.float32)
     lengths = torch.tensor([len(row) for row in responses_with_prefix])
     rewards = correct + common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)

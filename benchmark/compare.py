@@ -59,12 +59,20 @@ METHODS = {
     "surprisal credit": "arca.py --credit surprisal",
     "entropy credit": "arca.py --credit entropy",
     "divergence credit": "arca.py --credit divergence",
+    "STARE": "stare.py",
+    "STARE C2": "stare.py --attenuate 0.9",
+    # FIPO is DAPO in the first update of a step, so it takes four, as the two rows next to it do.
+    "GRPO with 4 updates": "grpo.py --updates-per-rollout 4",
+    "DAPO with 4 updates": "grpo.py --clip-high 0.28 --dynamic-sampling --overlong-buffer 8 "
+    "--updates-per-rollout 4",
+    "FIPO": "fipo.py --dynamic-sampling --overlong-buffer 8",
 }
 DEFAULT_METHODS = ",".join(name for name in METHODS if name != "VinePPO by token")  # expensive
 RATE_OF = {  # variants that use the learning rate of another method
     "EP-GRPO gate alone": "EP-GRPO",
     "EP-GRPO progress alone": "EP-GRPO",
     "VinePPO by token": "VinePPO",
+    "STARE C2": "STARE",
 }
 
 

@@ -153,8 +153,7 @@ def measure(
     responses = complete(engine, problem, prefixes, seed_for(*seed, "finish"), args)
     texts = engine.decode(responses)
     distinct = list(dict.fromkeys([*group.texts, *texts]))
-    answers = [problem.answer] * len(distinct)
-    verdicts = map(float, grader.grade(distinct, answers))
+    verdicts = map(float, common.grade(grader, distinct, [problem] * len(distinct)))
     correct = dict(zip(distinct, verdicts, strict=True))
     right = np.array([correct[text] for text in texts], dtype=int)
 

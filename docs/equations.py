@@ -26,6 +26,8 @@ PAGES = (
     "vineppo",
     "forking",
     "lambda_grpo",
+    "fipo",
+    "stare",
 )
 HEAD = """# Equations, lines and tests
 

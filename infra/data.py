@@ -1,4 +1,4 @@
-"""Problems: files, folders and hub datasets, their columns, reference answers, chat templates.
+"""Problems: columns of a dataset, reference answers, chat templates.
 
 docs/data.md describes what is read, and what becomes of what cannot be read.
 """
@@ -7,49 +7,47 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import functools
-import io
 import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import fsspec
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, is_prose, last_boxed
+from grading.answers import NO_ANSWERS, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
-
-Row = dict[str, Any]
+from infra.rows import Row, is_chat, read_rows
 
 COLUMNS = {
-    "question": ["problem", "question", "prompt", "messages"],
+    "question": ["problem", "question", "prompt", "messages", "conversations"],
     "answer": [
         *("answer", "final_answer", "expected_answer", "ground_truth"),
         *("reward_model.ground_truth", "solution"),
+        # of the assistant's turn that ends a conversation
+        *("conversations.ground_truth.value", "conversations.ground_truth"),
+        *("conversations.value", "conversations.content", "messages.content"),
     ],
 }
-FILES = {"jsonl", "json", "ndjson", "parquet", "csv", "tsv"}
-NOT_A_HUB_NAME = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
 
 # ------------------------------------------------------------------ problems
 
 
 @dataclass
 class Problem:
-    """A question, as text and as prompt tokens, and its reference answer."""
+    """A question, as text and as prompt tokens, and its reference answers."""
 
     text: str
     answer: str
     prompt: list[int]
+    alternatives: tuple[str, ...] = ()  # further reference answers, each of them right
 
 
 class Problems(list[Problem]):
@@ -78,32 +76,41 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(count)
 
 
+def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list[bool]:
+    """Whether each response has one of the reference answers of its problem."""
+    texts, references, places = [], [], []
+    for place, problem in enumerate(problems):
+        for reference in (problem.answer, *problem.alternatives):
+            texts.append(responses[place])
+            references.append(reference)
+            places.append(place)
+    correct = [False] * len(responses)
+    for place, verdict in zip(places, grader.grade(texts, references), strict=True):
+        correct[place] = correct[place] or verdict
+    return correct
+
+
 def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Problems:
     """The problems of --dataset or --eval-dataset, as docs/data.md describes.
 
     flag: which of the two. Prints how many rows were discarded for which reason, and rejects a
     dataset of which none is left.
     """
-    name = getattr(args, flag.strip("-").replace("-", "_"))
+    name = dataset_name(args, flag)
     for_template = template_arguments(args)
-    rows = [flatten(row) for row in read_rows(flag, name) if row]
-    if not rows:
-        reject(flag, name, "holds no problems")
-    question = find_column(rows, args, flag, "question")
-    answer = find_column(rows, args, flag, "answer")
+    column, questions, answers = read_columns(args, flag)
+    references = readable_references(grader, answers, args.references)
 
     problems, discarded = Problems(), Counter()
-    references = [reference_answer(row.get(answer)) for row in rows]
-    readable = grader.readable(references)
     unreadable = []
-    for row, reference, is_readable in zip(rows, references, readable, strict=True):
-        chat = as_chat(row.get(question))
+    for question, answer, texts in zip(questions, answers, references, strict=True):
+        chat = as_chat(question)
         if not chat:
-            discarded[f"problems have no text in {question!r}"] += 1
-        elif not is_readable:
-            unreadable.append(repr(row.get(answer))[:40])
+            discarded[f"problems have no text in {column!r}"] += 1
+        elif not texts:
+            unreadable.append(repr(answer)[:40])
         else:
-            problem = make_problem(chat, reference, tokenizer, args, for_template)
+            problem = make_problem(chat, texts, tokenizer, args, for_template)
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
             else:
@@ -112,20 +119,25 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         examples = ", ".join([*dict.fromkeys(unreadable)][:5])
         discarded[f"reference answers cannot be read: {examples}"] = len(unreadable)
 
+    rows = len(questions)
     for reason, count in discarded.items():
-        if count == len(rows):
-            reject(flag, name, f"{count} of {len(rows)} {reason}")
-        print(f"{flag} {name}: discarded {count} of {len(rows)}: {reason}", file=sys.stderr)
+        if count == rows:
+            reject(flag, name, f"{count} of {rows} {reason}")
+        print(f"{flag} {name}: discarded {count} of {rows}: {reason}", file=sys.stderr)
     if not problems:
-        reject(flag, name, f"all {len(rows)} problems were discarded")
+        reject(flag, name, f"all {rows} problems were discarded")
     repeated = len(problems) - len({tuple(problem.prompt) for problem in problems})
     if repeated:
         print(f"{flag} {name}: {repeated} problems repeat another and are kept", file=sys.stderr)
     return problems
 
 
+def dataset_name(args: Any, flag: str) -> str:
+    return getattr(args, flag.strip("-").replace("-", "_"))
+
+
 def make_problem(
-    chat: list[Row], reference: str, tokenizer: Any, args: Any, for_template: Row
+    chat: list[Row], references: list[str], tokenizer: Any, args: Any, for_template: Row
 ) -> Problem:
     """Add --instruction and --system-prompt, and apply the chat template."""
     text = chat[-1]["content"]
@@ -143,134 +155,94 @@ def make_problem(
             why += f", given --template-args {args.template_args}"
         flag = "--models" if hasattr(args, "models") else "--model"
         reject(flag, tokenizer.name_or_path, f"{why}: {error}")
-    return Problem(text, reference, prompt)
-
-
-# ------------------------------------------------------------------ rows
-
-
-def read_rows(flag: str, name: str) -> list[Row]:
-    """Rows of a local file or folder, or of a hub dataset, name[:config][@split]."""
-    split = "train" if flag == "--dataset" else "test"
-    repository, config = name, ""
-    if not Path(name).exists():
-        repository, _, wanted = name.partition("@")
-        repository, _, config = repository.partition(":")
-        split = wanted or split
-    path = Path(repository)
-    try:
-        if path.is_file():
-            return read_file(path, split)
-        looks_local = NOT_A_HUB_NAME.intersection(path.name.lower().split(".")[1:])
-        is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository) and not looks_local
-        is_folder = name and path.is_dir()  # the path of an empty name is the current folder
-        if not is_folder and not is_hub_name:
-            reject(flag, name, "no such file or folder")
-        return read_dataset(flag, name, repository, config, split)
-    except Exception as error:  # datasets raises many kinds for a wrong name or broken file
-        error = error.__cause__ or error
-        reject(flag, name, f"{type(error).__name__}: {first_line(error)[:200]}")
-
-
-def read_dataset(flag: str, name: str, repository: str, config: str, split: str) -> list[Row]:
-    """Rows of a folder or a hub dataset, through `datasets`."""
-    import datasets  # slow to import, and not needed for a file
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are printed by the caller
-    path = Path(repository)
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        return datasets.load_dataset(repository, config or None, split=split).to_list()
-    saved = datasets.load_from_disk(repository)
-    if not isinstance(saved, dict):
-        return saved.to_list()
-    if split not in saved:
-        reject(flag, name, f"its splits are {', '.join(saved)}, and none is {split}")
-    return saved[split].to_list()
-
-
-def read_file(path: Path, split: str) -> list[Row]:
-    """Rows of one file, compressed or not. `datasets` would read some texts as numbers or dates."""
-    kinds = FILES.intersection(path.name.lower().split("."))
-    if not kinds:
-        raise ValueError(f"its name ends in none of {', '.join(sorted(FILES))}")
-    with fsspec.filesystem("file").open(str(path), compression="infer") as file:
-        data = file.read()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError("is a Git LFS pointer: the data itself was not downloaded")
-    if "parquet" in kinds:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-    if kinds & {"csv", "tsv"}:
-        return read_csv(data)
-    return read_json(data.decode(json.detect_encoding(data)), split)
-
-
-def read_csv(data: bytes) -> list[Row]:
-    """Rows of comma, semicolon or tab separated values. Every cell is text."""
-    try:
-        text = data.decode(json.detect_encoding(data))
-    except UnicodeDecodeError:
-        text = data.decode("cp1252")  # spreadsheets on Windows write it
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    csv.field_size_limit(sys.maxsize)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"row {number} has more fields than there are columns")
-    return rows
-
-
-def read_json(text: str, split: str) -> list[Row]:
-    """Rows of JSON lines, of a list, or of an object that holds a list of rows for each split."""
-    values, position = [], 0
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
-    while (position := space.match(text, position).end()) < len(text):
-        value, position = decoder.raw_decode(text, position)
-        values.append(value)
-
-    if len(values) == 1 and isinstance(values[0], list):
-        values = values[0]
-    elif len(values) == 1 and isinstance(values[0], dict):
-        splits = {key: value for key, value in values[0].items() if is_rows(value)}
-        if split in splits:
-            values = splits[split]
-        elif len(splits) == 1:
-            [values] = splits.values()
-    for number, row in enumerate(values, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is not a JSON object")
-    return values
-
-
-def is_rows(value: Any) -> bool:
-    """Whether a JSON value is a list of rows. A list of messages is not."""
-    if not isinstance(value, list) or not value:
-        return False
-    return isinstance(value[0], dict) and "role" not in value[0]
+    return Problem(text, references[0], prompt, tuple(references[1:]))
 
 
 # ------------------------------------------------------------------ columns
 
 # A text that is a list of texts or objects, or an object: `["1", "2"]`, `{'role': ...}`
-NESTED = re.compile(r"\s*(\[\s*[\"'{]|\{\s*[\"'][\w ]+[\"']:)")
+NESTED = re.compile(r"\s*((\[\s*)+[\"'{]|\{\s*[\"'][\w ]+[\"']:)")
+# Roles as ShareGPT names them. All others keep their names.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
-def flatten(row: Row, prefix: str = "") -> Row:
-    """Columns by their names in lower case; a nested column {"a": {"b": 1}} is also a.b."""
+def read_columns(args: Any, flag: str) -> tuple[str, list[Any], list[Any]]:
+    """The name of the problem's column, its values, and the values of the reference answer.
+
+    For each of the two, the first of the wanted columns in which some row holds a value. Only the
+    first value of a row is kept, so other columns take no memory.
+    """
+    wanted = {kind: wanted_columns(args, flag, kind) for kind in COLUMNS}
+    needed = set()
+    for column in [*wanted["question"], *wanted["answer"]]:
+        while column:  # a.b.c, a.b, a
+            needed.add(column)
+            column = column.rpartition(".")[0]
+
+    found: dict[str, list[tuple[int, Any]]] = {kind: [] for kind in COLUMNS}
+    for row in read_rows(flag, dataset_name(args, flag), needed):
+        if row:
+            columns = flatten(row, needed)
+            for kind, names in wanted.items():
+                found[kind].append(first_value(columns, names))
+
+    values = {}
+    for kind, of_rows in found.items():
+        first = min((place for place, _ in of_rows), default=len(wanted[kind]))
+        if first == len(wanted[kind]):
+            reject_columns(args, flag, kind, wanted[kind])
+        values[kind] = [value if place == first else None for place, value in of_rows]
+        wanted[kind] = wanted[kind][first]
+    return wanted["question"], values["question"], values["answer"]
+
+
+def wanted_columns(args: Any, flag: str, kind: str) -> list[str]:
+    """Columns by preference. kind: "question" or "answer". The flag for it comes first."""
+    chosen = getattr(args, f"{kind}_column").lower()
+    wanted = [chosen] if chosen else []
+    if not chosen or flag != "--dataset":  # held-out problems may have columns of their own
+        wanted += COLUMNS[kind]
+    return wanted
+
+
+def first_value(columns: Row, wanted: list[str]) -> tuple[int, Any]:
+    """The place of the first wanted column that holds a value, and the value."""
+    for place, name in enumerate(wanted):
+        if columns.get(name) not in (None, ""):
+            return place, columns[name]
+    return len(wanted), None
+
+
+def reject_columns(args: Any, flag: str, kind: str, wanted: list[str]) -> NoReturn:
+    name = dataset_name(args, flag)
+    row = next((row for row in read_rows(flag, name) if row), None)
+    if row is None:
+        reject(flag, name, "holds no problems")
+    why = f"columns found: {sorted(flatten(row))[:30]}; wanted: one of {wanted}"
+    reject(flag, name, f"{why}; --{kind}-column names another")
+
+
+def flatten(row: Row, needed: Container[str] = (), prefix: str = "") -> Row:
+    """Columns by their names in lower case; a nested column {"a": {"b": 1}} is also a.b.
+
+    Of a conversation that ends with the assistant's turn, this turn is nested. needed: the names
+    that are kept; empty: all.
+    """
     columns = {}
     for key, value in row.items():
         name = prefix + str(key).strip().lower()
+        if needed and name not in needed:
+            continue
         if isinstance(value, bytes):
             value = value.decode(errors="replace")
         if isinstance(value, str) and NESTED.match(value):
             value = parse_nested(value.strip())
         columns[name] = value
-        if isinstance(value, dict):
-            columns |= flatten(value, f"{name}.")
+        nested = value
+        if is_chat(value) and role_of(value[-1]) == "assistant":
+            nested = value[-1]
+        if isinstance(nested, dict):
+            columns |= flatten(nested, needed, f"{name}.")
     return columns
 
 
@@ -282,22 +254,9 @@ def parse_nested(text: str) -> Any:
     return text
 
 
-def find_column(rows: list[Row], args: Any, flag: str, kind: str) -> str:
-    """The first of the wanted columns in which some row holds a value.
-
-    kind: "question" or "answer". The flag for it, if given, comes first.
-    """
-    chosen = getattr(args, f"{kind}_column").lower()
-    wanted = [chosen] if chosen else []
-    if not chosen or flag != "--dataset":  # held-out problems may have columns of their own
-        wanted += COLUMNS[kind]
-    for column in wanted:
-        for row in rows:
-            if row.get(column) not in (None, ""):
-                return column
-    name = getattr(args, flag.strip("-").replace("-", "_"))
-    why = f"columns found: {sorted(rows[0])[:30]}; wanted: one of {wanted}"
-    reject(flag, name, f"{why}; --{kind}-column names another")
+def role_of(message: Row) -> str:
+    role = str(message.get("role") or message.get("from")).lower()
+    return ROLES.get(role, role)
 
 
 def as_chat(value: Any) -> list[Row]:
@@ -310,40 +269,101 @@ def as_chat(value: Any) -> list[Row]:
     for message in value:
         if not isinstance(message, dict):
             return []
-        content = message.get("content")
+        content = message.get("content") or message.get("value")
         if isinstance(content, list):  # parts, as multimodal templates have them
             texts = [part.get("text") or "" for part in content if isinstance(part, dict)]
             content = "".join(texts)
         if not isinstance(content, str):
             content = ""
-        chat.append({"role": message.get("role"), "content": content})
+        chat.append({"role": role_of(message), "content": content})
     while chat and chat[-1]["role"] != "user":
         chat.pop()
-    return chat if chat and chat[-1]["content"].strip() else []
+    if chat and chat[-1]["content"].strip():
+        return chat
+    return []
+
+
+# ------------------------------------------------------------------ reference answers
+
+THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
+# A text that is JSON: "1\/2"
+QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
+# The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
+# Not: `the answer is a prime`, `the answer is independent of x`
+STATED = re.compile(
+    r"(?i)[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?(?:\b(?:final|correct) )?\banswer"
+    r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
+    r"[*_ ]*(\S.*?)[.*_\s]*\Z"
+)
+
+
+def readable_references(grader: Grader, answers: list[Any], mode: str) -> list[list[str]]:
+    """The reference answers of each row that the grader can read."""
+    references = [reference_answers(answer, mode) for answer in answers]
+    every = [text for texts in references for text in texts]
+    readable = dict(zip(every, grader.readable(every), strict=True))
+    return [[text for text in texts if readable[text]] for texts in references]
+
+
+def reference_answers(value: Any, mode: str) -> list[str]:
+    """The reference answers of a row: of a list, its distinct entries.
+
+    mode: with "any" each entry is a reference answer, with "all" together they are one. So are the
+    entries of a list of lists, such as pairs, always.
+    """
+    if not isinstance(value, list):
+        value = [value]
+    answers = {}
+    for entry in value:
+        text = reference_answer(entry)
+        number = plain_number(text)
+        answers.setdefault(text if number is None else number, text)
+    texts = list(answers.values())
+    if mode == "all" or any(isinstance(entry, list) for entry in value):
+        texts = [", ".join(texts)] if all(texts) else []
+    return [text for text in texts if text]
 
 
 def reference_answer(value: Any) -> str:
-    r"""The final answer in a reference: after GSM8K's ####, in all of its \boxed{}, or all of it.
+    r"""The final answer in a reference.
 
-    Of a list, every entry. Returns "" for what is no answer: a proof, prose, an object, nothing.
+    It is what follows GSM8K's ####, else all of its \boxed{}, else what it states last (`The answer
+    is: 12`), else all of it. A list is a tuple: (1, 2). Returns "" for what is no answer: a proof,
+    prose, an object, nothing.
     """
     if isinstance(value, list):
         parts = [reference_answer(part) for part in value]
-        return ", ".join(parts) if all(parts) else ""
+        if len(parts) == 1:
+            return parts[0]
+        return f"({', '.join(parts)})" if parts and all(parts) else ""
     if isinstance(value, dict):
         return ""
-    if isinstance(value, float):  # 1e-05 as 0.00001, and 2.0 as 2
-        value = f"{Decimal(repr(value)).normalize():f}"
-    text = str(value).strip()
+    text = THOUGHTS.sub("", as_text(value)).strip()
     boxes = [last_boxed("\\boxed" + rest) for rest in text.split("\\boxed")[1:]]
     boxes = [box for box in dict.fromkeys(boxes) if box is not None]  # None: never closed
+    stated = STATED.search(text)
     if "####" in text:
-        text = text.rpartition("####")[2].strip()
+        text = STATED.sub("", text.rpartition("####")[2]).strip()
     elif boxes:
         text = ", ".join(boxes)
-    elif is_prose(text):
-        return ""
-    return "" if text.strip(" .").casefold() in NO_ANSWERS else text
+    elif stated:
+        text = stated[1]
+    is_answer = boxes or not is_prose(text)
+    if is_answer and text.strip(" .").casefold() not in NO_ANSWERS:
+        return text
+    return ""
+
+
+def as_text(value: Any) -> str:
+    """A value as text: 1e-05 as 0.00001, 2.0 as 2, midnight as its date, "1/2" without quotes."""
+    if isinstance(value, float | Decimal):
+        return f"{Decimal(str(value)).normalize():f}"
+    if isinstance(value, datetime):  # a date that `datasets` read as a time
+        return value.isoformat().removesuffix("T00:00:00")
+    text = str(value).strip()
+    if QUOTED.fullmatch(text):
+        return json.loads(text)
+    return text
 
 
 # ------------------------------------------------------------------ chat templates

@@ -216,7 +216,8 @@ class MethodTrainer(GRPOTrainer):
         """Generate and verify this process's rows. Returns the groups of all processes."""
         _, tokens, _, texts, logp, *_ = self._generate([row["prompt"] for row in rows])
         logp = logp or [[math.nan] * len(row) for row in tokens]
-        correct = map(float, self.grader.grade(texts, [row["answer"] for row in rows]))
+        asked = [common.Problem(**row) for row in rows]
+        correct = map(float, common.grade(self.grader, texts, asked))
         done = gather_object(list(zip(rows, tokens, logp, texts, correct, strict=True)))
         groups = []
         for start in range(0, len(done), group_size):

@@ -219,3 +219,54 @@ def grpo_s(
         negative[j] = -beta1 - beta2 * share * len(wrong)
     up, down = z_scores(positive, eps), z_scores(negative, eps)
     return [up[i] if verdict else down[i] for i, verdict in enumerate(correct)]
+
+
+def fipo(
+    logp: Rows,
+    old_logp: Rows,
+    advantages: list[float],
+    *,
+    half_life: float = 32.0,
+    low: float = 0.0,
+    high: float = 0.2,
+    ratio_cap: float = 10.0,
+    safety: float = 10.0,
+) -> Rows:
+    result: Rows = []
+    for new, old, advantage in zip(logp, old_logp, advantages, strict=True):
+        ratio = [math.exp(a - b) for a, b in zip(new, old, strict=True)]
+        weights = []
+        for t in range(len(ratio)):
+            future = 0.0
+            for k in range(t, len(ratio)):
+                if ratio[k] <= ratio_cap:
+                    future += 2 ** (-(k - t) / half_life) * math.log(ratio[k])
+            weight = min(max(math.exp(future), 1 - low), 1 + high)
+            if advantage < 0 and ratio[t] > safety:
+                weight = min(max(weight, 0.8), 1.0)
+            weights.append(weight)
+        if advantage < 0 and sum(value > ratio_cap for value in ratio) > 1:
+            weights = [0.0] * len(ratio)
+        result.append(weights)
+    return result
+
+
+def stare(
+    logp: Rows,
+    advantages: list[float],
+    *,
+    top: float = 0.1,
+    amplify: float = 1.1,
+    attenuate: float = 1.0,
+) -> Rows:
+    """The rollouts are those of all problems of a step."""
+    result = [[1.0] * len(row) for row in logp]
+    for direction, weight in ((1.0, amplify), (-1.0, attenuate)):
+        of_sign = [i for i in range(len(logp)) if sign(advantages[i]) == direction]
+        surprisals = sorted((-value for i in of_sign for value in logp[i]), reverse=True)
+        least = surprisals[math.ceil(top * len(surprisals) - 1e-6) - 1] if surprisals else 0.0
+        for i in of_sign:
+            for t, value in enumerate(logp[i]):
+                if -value >= least:
+                    result[i][t] = weight
+    return result

@@ -1,8 +1,8 @@
 """Properties that the advantage functions of all methods share.
 
-HölderPO's weights, ARCA's credit, forking.py's mask and λ-GRPO's weights are tested with them: they
-shape a response's gradient too.
-VinePPO's values and steps are made of the same random numbers.
+HölderPO's weights, ARCA's credit, forking.py's mask and the weights of λ-GRPO, FIPO and STARE are
+tested with them: they shape a response's gradient too. VinePPO's values and steps are made of the
+same random numbers.
 """
 
 import importlib
@@ -22,11 +22,13 @@ from worked_example import tensors
 import arca
 from ep_grpo import ep_grpo_advantages
 from erpo import erpo_advantages
+from fipo import fipo_weights
 from forking import forking_mask
 from grpo import grpo_advantages
 from gtpo import grpo_s_advantages, gtpo_advantages
 from holderpo import gradient_weights
 from lambda_grpo import lambda_weights
+from stare import stare_weights
 from vineppo import vineppo_advantages
 
 
@@ -87,6 +89,15 @@ def vineppo(whiten: bool) -> Method:
     return method
 
 
+def fipo(batch: Batch) -> Tensor:
+    bounds = {"low": 0.2, "ratio_cap": 1.3, "safety": 1.1}
+    return fipo_weights(batch.logp, batch.ref_logp, grpo(batch), batch.mask, **bounds)
+
+
+def stare(batch: Batch) -> Tensor:
+    return stare_weights(batch.logp, grpo(batch), batch.mask, top=0.3, attenuate=0.9)
+
+
 def credit(signal: Callable[[Batch], Tensor]) -> Method:
     return lambda batch: arca.credit_weights(signal(batch), batch.mask)
 
@@ -113,6 +124,8 @@ METHODS: dict[str, Method] = {
     "vineppo": vineppo(whiten=False),
     "vineppo whitened": vineppo(whiten=True),
     "holderpo weights": lambda b: gradient_weights(b.logp, b.ref_logp, b.mask, 2.0),
+    "fipo weights": fipo,
+    "stare weights": stare,
     "arca surprisal": credit(lambda b: arca.surprisal(b.logp)),
     "arca entropy": credit(lambda b: arca.entropy_reduction(b.entropy, b.mask)),
     "arca divergence": credit(lambda b: arca.divergence(b.logp, b.ref_logp)),
@@ -120,7 +133,8 @@ METHODS: dict[str, Method] = {
     "forking mask": lambda b: forking_mask(b.entropy, b.mask).to(b.rewards.dtype),
     "lambda_grpo weights": shared_prefix,
 }
-OF_A_STEP = ["vineppo whitened", "forking mask"]  # whitened, or ranked, over all groups
+# Whitened or ranked over all groups
+OF_A_STEP = ["vineppo whitened", "forking mask", "stare weights"]
 OF_REWARDS_ALONE = ["grpo", "grpo without scale", "vineppo", "vineppo whitened"]
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -232,7 +246,8 @@ def test_equal_rewards_give_exact_zeros(name: str, reward: float):
 
 
 @pytest.mark.parametrize(
-    "script", ["ep_grpo", "erpo", "holderpo", "arca", "reft", "forking", "lambda_grpo"]
+    "script",
+    ["ep_grpo", "erpo", "holderpo", "arca", "reft", "forking", "lambda_grpo", "fipo", "stare"],
 )
 def test_every_script_has_the_same_grpo_advantages(script: str):
     """test_grpo.py tests the one of grpo.py."""

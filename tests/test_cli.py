@@ -33,6 +33,8 @@ SCRIPTS = (
     "vineppo",
     "forking",
     "lambda_grpo",
+    "fipo",
+    "stare",
 )
 
 
@@ -106,7 +108,7 @@ REJECTED = {  # by the message after the last flag of each command line
         *("grpo --prompts-per-step 0", "grpo --max-new-tokens 0", "grpo --max-prompt-tokens 0"),
         *("grpo --steps 0", "grpo --token-budget 0", "grpo --temperature 0.0", "grpo --lr 0.0"),
         *("grpo --max-grad-norm 0.0", "ep_grpo --buckets 0", "erpo --buckets 0"),
-        "erpo --sigma-target 0.0",
+        *("erpo --sigma-target 0.0", "fipo --half-life 0.0", "fipo --safety 0.0"),
     ],
     "must be finite": [
         *("grpo --lr nan", "ep_grpo --gamma inf", "gtpo --alpha2 nan"),
@@ -117,10 +119,11 @@ REJECTED = {  # by the message after the last flag of each command line
         *("grpo --overlong-buffer -4", "grpo --weight-decay -0.1", "grpo --clip-low -0.1"),
         *("grpo --clip-high -0.1", "grpo --max-logp-gap -1.0", "ep_grpo --gamma -1.0"),
         *("ep_grpo --eta -0.1", "erpo --gamma -1.0", "erpo --eta -0.1", "gtpo --alpha2 -0.1"),
-        "arca --sharpening -1.0",
+        *("arca --sharpening -1.0", "fipo --influence-low -0.1", "fipo --influence-high -0.1"),
     ],
     "must be below 1": [
         *("grpo --gpu-memory 1.0", "grpo --lora-rank 2 --lora-dropout 1.0"),
+        "fipo --influence-low 1.0",
         "grpo --lr-schedule linear --warmup-ratio 1.0",
     ],
     "must be at most --max-new-tokens 1024": ["grpo --overlong-buffer 1025"],
@@ -149,7 +152,12 @@ REJECTED = {  # by the message after the last flag of each command line
     "must leave room after the first token": ["reft --max-new-tokens 1"],
     "must be from 1 to --candidates 20": ["reft --openers 0", "reft --openers 21"],
     "must be a multiple of --openers 3": ["reft --openers 3"],
-    "must be at least 1": ["vineppo --continuations 0"],
+    "must be at least 1": ["vineppo --continuations 0", "stare --amplify 0.9"],
+    "is DAPO: all weights are 1": ["fipo --updates-per-rollout 1"],
+    "must exceed 1 + --clip-high 0.28": ["fipo --ratio-cap 1.28"],
+    "must be above 0 and at most 1": [
+        *("stare --top 0.0", "stare --top 1.1", "stare --attenuate 0.0", "stare --attenuate 1.1"),
+    ],
     "is not a regular expression: missing ), unterminated subpattern at position 0": [
         "vineppo --step-end (",
     ],

@@ -143,6 +143,10 @@ def test_responses_and_verdicts_belong_to_their_problem(make_args: Make):
     common.verify(FakeGrader(), groups)
     verdicts = [[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]]
     assert [group.correct for group in groups] == verdicts
+    problems[2].alternatives = ("never", "2 2")  # one is enough
+    common.verify(FakeGrader(), groups)
+    verdicts[2] = [1, 1, 1]
+    assert [group.correct for group in groups] == verdicts
     rollouts = common.stack(groups, [99], CPU)
     assert rollouts.correct.tolist() == verdicts and rollouts.problems == problems
     assert rollouts.tokens[1, 2].tolist()[:2] == [1, 1]

@@ -20,7 +20,7 @@ from damage import BROKEN
 
 from common import bootstrap_interval, evaluate
 from grading import Grader, last_boxed
-from infra.data import load_problems, reference_answer
+from infra.data import Problem, load_problems, reference_answer
 from infra.models import load_policy, load_tokenizer
 from infra.vllm_engine import make_engine
 from tools import evaluate as tool
@@ -286,6 +286,83 @@ def test_settings_that_differ_from_the_saved_ones(
     problems.write_text('{"problem": "1+1", "answer": "2"}\n')
     assert rejection(run, **mine).startswith(f"error: --datasets {problems} (")
     assert saved_files(tmp_path / "saved") == before
+
+
+def test_spellings_of_a_path(run, tied_model, problem_file, tmp_path, monkeypatch):
+    """They name the same model and data set, in one command and when it is repeated."""
+    shutil.copytree(tied_model, tmp_path / "runs" / "model")
+    (tmp_path / "latest").symlink_to(tmp_path / "runs")
+    (tmp_path / "data").mkdir()
+    shutil.copy(problem_file, tmp_path / "data" / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    models = ("./runs/model", "runs/model", "runs/model/", "runs/../runs//model", "latest/model")
+    datasets = ("data/train.jsonl", "./data/train.jsonl", "./data@train", "data/@train")
+    report = run(models=models, datasets=datasets, problems=2)
+    names = [(row["model"], row["dataset"]) for row in report["results"]]
+    assert names == [("runs/model", "data/train.jsonl"), ("runs/model", "data@train")]
+    before = saved_files(tmp_path / "saved")
+    assert list(before) == ["runs-model/data-train-jsonl.jsonl", "runs-model/data-train.jsonl"]
+
+    monkeypatch.setattr(tool, "evaluate_model", lambda *_: pytest.fail("evaluated again"))
+    for model in (*models, str(tmp_path / "runs" / "model")):
+        for dataset in (*datasets, str(tmp_path / "data" / "train.jsonl")):
+            run(models=(model,), datasets=(dataset,), problems=2)
+    assert saved_files(tmp_path / "saved") == before
+
+
+def test_names_that_are_no_paths_do_not_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "a@b:c.jsonl").touch()
+    unchanged = [
+        "gsm8k",
+        "Qwen/Qwen3-1.7B",
+        "openai/gsm8k:main@test",
+        "no/such/",
+        "",
+        "a@b:c.jsonl",
+    ]
+    assert [tool.canonical(name) for name in unchanged] == unchanged
+    assert tool.canonical("./gsm8k:main@test") == "gsm8k:main@test"
+    assert tool.canonical("./a@b:c.jsonl") == "a@b:c.jsonl"
+    assert tool.canonical("..") == str(tmp_path.parent)
+
+
+def test_two_models_with_one_folder(
+    run, tied_model, untied_model, tmp_path, monkeypatch, rejection
+):
+    """They are told apart by their weights, and the message says which files they share."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tied_model, "a/b")
+    shutil.copytree(tied_model, "a-b")
+    weights = tmp_path / "a-b" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    line = rejection(run, models=("a/b", "a-b"), problems=1)
+    assert line.startswith("error: --models a-b (") and "was made with a/b (" in line
+
+
+def test_any_or_all_of_a_list_of_references(run, tmp_path, grader, rejection):
+    class FakeEngine:
+        stop_tokens = (0,)
+
+        def generate(self, prompts: list[list[int]], *_: Any) -> Any:
+            return [([number, 0], []) for number, _ in enumerate(prompts)]
+
+        def decode(self, rows: list[list[int]]) -> list[str]:
+            return [(r"\boxed{0.5}", r"\boxed{7}", r"\boxed{8}")[number % 3] for number, _ in rows]
+
+    problems = [Problem("1+1", "1/2", [5], ("7",)), Problem("2+2", "8", [6])]
+    args = tool.Args(samples=3)
+    first, second = tool.evaluate_model(FakeEngine(), grader, problems, [0, 1], args)
+    assert (first["correct"], second["correct"]) == ([1, 1, 0], [0, 0, 1])
+    assert (first["reference"], first["alternatives"]) == ("1/2", ("7",))
+    assert (second["reference"], "alternatives" in second) == ("8", False)
+
+    path = tmp_path / "lists.jsonl"
+    path.write_text('{"problem": "1+1", "answer": ["1", "2"]}\n')
+    run(datasets=(str(path),))
+    line = rejection(run, datasets=(str(path),), references="all")
+    assert line.startswith(f"error: --datasets {path} (") and "was made with" in line
 
 
 def test_a_second_writer_is_rejected(run, rejection, tmp_path):

@@ -21,6 +21,8 @@ SCRIPTS = (
     "vineppo",
     "forking",
     "lambda_grpo",
+    "fipo",
+    "stare",
 )
 
 

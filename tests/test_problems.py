@@ -1,4 +1,5 @@
-"""infra/data.py: files, folders and hub layouts, columns, reference answers, prompts, order."""
+"""infra/rows.py and infra/data.py: files, folders and hub layouts, columns, reference answers,
+prompts, order."""
 
 import bz2
 import csv
@@ -6,7 +7,10 @@ import gzip
 import json
 import logging
 import math
+import tracemalloc
 from collections.abc import Callable, Iterator
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +20,15 @@ import pytest
 from conftest import SHARED_DATA, byte_tokenizer
 
 from grading import Grader
-from infra.data import Problem, Problems, epoch_order, load_problems, prompt_tokens
+from infra.data import (
+    Problem,
+    Problems,
+    epoch_order,
+    grade,
+    load_problems,
+    prompt_tokens,
+    reference_answers,
+)
 from infra.data import reference_answer as reference
 from infra.models import seed_for
 
@@ -56,6 +68,7 @@ def load_rows(load: Callable, tmp_path: Path) -> Callable[..., Problems]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -105,6 +118,9 @@ FILES = {
     "excel.csv": TABLE.replace(",", ";").encode("utf-8-sig"),
     "unicode.csv": TABLE.replace(",", "\t").encode("utf-16"),
     "crlf.csv": TABLE.replace("\n", "\r\n").encode(),
+    # One row per line, and a later row on several lines.
+    "sequence.jsonl": LINES.replace('3+1", ', '3+1",\n ').encode(),
+    "one line.jsonl": LINES.replace("\n", " ").encode(),
     # Names of files may contain anything.
     "a@b:c.jsonl": LINES.encode(),
     "mit leerzeichen und ü.jsonl": LINES.encode(),
@@ -137,6 +153,112 @@ def test_a_line_separator_in_a_text_ends_no_line(load, tmp_path):
     assert pairs(load(path)) == [("1\u2028+\x85 1", "123456789012345678901")]
 
 
+def test_a_long_cell(load, tmp_path):
+    rows = [("problem", "answer", "trace"), *((q, a, "so " * 50000) for q, a in PAIRS)]
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert pairs(load(tmp_path / "data.csv")) == PAIRS
+
+
+# Values that `datasets` would change in a column of several types.
+MIXED = [
+    *(("007", "007"), (7, "7"), ("1/2", "1/2"), (r"\frac{1}{2}", r"\frac{1}{2}")),
+    *(("2024-01-01", "2024-01-01"), (2.5, "2.5"), ("x", "x"), (["8", "9"], "8")),
+    *(("3.10", "3.10"), ("1e5", "1e5"), (123456789012345678901, "123456789012345678901")),
+    *((r'"x"', "x"), ("[1, 2]", "[1, 2]"), ("1.50", "1.50"), ([[1, 2], [3, 4]], "(1, 2), (3, 4)")),
+]
+MIXED_ROWS = [{"problem": f"{i}?\n", "answer": value} for i, (value, _) in enumerate(MIXED)]
+MIXED_PAIRS = [(f"{i}?\n", answer) for i, (_, answer) in enumerate(MIXED)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train-0.jsonl", "a.csv"])
+def test_a_folder_is_read_like_a_file(load, tmp_path, name):
+    """`datasets` would read 007 as 7 and a date as a time."""
+    path = tmp_path / "folder" / name
+    path.parent.mkdir(parents=True)
+    expected = MIXED_PAIRS
+    if name.endswith(".jsonl"):
+        write_jsonl(path, MIXED_ROWS)
+    elif name.endswith(".json"):
+        path.write_text(json.dumps({"train": MIXED_ROWS}, indent=1))
+    else:
+        expected = [row for row in MIXED_PAIRS if "(" not in row[1]]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("problem", "answer"), *expected])
+    assert pairs(load(path)) == pairs(load(tmp_path / "folder")) == expected
+
+
+def test_a_single_row_with_a_list_of_objects(load, tmp_path):
+    row = ROWS[0] | {"generations": [{"text": "no"}]}
+    assert pairs(load(write_jsonl(tmp_path / "data.jsonl", [row]))) == PAIRS[:1]
+
+
+def test_a_folder_may_have_the_name_of_a_loader(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "json" / "train.jsonl", ROWS)
+    (tmp_path / "broken.json").write_text("{")
+    assert pairs(load("json")) == PAIRS
+
+
+def test_dates_stay_text(load, tmp_path):
+    rows = [{"problem": "When?", "answer": f"2024-01-0{i}"} for i in range(1, 5)]
+    write_jsonl(tmp_path / "folder" / "train.jsonl", rows)
+    assert [p.answer for p in load(tmp_path / "folder")] == [row["answer"] for row in rows]
+
+
+def test_what_datasets_made_of_a_mixed_column(load, tmp_path):
+    r"""It stores texts as JSON, `"1\/2"`, except `007` and `[1, 2]`, which its parser reads."""
+    import datasets
+
+    rows = [row | {"task": {"answer": row["answer"], "kind": '"a'}} for row in MIXED_ROWS]
+    huge = 123456789012345678901
+    rows = [row for row in rows if row["answer"] != huge]  # datasets rejects it
+    expected = [pair for pair in MIXED_PAIRS if pair[1] != str(huge)]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    made = datasets.load_dataset("json", data_files=str(source), split="train")
+    made.to_parquet(tmp_path / "data.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    for name in ("data.parquet", "saved"):
+        assert pairs(load(tmp_path / name)) == expected
+        assert pairs(load(tmp_path / name, answer_column="task.answer")) == expected
+
+
+def test_dates_that_datasets_read_as_times(load, tmp_path):
+    import datasets
+
+    rows = [{"problem": "When?", "answer": f"2024-01-0{i}"} for i in range(1, 5)]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    made = datasets.load_dataset("json", data_files=str(source), split="train")
+    assert isinstance(made[0]["answer"], datetime)
+    made.to_parquet(tmp_path / "data.parquet")
+    assert [p.answer for p in load(tmp_path / "data.parquet")] == [row["answer"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "folder", "saved"])
+def test_columns_that_are_not_needed_take_no_memory(load, tmp_path, name):
+    import datasets
+    import pyarrow
+
+    trace = "so " * 3000
+    rows = [row | {"trace": trace, "solution": trace, "messages": trace} for row in ROWS * 200]
+    if name == "a.csv":
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([list(rows[0]), *(row.values() for row in rows)])
+    elif name == "a.jsonl":
+        write_jsonl(tmp_path / name, rows)
+    elif name == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    else:
+        write_parquet(tmp_path / name.replace("folder", "folder/train.parquet"), rows)
+    del rows
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    assert len(load(tmp_path / name)) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9e6 and pyarrow.total_allocated_bytes() - before < 1e6  # 27 MB in the file
+
+
 def test_saved_to_disk(load, tmp_path, capsys):
     import datasets
 
@@ -162,7 +284,7 @@ BROKEN = [
     ("a.jsonl.gz", LINES.encode(), "Not a gzipped file"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ("a.txt", LINES.encode(), "its name ends in none of csv, json"),
-    ("a/train.jsonl", b'{"problem": 1', "JSON parse error"),
+    ("a/train.jsonl", b'{"problem": 1', "ValueError: train.jsonl: Expecting ',' delimiter: line 1"),
     *[("a.jsonl", content, "holds no problems") for content in (b"", b"\n\n", b"{}\n")],
     # Line 6 is blank.
     ("a.jsonl", LINES.encode() + b'\n{"problem": "1+\n', "line 7 column 16"),
@@ -222,7 +344,7 @@ def test_hub_layout(load, hub_folder, suffix, flag, first):
 def test_folder_without_configurations(load, tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     line = rejection(capsys, load, tmp_path, "--eval-dataset")
-    assert "Unknown split \"test\". Should be one of ['train']" in line
+    assert "its splits are train, and none is test" in line
     write_jsonl(tmp_path / "test.jsonl", ROWS[:2])
     assert len(load(tmp_path)) == 5
     assert len(load(tmp_path, "--eval-dataset")) == 2
@@ -342,6 +464,8 @@ def test_unknown_columns(load_rows, tmp_path, capsys):
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1"}]
 IN_PARTS = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+SHAREGPT = [{"from": "system", "value": "Think."}, {"from": "human", "value": "1+1"}]
+VERIFIED = {"from": "assistant", "ground_truth": {"value": "2"}}
 LAYOUTS = {
     "verl": {"prompt": CHAT, "reward_model": {"style": "rule", "ground_truth": "2"}},
     "a list": {"prompt": CHAT, "reward_model": {"ground_truth": ["2"]}},
@@ -352,6 +476,18 @@ LAYOUTS = {
     "TRL": {"prompt": CHAT, "solution": "2"},
     "an assistant's turn": {"messages": [*CHAT, CHAT[1] | {"role": "assistant"}], "answer": "2"},
     "parts": {"messages": IN_PARTS, "answer": "2"},
+    "ShareGPT": {"conversations": SHAREGPT, "answer": "2"},
+    "ShareGPT in a string": {"conversations": json.dumps(SHAREGPT), "answer": "2"},
+    "its solution": {"conversations": [*SHAREGPT, {"from": "gpt", "value": "So \\boxed{2}"}]},
+    "Open-Reasoner-Zero": {"conversations": [*SHAREGPT, VERIFIED]},
+    "OpenThoughts": {
+        "conversations": [
+            {"from": "system", "value": "Think."},
+            {"from": "user", "value": "1+1"},
+            {"from": "assistant", "value": "<think>\\boxed{3}?</think>It is \\boxed{2}."},
+        ]
+    },
+    "a solution": {"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{2}."}]},
     "more keys": {"prompt": [m | {"name": None, "tool_calls": None} for m in CHAT], "answer": 2.0},
 }
 
@@ -366,6 +502,45 @@ def test_layouts(load, tmp_path, tokenizer, layout, write):
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_a_conversation_in_a_named_column(load_rows):
+    row = {"dialog": [*SHAREGPT, VERIFIED], "problem": "no"}
+    named = {"question_column": "dialog", "answer_column": "dialog.ground_truth.value"}
+    assert pairs(load_rows([row], **named)) == [("1+1", "2")]
+
+
+@pytest.mark.parametrize("messages", [[*SHAREGPT, VERIFIED], LAYOUTS["a solution"]["messages"]])
+def test_a_list_of_conversations(load, tmp_path, messages):
+    rows = [messages, messages]
+    wrapped = json.dumps({"train": rows, "test": []})
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), wrapped):
+        (tmp_path / "data.json").write_text(text)
+        assert pairs(load(tmp_path / "data.json")) == [("1+1", "2")] * 2
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for count in (1, 2):
+        (tmp_path / "data.jsonl").write_text(lines[: count * len(lines) // 2])
+        assert pairs(load(tmp_path / "data.jsonl")) == [("1+1", "2")] * count
+
+
+CASES_3 = CASES.parent / "3"
+
+
+@pytest.mark.skipif(not CASES_3.is_dir(), reason="the shared cases are not here")
+def test_cases_3(load, grader, tokenizer):
+    def answers(name: str, **settings: Any) -> list[str]:
+        return [problem.answer for problem in load(CASES_3 / name, **settings)]
+
+    assert answers("solution_then_answer_is.jsonl") == ["12", "12", "9"]
+    assert answers("orz_pairs.json") == ["17", "3", "10", r"\frac{1}{2}"]
+    named = {"question_column": "conversations"}
+    assert answers("sharegpt_system.jsonl", **named) == ["17", "3", "10", r"\frac{1}{2}"]
+    problem = load(CASES_3 / "sharegpt_system.jsonl", **named)[0]
+    assert tokenizer.decode(problem.prompt).startswith("<|im_start|>system\nBe brief.")
+    [problem] = load(CASES_3 / "any_of_list.jsonl")
+    assert verdicts(grader, problem, "1/2", "0.5", r"50\%", "2") == [1, 1, 1, 0]
+    [problem] = load(CASES_3 / "list_of_pairs.jsonl")
+    assert verdicts(grader, problem, "(1,2),(3,4)", "1,2,3,4") == [1, 0]
 
 
 def test_bytes(load, tmp_path):
@@ -452,7 +627,26 @@ def test_duplicates_are_kept_and_counted(load_rows, capsys):
         (r"\boxed{never closed", r"\boxed{never closed"),
         *((18, "18"), (18.0, "18"), (0.5, "0.5"), (-0.1, "-0.1"), (True, "True"), (["2"], "2")),
         *((1e-05, "0.00001"), (2.5e-07, "0.00000025"), (1e16, "10000000000000000")),
-        (["1", 2.0, r"\boxed{3}"], "1, 2, 3"),
+        ("Five and seven.\n#### 12\nThe answer is: 12", "12"),  # MetaMathQA
+        ("It is $\\frac12$.\nThe answer is: \\frac{1}{2}", r"\frac{1}{2}"),
+        ("We add. The answer is: 52", "52"),
+        ("We halve the number, and then we see what is left.\nThe answer is: 9\n", "9"),
+        ("She has 3 + 4 = 7 of them, so the answer is 7.", "7"),
+        ("We count all of the days in the week.\n**Final answer:** Friday", "Friday"),
+        ("We count all of the cases.\n\n**The answer is $12$.**", "$12$"),
+        ("Therefore, the final answer is -3.5.", "-3.5"),
+        ("The number is odd because it ends in a three. The answer is no.", "no"),
+        ("Only the second one holds for all of them. The correct answer is B", "B"),
+        ("Answer: (1, 2)", "(1, 2)"),
+        # A box or #### counts before such a sentence.
+        (r"It is \boxed{5}. So the answer is 5 apples.", "5"),
+        ("so the answer is 3.\n#### 4", "4"),
+        ("<think>\\boxed{1}, no, \\boxed{2}</think> It is \\boxed{3}.", "3"),
+        (r"a \boxed{1} <|end_of_thought|> It is $\boxed{3}$. <|end_of_solution|>", "3"),
+        *((r'"1\/2"', "1/2"), (r'"\\frac{1}{2}"', r"\frac{1}{2}"), ('"a" or "b"', '"a" or "b"')),
+        (r'"\frac{1}{2}"', r'"\frac{1}{2}"'),  # in JSON \f is a control character
+        *((datetime(2024, 1, 2), "2024-01-02"), (date(2024, 1, 2), "2024-01-02")),
+        *((datetime(2024, 1, 2, 3, 4), "2024-01-02T03:04:00"), (Decimal("2.50"), "2.5")),
     ],
 )
 def test_reference_answer(text, answer):
@@ -460,12 +654,73 @@ def test_reference_answer(text, answer):
 
 
 @pytest.mark.parametrize(
+    ("value", "any_of", "all_of"),
+    [
+        ("1, 2", ["1, 2"], ["1, 2"]),
+        (["1/2", "0.5", "50%"], ["1/2", "50%"], ["1/2, 50%"]),  # 0.5 is 1/2 again
+        (["1", 2.0, r"\boxed{3}"], ["1", "2", "3"], ["1, 2, 3"]),
+        (["x", "x", "y"], ["x", "y"], ["x, y"]),
+        ([0, 0.0, "0"], ["0"], ["0"]),
+        (["2", None], ["2"], []),
+        (["2", "We add. So it is three of the four."], ["2"], []),
+        # A list of lists is one answer.
+        ([[1, 2], [3, 4]], ["(1, 2), (3, 4)"], ["(1, 2), (3, 4)"]),
+        ([["1", "2"]], ["(1, 2)"], ["(1, 2)"]),
+        ([[1, 2], [1, 2], [3, 4]], ["(1, 2), (3, 4)"], ["(1, 2), (3, 4)"]),
+        ([["2"], ["3"]], ["2, 3"], ["2, 3"]),
+        ([[1, [2, 3]]], ["(1, (2, 3))"], ["(1, (2, 3))"]),
+        ([[1, None], [3, 4]], [], []),
+        *(([], [], []), ([""], [], []), ([[]], [], []), (None, [], [])),
+    ],
+)
+def test_a_list_of_references(value, any_of, all_of):
+    assert reference_answers(value, "any") == any_of
+    assert reference_answers(value, "all") == all_of
+
+
+def verdicts(grader: Grader, problem: Problem, *answers: str) -> list[bool]:
+    boxed = [rf"\boxed{{{answer}}}" for answer in answers]
+    return grade(grader, boxed, [problem] * len(boxed))
+
+
+def test_any_or_all_of_a_list(load_rows, grader):
+    pairs_of_roots = {"problem": "Find all pairs.", "answer": [[1, 2], [3, 4]]}
+    rows = [
+        {"problem": "?", "reward_model": {"ground_truth": '["1/3", "\\\\sqrt{2}", "7"]'}},
+        {"problem": "?", "reward_model": {"ground_truth": "5"}},
+    ]
+    either, single = load_rows(rows)
+    assert (either.answer, either.alternatives) == ("1/3", (r"\sqrt{2}", "7"))
+    assert verdicts(grader, either, "1/3", r"\sqrt{2}", "7.0", "8", "1/3, 7") == [1, 1, 1, 0, 0]
+    # Problems with different numbers of references in one call.
+    both = [single, either, single, either]
+    assert grade(grader, [r"\boxed{5}", r"\boxed{7}"] * 2, both) == [True] * 4
+    assert grade(grader, [r"\boxed{7}", r"\boxed{5}"] * 2, both) == [False] * 4
+
+    together, _ = load_rows(rows, references="all")
+    assert (together.answer, together.alternatives) == (r"1/3, \sqrt{2}, 7", ())
+    assert verdicts(grader, together, r"7, \sqrt{2}, 1/3", "7", "1/3, 7") == [1, 0, 0]
+
+    for references in ("any", "all"):
+        [pairs] = load_rows([pairs_of_roots], references=references)
+        found = verdicts(grader, pairs, "(1,2),(3,4)", "(3,4),(1,2)", "1,2,3,4", "(1,2)")
+        assert found == [1, 1, 0, 0]
+
+
+def test_unreadable_entries_of_a_list_are_passed_over(load_rows, capsys):
+    [problem] = load_rows([{"problem": "?", "answer": [r"\frac{1", "2", "t(0,4]", "3"]}])
+    assert (problem.answer, problem.alternatives) == ("2", ("3",))
+    assert "discarded" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "value",
     [
         *(None, "", " ", "None", "null", "nan", "NaN", math.nan, "N/A", "proof", "Proof."),
         *("notfound", "Not found", "#### ", r"\boxed{}", [], ["2", None], {"value": "2"}, [{}]),
+        "We show that for all of them the answer is independent of x.",
+        "It is clear that in all of the cases the answer is a prime.",
         "First we multiply the numbers to get 52. So Tom has 52 apples left in the basket.",
-        "We add. The answer is: 52",
         "There are 3 red and 4 blue marbles, so 7 in all.",
         "It is enough to show that $AB=CD$. The triangles are congruent, therefore we are done.",
         "Proof. Let $x$ be given.",

@@ -40,6 +40,8 @@ SCRIPTS = (
     "vineppo",
     "forking",
     "lambda_grpo",
+    "fipo",
+    "stare",
 )
 FULL = {"updates_per_rollout": 2, "lr_schedule": "linear", "warmup_ratio": 0.5}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}

@@ -29,6 +29,8 @@ SCRIPTS = (
     "vineppo",
     "forking",
     "lambda_grpo",
+    "fipo",
+    "stare",
 )
 COMMON = ROOT / "common.py"
 INFRA = sorted((ROOT / "infra").glob("*.py"))

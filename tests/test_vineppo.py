@@ -198,17 +198,18 @@ class FakeEngine:
 
 class FakeGrader:
     def grade(self, texts: list[str], references: list[str]) -> list[bool]:
-        assert set(references) <= {"reference 0", "reference 1"}
-        return [text.endswith("right") for text in texts]
+        assert set(references) <= {"reference 0", "reference 1", "no"}
+        pairs = zip(texts, references, strict=True)
+        return [text.endswith("right") and reference != "no" for text, reference in pairs]
 
 
 def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
     """Two groups: of the first, two rollouts begin alike; no text is shared by both groups."""
     args = Args(continuations=5, max_new_tokens=6, temperature=0.7, **settings)
     rows = [[[1, 2, 8, END], [1, 2, 3, 9, END], [2, 9, END]], [[1, 8, END], [1, 8, END], [9, END]]]
-    groups = [
-        Group(Problem("", f"reference {p}", [70 + p]), of, [], []) for p, of in enumerate(rows)
-    ]
+    first = Problem("", "reference 0", [70])
+    second = Problem("", "no", [71], ("no", "reference 1"))  # any of three reference answers
+    groups = [Group(first, rows[0], [], []), Group(second, rows[1], [], [])]
     engine = FakeEngine()
     estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0))
     return groups, engine

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grading import MAX_ANSWER, Grader, last_boxed
 from infra.cli import StopRun, check_numbers, first_line, flag_of, progress_bar, reject, require
-from infra.data import Problems, load_problems
+from infra.data import Problems, grade, load_problems
 from infra.hf_engine import HFEngine
 from infra.models import device, eos_ids, load_model, load_tokenizer, precision, seed_for
 from infra.run import atomic_write, lock_folder, read_lines
@@ -69,6 +69,7 @@ class Args:
     temperature: float = 1.0  # of sampling
     question_column: str = ""  # column of the problem, text or messages; empty: a usual name
     answer_column: str = ""  # column of the reference answer; empty: a usual name
+    references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
@@ -102,16 +103,16 @@ def respond(
     samples, temperature = args.samples, args.temperature
     if kind == "greedy":
         samples, temperature = 1, 0.0
-    prompts, seeds, references = [], [], []
+    prompts, seeds, asked = [], [], []
     for number in numbers:
         for sample in range(samples):
             prompts.append(problems[number].prompt)
             seeds.append(seed_for(args.seed, kind, number, sample))
-            references.append(problems[number].answer)
+            asked.append(problems[number])
     lengths = [args.max_new_tokens] * len(prompts)
     tokens = [ids for ids, _ in engine.generate(prompts, seeds, lengths, temperature)]
     texts = engine.decode(tokens)
-    verdicts = grader.grade(texts, references)
+    verdicts = grade(grader, texts, asked)
 
     records = []
     for start in range(0, len(tokens), samples):
@@ -134,8 +135,9 @@ def evaluate_model(
 
     A response depends only on the weights, the seed and the problem's number, so problems can be
     evaluated in any batches. With the same seed, the samples are those of a run's own evaluation.
-    A record holds number, problem, reference; answers (None without a box), correct, lengths and
-    truncated of the samples; majority; and greedy, the same lists for the greedy response.
+    A record holds number, problem, reference (and alternatives, if any); answers (None without a
+    box), correct, lengths and truncated of the samples; majority; and greedy, the same lists for
+    the greedy response.
     """
     sampled = respond(engine, grader, problems, numbers, args, "evaluation")
     greedy = respond(engine, grader, problems, numbers, args, "greedy")
@@ -143,6 +145,8 @@ def evaluate_model(
     for number, samples, best in zip(numbers, sampled, greedy, strict=True):
         problem = problems[number]
         record = {"number": number, "problem": problem.text, "reference": problem.answer, **samples}
+        if problem.alternatives:
+            record["alternatives"] = problem.alternatives
         record["majority"] = majority(grader, samples["answers"], samples["correct"])
         record["greedy"] = best
         records.append(record)
@@ -150,6 +154,20 @@ def evaluate_model(
 
 
 # ------------------------------------------------------------------ models and datasets
+
+
+def canonical(name: str) -> str:
+    """One spelling of a local path: `tiny` for `./tiny` and `tiny/`. Other names do not change."""
+    path, suffix = name, ""
+    if not Path(name).exists():
+        path = re.split("[:@]", name)[0]  # folder:config@split
+        suffix = name[len(path) :]
+    if name in KNOWN or not path or not Path(path).exists():
+        return name
+    resolved = Path(path).resolve()
+    if Path.cwd() in resolved.parents:
+        resolved = resolved.relative_to(Path.cwd())
+    return f"{resolved}{suffix}"
 
 
 def base_of(model: str) -> str:
@@ -249,7 +267,7 @@ class Results:
         self.model, self.dataset = model, dataset
         self.problems = problems[: args.problems or None]
         self.path = folder / f"{file_name(dataset)}.jsonl"
-        prompts = [(problem.prompt, problem.answer) for problem in problems]
+        prompts = [(row.prompt, row.answer, *row.alternatives) for row in problems]
         settings = {name: getattr(args, name) for name in FIXED}
         settings["models"] = f"{model} ({weights_digest(model)})"
         settings["datasets"] = f"{dataset} ({digest(prompts)})"
@@ -278,14 +296,16 @@ class Results:
 def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Record]]:
     """Evaluate models of one architecture on every dataset, in one engine."""
     with Grader() as grader, ExitStack() as locks:
-        every_result, tokenizers = [], {}
+        every_result, tokenizers, folders = [], {}, set()
         for model in models:
             tokenizers[model] = model_tokenizer(args, model)
             problem_sets = {}
             for name in args.datasets:
                 problem_sets[name] = load_dataset(args, model, name, tokenizers[model], grader)
             folder = Path(args.folder, file_name(model))
-            locks.callback(lock_folder(folder, "--folder").release)
+            if folder not in folders:  # two names may give one
+                locks.callback(lock_folder(folder, "--folder").release)
+                folders.add(folder)
             for name, problems in problem_sets.items():
                 every_result.append(Results(args, folder, model, name, problems))
 
@@ -342,7 +362,9 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> dict[str, Any]:
     check(args)
-    models, datasets = list(dict.fromkeys(args.models)), list(dict.fromkeys(args.datasets))
+    args.models = tuple(dict.fromkeys(map(canonical, args.models)))
+    args.datasets = tuple(dict.fromkeys(map(canonical, args.datasets)))
+    models, datasets = args.models, args.datasets
     groups: dict[str, list[str]] = {}  # models that can share an engine
     for model in models:
         load_tokenizer(settings_of(args, model), "--models")  # rejects a model that cannot load

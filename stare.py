@@ -1,0 +1,263 @@
+r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236).
+
+grpo.py, except that the most surprising tenth of the tokens with a positive advantage counts more
+(variant O1), and with --attenuate 0.9 that of the tokens with a negative one less (C2), over the
+whole step and only while its mean entropy is below a target. Page: docs/stare.md.
+
+    python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
+    python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
+        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
+
+The loss is averaged over all tokens and has no KL term. DeepSeekMath's own form, DAPO (arXiv
+2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
+Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Left out: several GPUs, asynchronous rollouts, reward models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+import common
+
+
+# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+@dataclass
+class Args(common.RunArgs):
+    """Settings of the method. Negative numbers are rejected by RunArgs."""
+
+    # <method>
+    top: float = 0.1
+    """P: share of the tokens of each sign that counts as surprising"""
+    amplify: float = 1.1
+    """W: weight of surprising tokens with a positive advantage (14B and 32B: 1.05)"""
+    attenuate: float = 1.0
+    """M: weight of surprising tokens with a negative advantage (variant C2: 0.9)"""
+    target_entropy: float = 0.3
+    """H_tgt, nats: in a step whose mean entropy is not below it, all weights are 1"""
+    scale_rewards: bool = True
+    """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
+    clip_low: float = 0.2
+    """ε_low: the ratio is clipped at 1 - ε_low"""
+    clip_high: float = 0.28
+    """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
+    loss_average: Literal["token", "sequence", "constant"] = "token"
+    """token: over all tokens (DAPO); sequence: over each response, then over responses
+    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    kl: float = 0.0
+    """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require(0 < self.top <= 1, "--top", self.top, "must be above 0 and at most 1")
+        common.require(self.amplify >= 1, "--amplify", self.amplify, "must be at least 1")
+        low = self.attenuate
+        common.require(0 < low <= 1, "--attenuate", low, "must be above 0 and at most 1")
+
+    # </method>
+
+
+# <method>
+def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
+    """Each reward's z-score within its group (DeepSeekMath, section 4.1.2).
+
+    rewards: [P, G]. Returns [P, G]: the advantage of every token of that rollout.
+    scale: divide by the unbiased standard deviation (Dr. GRPO does not).
+    A group of equal rewards, or of one rollout, gives exact zeros.
+    """
+    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    if scale and rewards.shape[-1] > 1:
+        advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
+    varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
+    return torch.where(varied, advantages, 0.0)
+
+
+def most_surprising(logp: Tensor, tokens: Tensor, top: float) -> Tensor:
+    """Those of some tokens whose surprisal, -logp, is at least the k-th largest; ties are in.
+
+    logp, tokens: [P, G, T]; k is the share `top` of the tokens, rounded up. Returns a mask.
+    """
+    count = int(tokens.sum())
+    if count == 0:
+        return tokens
+    k = max(1, math.ceil(top * count - 1e-6))  # Eq. 4.1 [code]
+    threshold = logp[tokens].kthvalue(k).values
+    return tokens & (logp <= threshold)  # Eq. ties [open]
+
+
+@torch.no_grad()
+def stare_weights(
+    logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    top: float = 0.1,
+    amplify: float = 1.1,
+    attenuate: float = 1.0,
+) -> Tensor:
+    """What each token's advantage is multiplied by, [P, G, T], 0 outside the mask.
+
+    All [P, G, T]; logp of the policy that sampled. The population is all tokens of the step.
+    """
+    positive = most_surprising(logp, mask & (advantages > 0), top)
+    negative = most_surprising(logp, mask & (advantages < 0), top)
+    weights = torch.where(positive, amplify, mask.to(logp.dtype))  # Eq. 4.2 [paper]
+    return torch.where(negative, attenuate, weights)  # Eq. 4.2, C2 [paper]
+
+
+# </method>
+def clipped_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
+
+    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    there the minimum is the clipped term, which has no gradient.
+    """
+    ratio = (logp - old_logp).exp()  # w = π / π_old
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.min(ratio * advantages, clipped * advantages)
+    return -surrogate, clipped * advantages < ratio * advantages
+
+
+def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(π ‖ π_other) at each token sampled from π (DeepSeekMath Eq. 4)."""
+    log_ratio = other_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def main(args: Args) -> None:
+    run = common.Run(args)
+    grader = common.Grader()
+    tokenizer = common.load_tokenizer(args)
+    train = common.load_problems(args, "--dataset", tokenizer, grader)
+    held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
+    policy = common.load_policy(args)
+    engine = common.make_engine(args, policy, tokenizer, train, held_out)
+    # <method>
+    reference = common.Reference(policy, args) if args.kl else None
+    # </method>
+
+    parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    scheduler = common.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.updates)
+    state = {"optimizer": optimizer, "scheduler": scheduler, "problems": train}
+    run.restore(policy, **state)
+
+    if run.step == 0:
+        engine.sync(policy)
+        run.log(0, common.evaluate(engine, grader, held_out, args))
+
+    for step in run.steps():
+        # 1. Roll out and verify P groups of G responses.
+        with run.time("sync"):
+            engine.sync(policy)
+        # <method>
+        groups = common.collect(args, step, train, engine, grader, run)
+        # </method>
+        engine.sleep()  # frees memory until the next sync
+        rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
+        mask = rollouts.mask  # [P, G, T], true on response tokens
+        rewards = rollouts.correct + common.overlong_penalty(
+            mask.sum(-1), args.max_new_tokens, args.overlong_buffer
+        )
+
+        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        with run.time("score"):
+            # <method>
+            # Always, because the weights compare the tokens of all groups.
+            common.score_rollouts(policy, reference, rollouts, args)
+            # </method>
+
+        # 3. Compute the advantages.
+        # <method>
+        advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
+        token_weight = mask.float()
+        gate = rollouts.entropy[mask].mean() < args.target_entropy  # Eq. 4.3 [paper]
+        if gate:
+            token_weight = stare_weights(
+                rollouts.old_logp,
+                advantages,
+                mask,
+                top=args.top,
+                amplify=args.amplify,
+                attenuate=args.attenuate,
+            )
+        advantages = advantages * token_weight  # Eq. 5 [code]
+        # </method>
+
+        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        per_token = common.TokenValues(mask)
+        with run.time("update"):
+            seed = common.seed_for(args.seed, step, "updates")
+            for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
+                # <method>
+                weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
+                # </method>
+                update_loss = 0.0
+                for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
+                    importance = common.importance_weights(
+                        batch.old_logp, batch.engine_logp, args.importance_cap
+                    )
+                    loss_weights = importance * weights[batch.problems] * batch.trained
+                    # <method>
+                    advantage = advantages[batch.problems]
+                    loss, clipped = clipped_loss(
+                        batch.logp, batch.old_logp, advantage, args.clip_low, args.clip_high
+                    )
+                    if args.kl:
+                        loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
+                    loss = (loss * loss_weights).sum()
+                    per_token.add(batch, weight=token_weight[batch.problems])
+                    # </method>
+                    loss.backward()
+                    update_loss += loss.item()
+                    kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
+                    per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+                gap = common.check_engine(rollouts, args)  # before the weights change
+                grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
+                if run.update_is_finite(update_loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+                lr = scheduler.get_last_lr()[0]
+                scheduler.step()
+
+        # 5. Log metrics, evaluate, save a checkpoint. Loss and gradient are the last update's.
+        metrics = common.rollout_metrics(rollouts, rewards) | gap
+        metrics |= per_token.means("clip_fraction", "kl_to_old")
+        metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
+        # <method>
+        raised, lowered = token_weight > 1, mask & (token_weight < 1)  # L+ and L-
+        metrics |= {"gate": gate.float(), "weight": token_weight[mask].mean()}
+        metrics |= {
+            "raised/share": raised.sum() / (advantages > 0).sum().clamp(min=1),
+            "raised/surprisal": -rollouts.old_logp[raised].sum() / raised.sum().clamp(min=1),
+            "lowered/share": lowered.sum() / (advantages < 0).sum().clamp(min=1),
+            "lowered/surprisal": -rollouts.old_logp[lowered].sum() / lowered.sum().clamp(min=1),
+        }
+        if args.kl:
+            kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
+            metrics["kl_to_reference"] = kl[mask].mean()
+        # </method>
+        run.log_rollouts(step, rollouts, rewards, per_token)
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            with run.time("evaluate"):
+                engine.sync(policy)
+                metrics |= common.evaluate(engine, grader, held_out, args)
+        run.log(step, metrics, tokens=int(mask.sum()))
+        run.save(step, policy, tokenizer, **state)
+
+    grader.close()
+    run.finish(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    common.launch(main, Args)

@@ -1,0 +1,198 @@
+"""STARE's weights: docs/stare.md, by hand, token by token, and as updates of a run."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import slow
+import torch
+import worked_example as example
+from one_step import (
+    Recording,
+    assert_same_gradient,
+    gradient_of,
+    moved_reference,
+    places,
+    plain_logp,
+    record_example,
+)
+from torch import Tensor
+from worked_example import pad, tensors
+
+import common
+import grpo
+import stare
+from stare import grpo_advantages, stare_weights
+
+
+def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
+    advantages = grpo_advantages(rewards)[..., None] * example.mask
+    return stare_weights(example.logp, advantages, example.mask, **settings)
+
+
+def random_step(seed: int, problems: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """logp without ties, advantages and mask, [P, 4, 8]."""
+    generator = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(problems, 4, 8, generator=generator, dtype=torch.float64)
+    mask = torch.arange(8) < torch.randint(1, 9, (problems, 4, 1), generator=generator)
+    rewards = torch.randint(2, (problems, 4), generator=generator).double()
+    return logp, grpo_advantages(rewards)[..., None] * mask, mask
+
+
+# ------------------------------------------------------------------------------- by hand
+
+
+EXAMPLE = [
+    ({}, [[1, 1.1, 1], [1, 1], [1, 1, 1], [1]]),
+    ({"top": 0.4, "attenuate": 0.9}, [[1, 1.1, 1], [1.1, 1], [1, 0.9, 1], [0.9]]),
+    ({"top": 0.7}, [[1.1, 1.1, 1.1], [1.1, 1.1], [1, 1, 1], [1]]),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), EXAMPLE, ids=str)
+def test_worked_example(settings: dict, expected: list[list[float]]):
+    torch.testing.assert_close(on_example(**settings), pad(expected))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top": 0.5, "attenuate": 0.9}, {"top": 1.0, "amplify": 3.0, "attenuate": 0.1}],
+    ids=str,
+)
+def test_agrees_with_a_loop_over_tokens(settings: dict):
+    for seed in range(200):
+        group = slow.random_group(seed)
+        rewards, _, logp, _, mask = tensors(group)
+        logp = (4 * logp).round() / 4 if seed % 2 else logp  # many ties
+        advantages = grpo_advantages(rewards)
+        weights = stare_weights(logp, advantages[..., None] * mask, mask, **settings)
+        rows = [row[kept].tolist() for row, kept in zip(logp[0], mask[0], strict=True)]
+        expected = pad(slow.stare(rows, advantages[0].tolist(), **settings))
+        torch.testing.assert_close(weights, expected, msg=f"group {seed}")
+
+
+# ------------------------------------------------------------------------------- what must hold
+
+
+@pytest.mark.parametrize("top", [0.05, 0.1, 0.3, 1.0])
+def test_the_share_is_exact_and_holds_the_most_surprising(top: float):
+    for seed in range(20):
+        logp, advantages, mask = random_step(seed)
+        weights = stare_weights(logp, advantages, mask, top=top, amplify=2.0, attenuate=0.5)
+        for sign, weight in ((1, 2.0), (-1, 0.5)):
+            of_sign = mask & (sign * advantages > 0)
+            chosen = weights == weight
+            count = int(of_sign.sum())
+            assert chosen.sum() == math.ceil(round(top * count, 9))
+            assert not (chosen & ~of_sign).any()
+            if 0 < chosen.sum() < count:
+                assert logp[chosen].max() <= logp[of_sign & ~chosen].min()
+        assert (weights[mask & (advantages == 0)] == 1).all()
+
+
+def test_a_product_that_rounds_above_a_whole_number():
+    """0.07 x 100 is 7.000000000000001, and k is 7."""
+    logp = -torch.arange(1.0, 101.0).view(1, 1, 100)
+    mask = torch.ones(1, 1, 100, dtype=torch.bool)
+    assert (stare_weights(logp, mask.float(), mask, top=0.07) > 1).sum() == 7
+
+
+def test_weights_of_1_and_no_contrast():
+    assert torch.equal(on_example(amplify=1.0), example.mask.double())
+    for reward in (0.0, 1.0):
+        equal = on_example(torch.full_like(example.rewards, reward), attenuate=0.5, amplify=2.0)
+        assert torch.equal(equal, example.mask.double())
+    nothing = torch.zeros_like(example.mask)
+    assert not stare_weights(example.logp, example.logp, nothing).any()
+
+
+def test_one_token_of_a_sign_is_surprising():
+    logp, advantages = torch.tensor([[[-0.1], [-0.2]]]), torch.tensor([[[1.0], [-1.0]]])
+    weights = stare_weights(logp, advantages, advantages != 0, attenuate=0.9)
+    torch.testing.assert_close(weights, torch.tensor([[[1.1], [0.9]]]))
+
+
+def test_only_the_sign_of_the_advantages_counts():
+    logp, advantages, mask = random_step(1)
+    settings = {"top": 0.3, "attenuate": 0.9}
+    once = stare_weights(logp, advantages, mask, **settings)
+    assert torch.equal(stare_weights(logp, 7 * advantages, mask, **settings), once)
+    assert torch.equal(stare_weights(logp, advantages.sign(), mask, **settings), once)
+
+
+def test_problems_share_one_population():
+    """One problem can have all surprising tokens of the step. The order does not matter."""
+    logp, advantages, mask = random_step(2, problems=4)
+    logp[0] -= 10
+    weights = stare_weights(logp, advantages, mask, top=0.01)
+    assert (weights[0] > 1).any() and not (weights[1:] > 1).any()
+    assert (stare_weights(logp[1:], advantages[1:], mask[1:], top=0.01) > 1).any()
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = stare_weights(logp[order], advantages[order], mask[order], top=0.01)
+    assert torch.equal(permuted, weights[order])
+
+
+# ------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def example_step(short_args: Callable, signals: None) -> Callable[..., Recording]:
+    """A step on the worked example, whose mean entropy is 17.5 / 9."""
+
+    def example_step(**settings: float) -> Recording:
+        args = short_args(stare, prompts_per_step=1, group_size=4, log_rollouts=1, **settings)
+        return record_example(stare, args, (1.0, 1.0, 0.0, 0.0))
+
+    return example_step
+
+
+def test_the_gate_and_the_metrics_by_hand(example_step: Callable):
+    mean = example.entropy.float()[example.mask].mean().item()
+    for target, on in ((0.3, False), (mean, False), (2.0, True)):
+        recording = example_step(top=0.4, attenuate=0.9, target_entropy=target)
+        metrics = recording.metrics[1]
+        weights = pad(EXAMPLE[1][1]) if on else example.mask.double()
+        logged = pad([line["weight"] for line in recording.lines])
+        torch.testing.assert_close(logged, weights, atol=1e-6, rtol=0)
+        assert metrics["gate"] == on
+        assert metrics["weight"] == pytest.approx(weights[example.mask].mean().item())
+        assert metrics["raised/share"] == pytest.approx(0.4 * on)
+        assert metrics["raised/surprisal"] == pytest.approx(0.4 * on)  # of .5 and .3
+        assert metrics["lowered/share"] == pytest.approx(0.5 * on)
+        assert metrics["lowered/surprisal"] == pytest.approx(1.05 * on)  # of .9 and 1.2
+    advantages = grpo_advantages(example.rewards)[..., None] * weights
+    logged = pad([line["advantage"] for line in recording.lines])
+    torch.testing.assert_close(logged, advantages, atol=1e-5, rtol=0)
+
+
+def test_with_the_gate_off_it_is_grpo(record: Callable):
+    ours = record(stare, target_entropy=0.0)
+    theirs = record(grpo, clip_high=0.28)
+    assert_same_gradient(ours.updates[0].gradient, theirs.updates[0].gradient, 1e-6)
+
+
+@pytest.mark.parametrize("token_budget", [100, 16384])
+def test_the_update_is_the_plain_one(
+    record: Callable, monkeypatch: pytest.MonkeyPatch, token_budget: int
+):
+    """Ranks are those of the whole step whatever a micro-batch holds, the weights are not in the
+    denominator, and the KL term is not weighted."""
+    monkeypatch.setattr(common, "Reference", moved_reference)
+    weighting = {"top": 0.05, "amplify": 100.0, "attenuate": 0.5}
+    settings = {"target_entropy": 99.0, "kl": 0.5, "token_budget": token_budget}
+    recording = record(stare, **weighting, **settings)
+    rollouts, update = recording.rollouts[0], recording.updates[0]
+    correct = torch.tensor([group.correct for group in recording.groups[0]])
+    advantages = grpo_advantages(correct).flatten().tolist()
+    logps = [plain_logp(update.policy, rollouts, *place) for place in places(rollouts)]
+    weights = slow.stare([logp.tolist() for logp in logps], advantages, **weighting)
+    assert sum(row.count(100.0) for row in weights) > 1
+
+    losses = []
+    with moved_reference(update.policy, recording.args)() as reference:
+        for i, place in enumerate(places(rollouts)):
+            ref = plain_logp(reference, rollouts, *place).detach()
+            k3 = (ref - logps[i]).exp() - (ref - logps[i]) - 1
+            losses.append(0.5 * k3 - advantages[i] * torch.tensor(weights[i]) * logps[i])
+    plain = gradient_of(torch.cat(losses).mean(), update.policy)
+    assert_same_gradient(update.gradient, plain, 1e-4)
