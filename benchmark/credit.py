@@ -31,11 +31,13 @@ import arca
 import common
 import ep_grpo
 import erpo
+import fipo
 import forking
 import grpo
 import gtpo
 import holderpo
 import lambda_grpo
+import stare
 import vineppo
 from common import Rollouts
 from docs import figures
@@ -79,6 +81,8 @@ def method_credits(
         of_tokens = arca.residuals(policy, reference, rollouts, index, args)
         residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
     outcome = grpo.grpo_advantages(correct)
+    grpo_credit = outcome[..., None] * mask
+    moved = moved_logp(policy, rollouts, outcome, args)
     scored = (correct, entropy, logp, ref_logp, mask)
     ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
     grpo_s_credit = gtpo.grpo_s_advantages(correct, entropy, mask)
@@ -90,14 +94,17 @@ def method_credits(
         "residual": residual,
     }
     credits = {
-        "GRPO": outcome[..., None] * mask,
+        "GRPO": grpo_credit,
         "EP-GRPO": ep_grpo_credit,
         "EP-GRPO's progress": ep_grpo_credit - ep_grpo.ep_grpo_advantages(*scored, eta=0.0),
         "ERPO": erpo.erpo_advantages(*scored),
         "GTPO": gtpo.gtpo_advantages(correct, entropy, mask),
         "GRPO-S": grpo_s_credit[..., None] * mask,
-        "HölderPO, p = 2": holder_credit(policy, rollouts, outcome, logp, args, 2.0),
-        "HölderPO, p = −2": holder_credit(policy, rollouts, outcome, logp, args, -2.0),
+        "HölderPO, p = 2": holder_credit(moved, logp, mask, outcome, 2.0),
+        "HölderPO, p = −2": holder_credit(moved, logp, mask, outcome, -2.0),
+        "FIPO": grpo_credit * fipo.fipo_weights(moved, logp, grpo_credit, mask),
+        "STARE": grpo_credit * stare.stare_weights(logp, grpo_credit, mask),
+        "STARE C2": grpo_credit * stare.stare_weights(logp, grpo_credit, mask, attenuate=0.9),
         "forking tokens": outcome[..., None] * forking.forking_mask(entropy, mask),
         "λ-GRPO": outcome[..., None] * lambda_grpo.lambda_weights(rollouts.tokens, mask),
     }
@@ -112,40 +119,40 @@ def method_credits(
     return credits, signals
 
 
+def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any) -> Tensor:
+    """Log-probabilities of each half of the problems after an update on the other half, [P, G, T].
+
+    In a step's first update HölderPO's and FIPO's credit is GRPO's advantage. It is therefore taken
+    in the second. The first is GRPO's, averaged over each response's tokens.
+    """
+    mask = rollouts.mask
+    moved = torch.zeros(mask.shape, device=mask.device)
+    halves = torch.arange(len(mask)).chunk(2)
+    for half, other in (halves, halves[::-1]):
+        model = copy.deepcopy(policy)
+        for index in common.micro_batches(rollouts, args.token_budget, other):
+            logp, _ = common.token_logp(model, rollouts, index, args)
+            means = logp.sum(-1) / mask[index].sum(-1)
+            (-outcome[index] * means).sum().backward()
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
+        with torch.no_grad():
+            for index in common.micro_batches(rollouts, args.token_budget, half):
+                moved[index], _ = common.token_logp(model, rollouts, index, args)
+    return moved
+
+
 def holder_credit(
-    policy: nn.Module,
-    rollouts: Rollouts,
-    outcome: Tensor,
-    old_logp: Tensor,
-    args: Any,
-    p: float,
+    logp: Tensor, old_logp: Tensor, mask: Tensor, outcome: Tensor, p: float
 ) -> Tensor:
     """The gradient of HölderPO's loss with respect to each log-probability, negated and times T:
     [P, G, T]. It has the scale of an advantage.
-
-    In the first update of a step this is GRPO's advantage for any p. It is therefore taken in the
-    second update: the policy has first been updated on the other half of the problems.
     """
-
-    def loss_of(model: nn.Module, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        logp, _ = common.token_logp(model, rollouts, index, args)
-        given = old_logp[index], rollouts.mask[index], outcome[index]
-        return logp, holderpo.holder_surrogate(logp, *given, p)[0].sum()
-
-    credit = torch.zeros_like(old_logp)
-    halves = torch.arange(len(rollouts.problems)).chunk(2)
-    for half, other in (halves, halves[::-1]):
-        moved = copy.deepcopy(policy)
-        for index in common.micro_batches(rollouts, args.token_budget, other):
-            _, loss = loss_of(moved, index)
-            loss.backward()
-        trained = [weight for weight in moved.parameters() if weight.requires_grad]
-        torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
-        for index in common.micro_batches(rollouts, args.token_budget, half):
-            logp, loss = loss_of(moved, index)
-            [gradient] = torch.autograd.grad(loss, logp)
-            credit[index] = -gradient * rollouts.mask[index].sum(-1, keepdim=True)
-    return credit
+    rows = logp.flatten(0, 1).requires_grad_()
+    given = old_logp.flatten(0, 1), mask.flatten(0, 1), outcome.flatten()
+    loss, _ = holderpo.holder_surrogate(rows, *given, p)
+    [gradient] = torch.autograd.grad(loss.sum(), rows)
+    return -gradient.view_as(mask) * mask.sum(-1, keepdim=True)
 
 
 def read_truth(row: Row, chosen: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
