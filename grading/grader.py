@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grading import answers
+from grading.kinds import leaves, read, too_large
+from grading.rules import Judge, NeedsWorker
 
 MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
 START_SECONDS = 120.0  # for a worker's imports on a busy machine
@@ -38,7 +40,7 @@ class Request(NamedTuple):
 
     reference: str
     answer: str | None = None
-    number_only: bool = False  # an answer that is not a number is wrong
+    strict: bool = False
 
 
 class Worker:
@@ -115,8 +117,10 @@ def quick_readable(reference: str) -> Request | bool:
     text = answers.reference_text(reference)
     if not text or answers.is_prose(text):
         return False
-    answer = answers.read(text)
-    return answer.value is not None or Request(answers.in_box(answer.text))
+    answer = read(text)
+    if answer is None:
+        return False
+    return not any(leaves(answer)) or Request(text)
 
 
 @dataclass
@@ -127,11 +131,15 @@ class Grader(AbstractContextManager):
     deadline: float = 5.0  # seconds of wall-clock time per answer
     strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
     memory_mb: int = 2048  # cap on each worker's address space
+    answer_format: str = "boxed"  # or "line" (`Answer: 42`, `#### 42`), or "auto": a box, else a line
+    digits: int = 4  # of exponents, and of numbers below `!` and in binomials; more are wrong
 
     def __post_init__(self) -> None:
         self._idle = []
         if self.deadline <= 0:
             raise ValueError(f"deadline={self.deadline} must be above 0")
+        if self.answer_format not in answers.FORMATS:
+            raise ValueError(f"answer_format={self.answer_format} is none of {answers.FORMATS}")
 
     def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         """Whether each response has the answer of its reference. Equal pairs are graded once.
@@ -176,22 +184,20 @@ class Grader(AbstractContextManager):
 
     def _quick_verdict(self, response: str, reference: str) -> Request | bool:
         """The verdict if no worker is needed, else the request for it."""
-        boxed = answers.last_boxed(response)
+        text = answers.find_answer(response, self.answer_format)
         reference = answers.reference_text(reference)
-        if boxed is None or len(boxed) > MAX_ANSWER or not reference:
+        if text is None or len(text) > MAX_ANSWER or not reference:
             return False
 
-        expected = answers.read(reference)
-        found = answers.read(boxed)
-        verdict = answers.quick_verdict(expected, found)
-        if verdict is not None:
-            return verdict
-
-        text = expected.text
-        if "=" not in found.text:
-            text = answers.without_names(text)
-        number_only = self.strict and expected.value is not None
-        return Request(answers.in_box(text), answers.in_box(found.text), number_only)
+        expected, found = read(reference), read(text)
+        if expected is None or found is None:
+            return False
+        try:
+            return Judge(strict=self.strict).equal(expected, found)
+        except NeedsWorker:
+            if too_large(expected.text, self.digits) or too_large(found.text, self.digits):
+                return False
+            return Request(reference, text, self.strict)
 
     def _ask_all(self, found: list[Request | bool]) -> dict[Request, bool | None]:
         """The workers' verdicts on the requests among `found`."""

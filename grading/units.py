@@ -1,0 +1,119 @@
+r"""Units, and the words after a number that change it: `5 km` is `5000 m`, `5 million` is not 5."""
+
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+# The names of each unit, its size in a base unit, the base unit. `m 3` is a cubic metre.
+UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0.1 m
+|m meter metre 1 m|km kilometer kilometre 1000 m|in inch inches 1 in|ft foot feet 12 in|yd yard 36 in
+|mi mile 63360 in|ms millisecond 0.001 s|s sec second 1 s|min minute 60 s|h hr hour 3600 s|day 86400 s
+|week 604800 s|month 1 month|yr year 12 month|decade 120 month|century centuries 1200 month
+|mg milligram 0.001 g|g gram gm 1 g|kg kilogram 1000 g|ton tonne 1000000 g|oz ounce 1 oz
+|lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|L 1 l|cup 1 cup|pint 2 cup
+|quart 4 cup|gal gallon 16 cup|$ dollar us usd buck 1 $|¢ cent 0.01 $|€ euro eur 1 €|£ gbp 1 £
+|₹ rs rupee inr 1 ₹|元 yuan rmb 1 元|¥ yen 1 ¥|'' arcsecond 1/3600 deg|' arcminute 1/60 deg
+|degree deg 1 deg|rad radian 1 rad|celsius 1 celsius|fahrenheit 1 fahrenheit|kelvin K 1 kelvin
+|% percent pct percentage 1 %|N newton 1 N|J joule 1 J|kj kilojoule 1000 J|W watt 1 W|kw 1000 W
+|V volt 1 V|A amp ampere 1 A|pa pascal 1 pa|hz hertz 1 hz|mol mole 1 mol|ohm 1 ohm|acre 1 acre
+|calorie cal 1 cal|ev 1 ev|erg 1 erg|angstrom 1 angstrom|knot 1 knot"""
+# Nouns that only say what is counted. Each is a unit of its own.
+NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
+pen pencil marble ball card coin ticket toy box bag bottle stamp sticker shirt flower tree cat dog
+bird fish cow chicken horse animal person people student child children kid boy girl man men woman
+women friend player worker teacher member team class game match score goal step lap car bus truck
+train bike wheel mile word letter number integer pair pairing group set subset triple element term
+triangle square circle rectangle side edge vertex vertices face angle line segment path route
+arrangement permutation combination outcome possibility choice value case factor divisor multiple
+prime zero degree time hour trip question problem test piece slice part serving meal sandwich pizza
+house room floor seat table chair row column block tile cube brick stone rock bead shell rose
+plant seed bean nut potato tomato carrot pie donut muffin cupcake brownie chocolate bar can jar
+carton packet pack package crate basket bucket barrel load shelf shelves guest customer visitor
+passenger soldier employee family families sibling brother sister daughter son cousin crayon
+marker notebook paper sheet photo picture painting song movie video episode message email call
+post vote share sale order item product gift present doll balloon ribbon button dress shoe sock
+hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
+function sequence string code password region intersection handshake committee""".split()
+# Words around a unit that change nothing
+FILLERS = "different more distinct possible total unique whole extra of in all each real integer".split()
+SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "k": 10**3, "K": 10**3, "lakh": 10**5,
+    "million": 10**6, "M": 10**6, "crore": 10**7, "billion": 10**9, "B": 10**9,
+    "trillion": 10**12, "dozen": 12, "score": 20, "gross": 144, "half": Fraction(1, 2),
+    "halve": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4),
+    "fourth": Fraction(1, 4), "fifth": Fraction(1, 5), "tenth": Fraction(1, 10),
+    "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000),
+}  # fmt: skip
+SPELLINGS = {
+    r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
+    r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
+    r"(?<=[a-z]) squared": "^2",
+    r"(?<=[a-z]) cubed": "^3",
+    r"\^\\circ|°": " degree ",
+    r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
+    r"^ *C\b": "celsius",
+    r"^ *F\b": "fahrenheit",
+    r"\bmph\b": "mi/h",
+    r"\bk(?:mp?|p)h\b": "km/h",
+    r"\bpercentage points?\b": "",
+    r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
+    r"\bper\b": "/",
+}
+# An optional slash, a name, an optional power: / s^2
+FACTOR = re.compile(r"(/)? *([A-Za-z]+|''?|[%$€£₹元¥¢])(?: *\^ *(-?\d))? *")
+
+UNIT = {}  # size and base unit by name
+for line in UNITS.split("|"):
+    *names, size, base = line.split()
+    UNIT.update(dict.fromkeys(names, (Fraction(size), base)))
+for noun in NOUNS:
+    UNIT.setdefault(noun, (Fraction(1), noun))
+
+
+class Unit(NamedTuple):
+    """`km/h` is size 5/18 and powers (("m", 1), ("s", -1)); scale: million is 10^6."""
+
+    size: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+    scale: Fraction = Fraction(1)
+
+
+def look_up(word: str, table: dict) -> Any:
+    """The value of a word, or of its singular or lower case; None if there is none."""
+    for name in (word, word.lower()):
+        for ending in ("", "s", "es"):
+            found = table.get(name.removesuffix(ending))
+            if found:
+                return found
+    return None
+
+
+def read_unit(text: str) -> Unit | None:
+    """Read all words after a number; None if one of them is unknown."""
+    for pattern, replacement in SPELLINGS.items():
+        text = re.sub(pattern, replacement, text)
+    text, below = re.subn(r" below zero *$", "", text)
+
+    size, scale, powers = Fraction(1), Fraction(1), Counter()
+    position = len(text) - len(text.lstrip())
+    while position < len(text):
+        factor = FACTOR.match(text, position)
+        if factor is None:
+            return None
+        position = factor.end()
+        divided, word, exponent = factor.groups()
+        power = int(exponent or 1)
+        if divided:
+            power = -power
+
+        multiple = look_up(word, SCALES)
+        unit = look_up(word, UNIT)
+        if multiple and not powers:
+            scale *= multiple
+        elif unit:
+            powers[unit[1]] += power
+            size *= unit[0] ** power
+        elif word.lower() not in FILLERS:
+            return None
+    return Unit(size, tuple(sorted(powers.items())), -scale if below else scale)
