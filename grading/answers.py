@@ -38,7 +38,7 @@ POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{[-+]?\d{1
 GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}(?: \d{3})+"
 DECIMAL = rf"(?:{GROUPS}|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,2}}(?!\d))?|\.\d+"
 NUMBER = rf"[-+]?(?:{FRACTION}|{POWER}|{DECIMAL})"
-PLAIN_NUMBER = re.compile(rf"\s*(?:\\?\$)?\s*({NUMBER})\s*\$?\s*", re.ASCII)  # $18$
+PLAIN_NUMBER = re.compile(rf"\s*({NUMBER})\s*", re.ASCII)
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -150,7 +150,7 @@ def is_prose(text: str) -> bool:
 def plain_number(text: str) -> Fraction | None:
     r"""Return the value of an integer, decimal, `a/b`, `\frac{a}{b}`, `1e-05` or `2 \times 10^{3}`.
 
-    A sign, thousands separators, dollar signs and surrounding spaces are allowed. The result is
+    A sign, thousands separators and surrounding spaces are allowed. The result is
     None for any other text and for texts of more than 40 characters.
     """
     match = PLAIN_NUMBER.fullmatch(text) if len(text) <= 40 else None
@@ -171,3 +171,15 @@ def plain_number(text: str) -> Fraction | None:
             factor += "1"
         return Fraction(factor) * Fraction(10) ** int(exponent.strip("{}"))
     return Fraction(number)
+
+
+def too_large(text: str, digits: int) -> bool:
+    """Whether a power, a factorial or a binomial in a text may be too large to evaluate.
+
+    digits: the most digits of an exponent, and of any number next to a factorial or binomial.
+    """
+    many = rf"\d{{{digits + 1}}}"
+    tower = r"\^(?:\{[^{}]*|\w)\^|\)\^[^)]*\)\^|!\)*!"
+    if re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text):
+        return True
+    return bool(re.search(r"!|\\binom|[Cc]_", text) and re.search(many, text))

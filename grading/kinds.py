@@ -1,49 +1,54 @@
 r"""The kinds of answers, and how a text is read as one of them.
 
-Each kind has examples in its docstring: A `reference` is `right`, `right`, not `wrong`. They are
-tests. `read` of a kind returns None for a text of another kind; `parse` asks the kinds in the order
-of `KINDS`. rules.py holds which kinds may be equal.
+Each docstring has examples: A `reference` is `right`, `right`, not `wrong`. They are tests.
+`KINDS` is the order in which the kinds are tried. rules.py holds which kinds may be equal.
 """
 
 import functools
-import itertools
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar
 
 from grading.answers import NUMBER, plain_number
-from grading.notation import tidy
+from grading.notation import rewrite, tidy
 from grading.units import Unit, read_unit
 
 MAX_DEPTH = 24  # of brackets; a deeper text is not read
-OPEN, CLOSE = r"\\\{|\\langle|\\begin|[({\[]", r"\\\}|\\rangle|\\end|[)}\]]"
+BRACKETS = r"(?P<open>\\\{|\\langle|\\begin|[({\[])|(?P<close>\\\}|\\rangle|\\end|[)}\]])"
 COMMA = r"[,;]|\\\\"
 LIST = rf"(?:{COMMA}) *(?:and|or)\b|{COMMA}|\b(?:and|or)\b"
-MIXED = r"(?<![\w.^}/])(\d+)(?: and | )?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))(?![\d/.^])"
-REPEATING = (
-    r"(\d*)\.(\d*)(?:\\(?:overline|dot) *\{?(\d+)\}?(?:(\d*)\\dot *\{?(\d)\}?)?|\((\d+)\))(?!\d)"
-)
-LETTER = r"(?:[A-Za-z]|\\(?:[a-z]*(?:alpha|beta|gamma|delta|eta|theta|lambda|mu|omega|phi|rho|sigma|tau)))"
+MIXED = r"(?<![\w.^}/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}(?![\d/.^])"  # 3\frac{1}{2}
+ENVIRONMENT = r"\\(?:begin|end)\{(?:cases|aligned|align\*?|array|gathered)\}|&"
+
+LETTER = r"(?:[A-Za-z]|\\(?:(?:var)?[a-z]?eta|alpha|gamma|delta|lambda|mu|omega|phi|rho|sigma|tau))"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
-# x, a_1, f(3), P(A), |AB|, AB, Area, \angle ABC, \overline{AB}
+# Area; x, a_1, f(3), P(A); |AB|, AB; \angle ABC, \overline{AB}; f^{-1}(x); \frac{dy}{dx}; (x, y)
 NAME = re.compile(
-    rf"(?:[A-Za-z ]{{3,}}|{LETTER}{INDEX}(?: ?\([\w, ]+\))?|\|?[A-Z]{{2,}}{INDEX}\|?|\|{LETTER}\|"
-    r"|(?:[A-Za-z]+ )?\\(?:angle|overline|overrightarrow|vec|triangle|max|min)\b ?\{?[A-Za-z]*\}?"
-    r"|[a-z]\^\{-1\}\(\w\)|\\frac\{d\w?\}\{d\w\}|\(\w(?:, ?\w)+\))"
+    rf"[A-Za-z ]{{3,}}|{LETTER}{INDEX}(?: ?\([\w, ]+\))?|\|?[A-Z]{{2,}}{INDEX}\|?|\|{LETTER}\|"
+    r"|(?:\w+ )?\\(?:angle|overline|overrightarrow|vec|triangle|max|min)\b ?\{?[A-Za-z]*\}?"
+    r"|[a-z]\^\{-1\}\(\w\)|\\frac\{d\w?\}\{d\w\}|\(\w(?:, ?\w)+\)"
 )
-# Operations that are left to do, so that the answer is not yet a number
-UNEVALUATED = r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
-PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc|AM|PM"  # letters, not a word
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
+PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc"  # letters, not a word
+WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])"
+# Operations that are left to do, so that an answer is not yet a number
+OPERATION = (
+    r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
+)
+AROUND = {  # what stands around an answer: a sentence, a condition
+    r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*": r"\1",  # Yes, it is
+    r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",
+    r"^(?:[Tt]he )?(?:point|number|set|interval|vector) (?=[\d\\(\[])": "",
+    r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
+    r"(?<=\w) is the [a-z]+$": "",
+}
 
 
 def split(text: str, separator: str) -> list[str]:
     """Split at the separators outside all brackets."""
     parts, depth, start = [], 0, 0
-    for token in re.finditer(rf"(?P<open>{OPEN})|(?P<close>{CLOSE})|(?P<separator>{separator})", text):
+    for token in re.finditer(f"{BRACKETS}|{separator}", text):
         if token["open"]:
             depth += 1
         elif token["close"]:
@@ -54,156 +59,182 @@ def split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
-def unwrap(text: str) -> tuple[str, str, str] | None:
+def unwrap(text: str) -> tuple[str, str, str]:
     """The bracket that encloses the whole text, what is in it, and the bracket that closes it."""
     depth = 0
-    for token in re.finditer(rf"(?P<open>{OPEN})|{CLOSE}", text):
-        if depth == 0:
-            first = token
+    first = re.match(BRACKETS, text)
+    for token in re.finditer(BRACKETS, text):
         depth += 1 if token["open"] else -1
         if depth == 0:
-            whole = first.start() == 0 and token.end() == len(text)
-            return (first[0], text[first.end() : token.start()].strip(), token[0]) if whole else None
-    return None
+            if first and token.end() == len(text):
+                return first[0], text[first.end() : token.start()].strip(), token[0]
+            break
+    return "", text, ""
 
 
-def parse_all(texts: list[str]) -> tuple["Kind", ...]:
-    return tuple(parse(text) for text in texts if text)
+kind = dataclass(frozen=True)
 
 
-@dataclass(frozen=True)
+@kind
 class Kind:
-    """An answer. `text` is its tidy text; kinds of equal fields are equal whatever their text."""
+    """An answer. Kinds of equal fields are equal, whatever their text."""
 
     text: str = field(default="", compare=False, kw_only=True)
 
-    @classmethod
-    def read(cls, text: str) -> "Kind | None":
-        raise NotImplementedError
+    @staticmethod
+    def read(text: str) -> "Kind | None":
+        """Read a tidy text; None if it is of another kind."""
 
 
-@dataclass(frozen=True)
+@kind
 class Number(Kind):
     r"""A number: `0.5` is `\frac12`, `.50`, `5 \times 10^{-1}`, `5e-1`, not `0.51`, `0.5?`."""
 
     value: Fraction | float
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        infinity = re.fullmatch(r"([-+]?) ?\\infty", text)
+    @staticmethod
+    def read(text):
+        infinity = re.fullmatch(r"([-+]?)(?:\\infty|[Ii]nfinity)", text)
         if infinity:
-            return Number(math.copysign(math.inf, int(infinity[1] + "1")))
+            return Number(float(f"{infinity[1]}inf"))
         value = plain_number(text)
-        return None if value is None else Number(value)
+        return value if value is None else Number(value)
 
 
-@dataclass(frozen=True)
+@kind
 class MixedNumber(Number):
     r"""A mixed number: `\frac72` is `3\frac12`, `3 1/2`, `3 \text{ and } \frac12`, not `\frac32`."""
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        match = re.fullmatch(rf"([-+]?) ?{MIXED}", text)
-        if match is None or len(text) > 60:
-            return None
-        sign, whole, *parts = match.groups()
-        above, below = (int(part) for part in parts if part)
-        if not above < below:
-            return None
-        return MixedNumber(int(sign + "1") * (int(whole) + Fraction(above, below)))
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(rf"(-?){MIXED}", text)
+        if match and len(text) < 60:
+            sign, whole, above, below = match.groups()
+            if int(above) < int(below):
+                return MixedNumber(Fraction(int(sign + whole)) + Fraction(f"{sign}{above}/{below}"))
 
 
-@dataclass(frozen=True)
+@kind
 class RepeatingDecimal(Number):
-    r"""A repeating decimal: `\frac16` is `0.1\overline{6}`, `0.1\dot{6}`, `0.1(6)`, not `0.16`."""
+    r"""A repeating decimal: `\frac16` is `0.1\overline{6}`, `0.1\dot{6}`, `0.1(6)`, `0.1666\ldots`,
+    not `0.16`."""
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        match = re.fullmatch(rf"([-+]?){REPEATING}", text)
-        if match is None or len(text) > 60:
-            return None
-        sign, whole, digits, *parts = match.groups(default="")
-        period = "".join(parts)
-        value = int("0" + whole + digits) + Fraction(int(period), 10 ** len(period) - 1)
-        return RepeatingDecimal(int(sign + "1") * value / 10 ** len(digits))
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text)
+        if match and len(text) < 60:
+            sign, whole, digits, period = match.groups()
+            once = int(f"0{whole}{digits}")
+            twice = int(f"0{whole}{digits}{period}")
+            value = Fraction(twice - once, (10 ** len(period) - 1) * 10 ** len(digits))
+            return RepeatingDecimal(-value if sign else value)
 
 
-@dataclass(frozen=True)
+@kind
 class BaseNumber(Kind):
-    r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, `5`, `101`, not
-    `101_3`. The base may be left out."""
+    r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, `5`, not
+    `101_3`; `101_2` is `101`: the base may be left out."""
 
     digits: str
-    base: int
+    value: int
 
-    NAMES: ClassVar[list[str]] = "two three four five six seven eight nine ten".split()
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        pattern = r"\(?([\dA-Z]{1,40})\)?(?:_\{? ?(\w+) ?\}?|,? \(?(?:in )?base[- _]\{?(\w+)\}?\)?)"
-        match = re.fullmatch(pattern, text)
-        if match is None:
-            return None
-        name = match[2] or match[3]
-        if name in cls.NAMES:
-            name = str(2 + cls.NAMES.index(name))
-        if not name.isdecimal() or len(name) > 2 or not 2 <= int(name) <= 36:
-            return None
-        digits = match[1].lower()
-        if any(int(digit, 36) >= int(name) for digit in digits):
-            return None
-        return BaseNumber(digits, int(name))
-
-    @property
-    def value(self) -> Fraction:
-        return Fraction(int(self.digits, self.base))
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(r"\(?([\dA-Z]{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?", text)
+        if match:
+            names = "two three four five six seven eight nine ten".split()
+            base = match[2]
+            with suppress(ValueError):  # not a base, or not its digits
+                base = names.index(base) + 2 if base.isalpha() else int(base)
+                return BaseNumber(match[1].lower(), int(match[1], base))
 
 
-@dataclass(frozen=True)
+@kind
+class Congruence(Kind):
+    r"""A residue class: `x \equiv 3 \pmod 7` is `3 \pmod{7}`, `10 \bmod 7`, not `3`, `4 \pmod 7`."""
+
+    residue: int
+    modulus: int
+
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(
+            r"(?:[\w ]+\\equiv)? *(-?\d{1,40}),? *\(? ?\\?[pb]?mod(?:ulo)?[ {]*(\d{1,40})[)} ]*",
+            text,
+        )
+        if match and int(match[2]):
+            modulus = int(match[2])
+            return Congruence(int(match[1]) % modulus, modulus)
+
+
+@kind
+class Clock(Kind):
+    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`, `6:60`."""
+
+    minutes: int
+    half: str
+
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?", text)
+        if match:
+            hour, half = int(match[1]), (match[3] or "").lower()
+            if half:
+                hour = hour % 12 + 12 * (half == "p")
+            elif hour > 12:
+                half = "p"
+            return Clock(60 * hour + int(match[2]), half)
+
+
+@kind
 class Quantity(Kind):
-    r"""A number or expression with a unit: `1 km` is `1000 \text{ m}`, `1`, not `1 m`, `1 km^2`."""
+    r"""A number or expression with a unit: `1 km` is `1000 \text{ m}`, `1`, not `1 m`, `1 km^2`;
+    `5000000` is `\$5 \text{ million}`, not `5 \text{ zorks}`; `50\%` is `0.5`, `50`, not `5`."""
 
     value: Kind
     unit: Unit
 
-    CURRENCY: ClassVar[str] = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?|\\pounds"
-    START: ClassVar[str] = r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]"
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        currency = re.match(rf"(-?) *({cls.CURRENCY}) *(?=[-\d.\\(])", text)
-        rest, money = text, ""
-        if currency:
-            rest = currency[1] + text[currency.end() :]
-            money = currency[2].strip("\\.").replace("pounds", "£")[-3:]
-            rest = re.sub(r"(?<=\d)(?=[kKMB]$)", " ", rest)  # $5M
-        start = re.search(cls.START, rest)
-        begin = start.start() if start else len(rest)
-        unit = read_unit(f"{money} {rest[begin:]}" if not rest[begin:].strip() else rest[begin:])
-        if unit is None or (not currency and not start) or rest.count("{", 0, begin) != rest.count("}", 0, begin):
+    @staticmethod
+    def read(text):
+        money = re.match(
+            r"(-?) *(\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?|\\pounds) *(?=[-\d.\\(])",
+            text,
+        )
+        words = ""
+        if money:
+            words = money[2].replace("US\\", "")
+            text = money[1] + re.sub(r"(?<=\d)[kKMB]$", r" \g<0>", text[money.end() :])  # $5M
+        found = re.search(
+            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\%", text
+        )
+        start = found.start() if found else len(text)
+        unit = read_unit(f"{words} {text[start:]}")
+        if unit is None or not (found or money):
             return None
-        return cls.make(rest[:begin].strip(), unit)
-
-    @classmethod
-    def make(cls, text: str, unit: Unit) -> Kind | None:
-        value = parse(text)
-        if isinstance(value, Number):
-            value = Number(value.value * unit.scale)
-        elif not isinstance(value, Expression) or unit.scale != 1 or "_" in text or re.search(r"\\(?:sin|cos|tan|cot)", text):
+        value = text[:start].strip()
+        if not value or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", value):
             return None
-        return Quantity(value, unit._replace(scale=Fraction(1))) if unit.powers else value
+        return with_unit(parse(value), unit)
 
 
-@dataclass(frozen=True)
+def with_unit(value: Kind, unit: Unit) -> Kind | None:
+    if isinstance(value, Number):
+        value = Number(value.value * unit.scale)
+    elif not isinstance(value, Expression) or unit.scale != 1:
+        return None
+    return Quantity(value, unit._replace(scale=1)) if unit.powers else value
+
+
+@kind
 class Compound(Quantity):
-    r"""Parts of one quantity: `5 feet 3 inches` is `63 inches`, `5.25 ft`, not `5 feet`, `5`."""
+    r"""Parts of one quantity: `5 feet 3 inches` is `63 inches`, `5.25 ft`, not `5 feet`, `63`."""
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
+    @staticmethod
+    def read(text):
         parts = re.findall(rf"({NUMBER})([^\d.]+)", text)
-        if len(parts) < 2 or "".join(itertools.chain(*parts)) != text:
+        if len(parts) < 2 or "".join(number + words for number, words in parts) != text:
             return None
-        total, last = Fraction(0), None
+        total, last = 0, None
         for number, words in parts:
             unit = read_unit(re.sub(r",? *\band\b *$|, *$", "", words))
             if unit is None or not unit.powers:
@@ -212,153 +243,68 @@ class Compound(Quantity):
                 return None
             total += plain_number(number) * unit.scale * unit.size
             last = unit
-        return Compound(Number(total / last.size), last._replace(scale=Fraction(1)))
+        return Compound(Number(total / last.size), last._replace(scale=1))
 
 
-@dataclass(frozen=True)
-class Clock(Kind):
-    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`, `6:60`."""
-
-    hour: int
-    minute: int
-    half: str = ""
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        match = re.fullmatch(r"(\d\d?):(\d\d)(?: ?([aApP])\.? ?[mM]\.?)?", text)
-        if match is None or int(match[1]) > 23 or int(match[2]) > 59:
-            return None
-        hour, half = int(match[1]), (match[3] or "").lower()
-        if half:
-            hour = hour % 12 + 12 * (half == "p")
-        elif hour > 12:
-            half = "p"
-        return Clock(hour, int(match[2]), half)
-
-
-@dataclass(frozen=True)
-class Ratio(Kind):
-    r"""A ratio: `2:4` is `1:2`, `1 \text{ to } 2`, `\frac12`, not `2:1`, `2:4:6`."""
+@kind
+class Union(Kind):
+    r"""A union: `(-\infty,1)\cup(2,\infty)` is `x<1 \text{ or } x>2`, not `x<1 \text{ and } x>2`;
+    `\mathbb{R}\setminus\{1\}` is `x \ne 1`, `(-\infty,1)\cup(1,\infty)`."""
 
     items: tuple[Kind, ...]
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        parts = split(text, r":(?!=)|\bto\b")
-        if len(parts) < 2 or not all(parts):
+    @staticmethod
+    def read(text):
+        without = re.fullmatch(r"(.+?)(?:\\ne(?![a-z])|\\setminus|-) *(\\\{.*\\\}|\S+)", text)
+        if without and (without[1].strip() == r"\mathbb{R}" or r"\ne" in text):
+            points = parse(without[2])
+            points = getattr(points, "items", (points,))
+            if all(isinstance(point, Number) for point in points):
+                ends = sorted([Interval.LOW, *points, Interval.HIGH], key=lambda end: end.value)
+                return Union(tuple(map(Interval, ends, ends[1:])))
+        parts = split(text, r"\\cup(?![a-z])|\bor\b")
+        if len(parts) < 2:
             return None
-        items = parse_all(parts)
-        return Ratio(items) if all(isinstance(item, Number | Expression) for item in items) else None
+        items = list(parse_all(parts))
+        if r"\cup" in text:
+            items = [item.as_interval() if isinstance(item, Sequence) else item for item in items]
+        sets = all(isinstance(item, Interval | Collection | Number | Union) for item in items)
+        if sets and any(isinstance(item, Interval) for item in items):
+            return Union(tuple(items))
 
 
-@dataclass(frozen=True)
-class Complex(Kind):
-    r"""A complex number: `1+2i` is `2i + 1`, `1+2\mathrm{i}`, `(1+2i)`, not `1-2i`, `2+i`."""
-
-    real: Fraction
-    imaginary: Fraction
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        text = text.replace(" ", "")
-        match = re.fullmatch(rf"({NUMBER})?([-+]?(?:{NUMBER})?)i([-+].+)?", text)
-        if match is None:
-            return None
-        factor = match[2] if match[2] not in ("", "+", "-") else match[2] + "1"
-        real, imaginary = plain_number(match[1] or match[3] or "0"), plain_number(factor)
-        if real is None or imaginary is None or (match[1] and (match[3] or match[2][:1] not in ("+", "-"))):
-            return cls.read_product(text)
-        return Complex(real, imaginary)
-
-    @classmethod
-    def read_product(cls, text: str) -> Kind | None:
-        value = plain_number(text.removesuffix("i"))
-        return Complex(Fraction(0), value) if value is not None and text.endswith("i") else None
-
-
-@dataclass(frozen=True)
-class Sequence(Kind):
-    r"""A tuple, point or vector: `(1,2)` is `(1;2)`, `\langle 1, 2\rangle`, `x=1, y=2`, `1,2`, not
-    `(2,1)`, `\{1,2\}`, `[1,2]`."""
-
-    items: tuple[Kind, ...]
-    bracket: str = "("
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        brackets = unwrap(re.sub(r"\^(?:T|\{T\}|\\top)$", "", text))
-        if brackets is None or brackets[0] not in ("(", "[", "\\langle"):
-            return None
-        left, inner, right = brackets
-        parts = split(inner, COMMA)
-        if left == "(" and len(parts) == 1:
-            return parse(inner)
-        items = parse_all(parts)
-        if left + right in ("(]", "[)"):
-            return Interval(*items, left == "[", right == "]") if len(items) == 2 else None
-        return Sequence(items, "[" if left == "[" else "(")
-
-
-@dataclass(frozen=True)
-class Matrix(Kind):
-    r"""A matrix: `\begin{pmatrix}2&0\\0&2\end{pmatrix}` is `2\begin{bmatrix}1&0\\0&1\end{bmatrix}`,
-    not `\begin{pmatrix}2&0\\0&1\end{pmatrix}`. One of a single row or column is a tuple."""
-
-    rows: tuple[tuple[Kind, ...], ...]
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        pattern = r"([^\\]*?|\\frac\{\d+\}\{\d+\}) ?[\[(]?\\begin\{([pb]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\2\}[\])]?"
-        match = re.fullmatch(pattern, text)
-        if match is None:
-            return None
-        factor = plain_number(match[1].replace("-", "-1") if match[1] == "-" else match[1] or "1")
-        if factor is None or "\\begin" in match[3]:
-            return None
-        rows = []
-        for line in match[3].split(r"\\"):
-            row = parse_all([cell.strip() for cell in line.split("&")])
-            if factor != 1:
-                if not all(isinstance(cell, Number) for cell in row):
-                    return None
-                row = tuple(Number(factor * cell.value) for cell in row)
-            if row:
-                rows.append(row)
-        if len(rows) == 1 or all(len(row) == 1 for row in rows):
-            return Sequence(tuple(itertools.chain(*rows)))
-        return Matrix(tuple(rows))
-
-
-@dataclass(frozen=True)
+@kind
 class Collection(Kind):
     r"""A set or a list, in any order: `\{1,2\}` is `2,1`, `1 \text{ or } 2`, `x=1, x=2`, not `1`,
-    `(1,2)`; `\pm 2` is `2,-2`, not `2`."""
+    `(1,2)`; `\pm 2` is `2,-2`, not `2`; `\emptyset` is `\{\}`, `\text{no solution}`, not `0`."""
 
     items: tuple[Kind, ...]
     braces: bool = False
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        if text in (r"\emptyset", r"\{\}"):
+    @staticmethod
+    def read(text):
+        if text == r"\emptyset":
             return Collection((), True)
-        brackets = unwrap(text)
-        braces = brackets is not None and brackets[0] == r"\{"
+        bracket, inner, _ = unwrap(text)
+        braces = bracket == r"\{"
         if braces:
-            text = brackets[1]
+            text = inner
             builder = split(text, r"\||:(?!=)")
             if len(builder) == 2:
-                return parse(builder[1])
-        else:
-            text = re.sub(r"\\(begin|end)\{(?:cases|aligned|align\*?|array|gathered)\}", "", text).replace("&", "")
-        parts = [part for part in split(text, LIST) if part]
-        signed = list(itertools.chain(*map(plus_and_minus, parts)))
-        if not braces and len(signed) < 2:
+                return parse(builder[1])  # {x | x > 2}
+        signed = []
+        for part in split(re.sub(ENVIRONMENT, "", text), LIST):
+            signed += plus_and_minus(part)
+        if len(signed) < 2 and not braces:
             return None
-        items = []
-        for item in parse_all(signed):
-            same_level = isinstance(item, Collection) and not item.braces
-            items += item.items if same_level else [item]
-        return items[0] if len(items) == 1 else Collection(tuple(items), braces)
+        items = parse_all(signed)
+        if len(items) == 1:
+            return items[0]
+        if len(items) == 2 and all(isinstance(item, Interval) for item in items):
+            both = items[0].meet(items[1])
+            if both and not braces:
+                return both
+        return Collection(items, braces)
 
 
 def plus_and_minus(text: str) -> list[str]:
@@ -370,107 +316,57 @@ def plus_and_minus(text: str) -> list[str]:
     return [re.sub(r"(^|[=(,]) *\+ *", r"\1", plus), minus]
 
 
-@dataclass(frozen=True)
+@kind
 class Interval(Kind):
     r"""An interval, an inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`,
     `\{x \mid x<2, x \ge 1\}`, not `[1,2]`, `1 \le x`; `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`."""
 
     low: Kind
     high: Kind
-    low_closed: bool = False
-    high_closed: bool = False
+    brackets: str = "()"
     subject: str = ""
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
+    @staticmethod
+    def read(text):
         if re.fullmatch(r"\\mathbb\{R\}|all real(?: number)?s?", text):
-            return REALS
-        member = re.fullmatch(r"([^,]+?)\\in(?![a-z])(.+)", text)
-        if member:
-            found = parse(member[2].strip())
-            if isinstance(found, Sequence) and len(found.items) == 2:
-                found = found_interval(found)
-            return found if isinstance(found, Interval | Union | Collection) else None
-        sign = r"\\[lg]e(?![a-z])|[<>]"
-        terms = split(text, sign)
-        signs = re.findall(sign, text)
-        if len(terms) - 1 != len(signs) or len(terms) not in (2, 3) or not all(terms):
+            return Interval(Interval.LOW, Interval.HIGH)
+        member, *sets = split(text, r"\\in(?![a-z])")
+        if len(sets) == 1:
+            found = parse(sets[0])
+            return found.as_interval() if isinstance(found, Sequence) else found
+
+        pattern = r"\\[lg]e(?![a-z])|[<>]"
+        terms, signs = split(text, pattern), re.findall(pattern, text)
+        upward = {">": "<", r"\ge": r"\le"}
+        if all(sign in upward for sign in signs):
+            terms.reverse()
+            signs = [upward[sign] for sign in reversed(signs)]
+        if not 1 < len(terms) < 4 or len(terms) - len(signs) != 1 or upward.keys() & signs:
             return None
-        upward = [sign in ("<", r"\le") for sign in signs]
-        if len(set(upward)) == 2:
-            return None
-        if not upward[0]:
-            terms, signs = terms[::-1], signs[::-1]
-        closed = [sign in (r"\le", r"\ge") for sign in signs]
+        left = "(["[signs[0] == r"\le"]
+        right = ")]"[signs[-1] == r"\le"]
+        first, last = terms[0], terms[-1]
         if len(terms) == 3:
-            return Interval(parse(terms[0]), parse(terms[2]), *closed, terms[1])
-        low, high = terms
-        if NAME.fullmatch(high) or not re.search("[A-Za-z]", low):
-            return Interval(parse(low), Number(math.inf), closed[0], False, high)
-        return Interval(Number(-math.inf), parse(high), False, closed[0], low)
+            return Interval(parse(first), parse(last), left + right, terms[1])
+        if NAME.fullmatch(last) or not re.search("[A-Za-z]", first):
+            return Interval(parse(first), Interval.HIGH, left + ")", last)
+        return Interval(Interval.LOW, parse(last), "(" + right, first)
+
+    def meet(self, other):
+        """`x>1` and `x<2` are one interval."""
+        lower, upper = self, other
+        if lower.low == Interval.LOW:
+            lower, upper = other, self
+        if lower.high == Interval.HIGH and upper.low == Interval.LOW:
+            if lower.subject == upper.subject:
+                brackets = lower.brackets[0] + upper.brackets[1]
+                return replace(lower, high=upper.high, brackets=brackets)
 
 
-def found_interval(pair: Sequence) -> Interval:
-    """`(1,2)` and `[1,2]` as intervals."""
-    closed = pair.bracket == "["
-    return Interval(*pair.items, closed, closed)
+Interval.LOW, Interval.HIGH = Number(-math.inf), Number(math.inf)
 
 
-REALS = Interval(Number(-math.inf), Number(math.inf), text=r"\mathbb{R}")
-
-
-@dataclass(frozen=True)
-class Union(Kind):
-    r"""A union: `(-\infty,1)\cup(2,\infty)` is `x<1 \text{ or } x>2`, not `x<1 \text{ and } x>2`;
-    `\mathbb{R}\setminus\{1\}` is `x \ne 1`, `(-\infty,1)\cup(1,\infty)`."""
-
-    items: tuple[Kind, ...]
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        without = re.split(r"\\ne(?![a-z])", text)
-        if len(without) == 2 and NAME.fullmatch(without[0].strip()):
-            return cls.around(parse(without[1].strip()))
-        without = re.fullmatch(r"\\mathbb\{R\} *(?:\\setminus|-) *(\\\{.*\\\})", text)
-        if without:
-            return cls.around(parse(without[1]))
-        parts = split(text, r"\\cup(?![a-z])|\bor\b")
-        if len(parts) < 2:
-            return cls.both(split(text, r"\band\b|,"))
-        items = []
-        for item in parse_all(parts):
-            if r"\cup" in text and isinstance(item, Sequence) and len(item.items) == 2:
-                item = found_interval(item)
-            items.append(item)
-        is_set = all(isinstance(item, Interval | Collection | Number | Union) for item in items)
-        any_interval = any(isinstance(item, Interval) for item in items)
-        return Union(tuple(items)) if is_set and any_interval else None
-
-    @classmethod
-    def around(cls, points: Kind) -> Kind | None:
-        """All real numbers except some."""
-        items = points.items if isinstance(points, Collection) else (points,)
-        if not all(isinstance(item, Number) for item in items):
-            return Union((REALS, *items)) if len(items) == 1 else None
-        ends = [-math.inf, *sorted(item.value for item in items), math.inf]
-        return Union(tuple(Interval(Number(a), Number(b)) for a, b in itertools.pairwise(ends)))
-
-    @classmethod
-    def both(cls, parts: list[str]) -> Kind | None:
-        """Two inequalities of one variable, such as x > 1 and x < 2."""
-        if len(parts) != 2 or not all(re.search(r"[<>]|\\[lg]e(?![a-z])", part) for part in parts):
-            return None
-        first, second = parse_all(parts)
-        if not isinstance(first, Interval) or not isinstance(second, Interval):
-            return None
-        if first.high != Number(math.inf):
-            first, second = second, first
-        if first.subject != second.subject or first.high != Number(math.inf) or second.low != Number(-math.inf):
-            return None
-        return Interval(first.low, second.high, first.low_closed, second.high_closed, first.subject)
-
-
-@dataclass(frozen=True)
+@kind
 class Equation(Kind):
     r"""An equation or assignment: `x=3` is `3`, `3=x`, not `y=3`, `2x=6`; `y=2x+1` is `2x+1`,
     `y-2x-1=0`, not `f=2x+1`; `18` is `x+y=18`; `xy=6` is `6=yx`, not `6`."""
@@ -479,42 +375,112 @@ class Equation(Kind):
     left: str
     right: Kind
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        parts = split(text, r"(?<![<>!:])=|\\Rightarrow|\\iff|\\implies")
-        if len(parts) < 2 or not all(parts):
+    @staticmethod
+    def read(text):
+        left, *others = split(text, r"(?<![<>!:])=|\\Rightarrow|\\iff|\\implies")
+        if not others or not left or not others[-1]:
             return None
-        left, right = parts[0], parts[-1]
+        right = others[-1]
         if NAME.fullmatch(right) and not NAME.fullmatch(left):
             left, right = right, left
         value = parse(right)
-        names = re.fullmatch(r"\(([^()]*)\)", left)
-        if names and isinstance(value, Sequence):
-            each = [name.strip() for name in names[1].split(",")]
-            if len(each) == len(value.items):
-                equations = [Equation(name, name, item) for name, item in zip(each, value.items, strict=True)]
-                return Collection(tuple(equations))
+        names = unwrap(left)[1].split(",")
+        if isinstance(value, Sequence) and len(names) == len(value.items) > 1:
+            names = [name.strip() for name in names]
+            return Collection(tuple(map(Equation, names, names, value.items)))
         name = left.replace(" ", "") if NAME.fullmatch(left) else ""
         return Equation(name, left, value)
 
 
-@dataclass(frozen=True)
-class Congruence(Kind):
-    r"""A residue class: `x \equiv 3 \pmod 7` is `3 \pmod{7}`, `10 \bmod 7`, not `3`, `4 \pmod 7`."""
+@kind
+class Matrix(Kind):
+    r"""A matrix: `\begin{pmatrix}2&0\\0&2\end{pmatrix}` is `2\begin{bmatrix}1&0\\0&1\end{bmatrix}`,
+    not `\begin{pmatrix}2&0\\0&1\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`."""
 
-    residue: int
-    modulus: int
+    items: tuple[Kind, ...]
+    columns: int
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        pattern = r"(?:[\w ]+\\equiv)? *(-?\d{1,40}),? *(?:\\pmod|\\bmod|\\mod|\(? ?\\?(?:mod|modulo)\b)[ {]*(\d{1,40})[)} ]*"
-        match = re.fullmatch(pattern, text)
-        if match is None or not int(match[2]):
+    @staticmethod
+    def read(text):
+        match = re.fullmatch(
+            r"(.*?) ?[\[(]?\\begin\{([pb]?matrix|array)\}(?:\{[clr|]+\})?((?:(?!\\begin).)*)"
+            r"\\end\{\2\}[\])]?",
+            text,
+        )
+        factor = match and plain_number(re.sub("^-?$", r"\g<0>1", match[1]))
+        if factor is None:
             return None
-        return Congruence(int(match[1]) % int(match[2]), int(match[2]))
+        rows = [row for row in match[3].split(r"\\") if row.strip()]
+        items = parse_all("&".join(rows).split("&"))
+        if factor != 1:
+            items = [Number(factor * getattr(item, "value", math.nan)) for item in items]
+        if len(rows) in (1, len(items)):
+            return Sequence(tuple(items))
+        return Matrix(tuple(items), len(items) // max(1, len(rows)))
 
 
-@dataclass(frozen=True)
+@kind
+class Sequence(Kind):
+    r"""A tuple, point or vector: `(1,2)` is `(1;2)`, `\langle 1, 2\rangle`, `x=1, y=2`, `1,2`, not
+    `(2,1)`, `\{1,2\}`, `[1,2]`."""
+
+    items: tuple[Kind, ...]
+    brackets: str = "()"
+
+    @staticmethod
+    def read(text):
+        left, inner, right = unwrap(re.sub(r"\^(?:T|\{T\}|\\top)$", "", text))
+        if left not in ("(", "[", r"\langle"):
+            return None
+        items = parse_all(split(inner, COMMA))
+        if left == "(" and len(items) == 1:
+            return items[0]
+        if left + right in ("(]", "[)"):
+            return Interval(*items, left + right) if len(items) == 2 else None
+        return Sequence(items, "[]" if left == "[" else "()")
+
+    def as_interval(self):
+        return Interval(*self.items, self.brackets) if len(self.items) == 2 else self
+
+
+@kind
+class Ratio(Kind):
+    r"""A ratio: `2:4` is `1:2`, `1 \text{ to } 2`, `\frac12`, not `2:1`, `2:4:6`."""
+
+    items: tuple[Kind, ...]
+
+    @staticmethod
+    def read(text):
+        parts = split(text, r":(?!=)|\bto\b")
+        if len(parts) < 2:
+            return None
+        items = parse_all(parts)
+        if len(items) > 1 and all(isinstance(item, Number | Expression) for item in items):
+            return Ratio(items)
+
+
+@kind
+class Complex(Kind):
+    r"""A complex number: `1+2i` is `2i + 1`, `1+2\mathrm{i}`, `(1+2i)`, not `1-2i`, `2+i`."""
+
+    real: Fraction
+    imaginary: Fraction
+
+    @staticmethod
+    def read(text):
+        terms = re.sub(r"(?<=[\w}])([-+])", r" \1", text.replace(" ", "")).split()
+        parts = [Fraction(0), Fraction(0)]
+        if "i" not in text or len(terms) > 2:
+            return None
+        for term in terms:
+            value = plain_number(re.sub("^([-+]?)i$", r"\g<1>1i", term).removesuffix("i"))
+            if value is None:
+                return None
+            parts[term.endswith("i")] += value
+        return Complex(*parts)
+
+
+@kind
 class Choice(Kind):
     r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
     `C`, `b`, `B \text{ or } C`; `A, C` is `AC`, `A \text{ and } C`, not `A`."""
@@ -522,135 +488,110 @@ class Choice(Kind):
     letters: str
     content: str = field(default="", compare=False)
 
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
+    @staticmethod
+    def read(text):
         several = re.sub(r"[ ,()&]|\band\b", "", text)
-        if re.fullmatch("[A-J]{2,}", several) and list(several) == sorted(set(several)):
+        if re.fullmatch("[A-J]{2,}", several) and sorted({*several}) == [*several]:
             return Choice(several)
-        text = re.sub(r"(?i)^(?:the )?(?:correct |right )?(?:option|choice|answer)(?: is)?:? *(?=\(?[A-J]\b)", "", text)
-        match = re.fullmatch(r"\(?([A-Z])\)?", text) or re.fullmatch(r"(?:\(([A-J])\)|([A-J])[).:])(?: (.*))?", text)
-        if match is None:
-            return None
-        letter, *more = match.groups(default="")
-        content = more[-1] if more else ""
-        return None if re.search(r"\b(?:and|or)\b", content) else Choice(letter or more[0], content)
+        text = re.sub(r"^(?i:(?:option|choice|answer):? )*(?=\(?[A-J]\b)", "", text)
+        match = re.fullmatch(r"\(?([A-Z])\)?|\(?([A-J])[).:](?: ((?:(?!\b(?:or|and)\b).)*))?", text)
+        if match:
+            letter, other, content = match.groups(default="")
+            return Choice(letter + other, content)
 
 
-@dataclass(frozen=True)
+@kind
 class Words(Kind):
     r"""A word or phrase: `Yes` is `\text{yes}`, `Yes, it is`, not `no`; `\text{no solution}` is
-    `\text{No solutions}`, `\emptyset`, not `no`; `east` is not `seat`."""
+    `\text{No solutions}`, `\emptyset`, not `no`; `\text{east}` is `East`, not `\text{seat}`."""
 
     phrase: str
 
-    LAST: ClassVar[str] = r"(?<=[a-z])(?<!not) (?:exists?|triangle|function|sequence|curve|number)$"
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
+    @staticmethod
+    def read(text):
         plain = re.sub(r"_\{[^{}]*\}|\\[A-Za-z]+|\^\{[^{}]*\}", " ", text)
-        words = [word for word in WORD.findall(plain) if not re.fullmatch(PRODUCT, word)]
-        short = all(len(word) == 2 for word in words) and not re.fullmatch("(?i)no|on|so|up|we", text)
-        unusual = re.search(r"[?@#\"]|\\(?:ldots|text)|\d \d", text)
-        if not unusual and (not words or (short and " " not in text)):
-            return None
-        text = text.replace("DNE", "does not exist")
+        words = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
+        pair = " " not in text and len(max(words, default="", key=len)) == 2
+        if not words or (pair and not re.fullmatch("(?i)no|on|so|up|we", text)):
+            if not re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
+                return None
         phrase = " ".join(re.findall(r"\w+|[^\w\s.]", text)) or text
-        phrase = re.sub(r"(?<=[a-z]{3})s\b|\b(?:the|a|an) ", "", phrase.casefold())
-        phrase = re.sub(cls.LAST, "", phrase)
-        return Words(phrase)
+        phrase = re.sub("^dne$", "does not exist", phrase.casefold())
+        phrase = re.sub(r"(?<=[a-z]{3})s\b|\b(?:the|a|an) ", "", phrase)
+        return Words(
+            re.sub(
+                r"(?<=[a-z])(?<!not) (?:exist|triangle|function|sequence|curve|number)$", "", phrase
+            )
+        )
 
 
-@dataclass(frozen=True)
+@kind
 class Expression(Kind):
     r"""Everything else goes to math-verify: `2\sqrt{3}` is `\sqrt{12}`, not `3.464`; `-1` is `i^2`;
-    `\frac12` is `\sin 30^\circ`, but `7` is not `3+4`, which is not evaluated."""
+    `\sqrt3` is `2\sin 60^\circ`; `7` is not `3+4`, which is not evaluated."""
 
     latex: str
 
-    REWRITES: ClassVar[dict[str, str]] = {
-        MIXED: r"(\1+\\frac{\2\4}{\3\5})",
-        r"(?<=\d),(?=\d{3})": "",
-        r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-        r"(?<=[\d)]) *(?=\()|(?<=\\pi) *(?=\()": r"\\cdot ",  # math-verify adds 2(3)
-        r"\\(?=[%$])": "",
-    }
-
-    @classmethod
-    def read(cls, text: str) -> Kind | None:
-        latex = text
-        for pattern, replacement in cls.REWRITES.items():
-            latex = re.sub(pattern, replacement, latex)
-        return Expression(latex)
+    @staticmethod
+    def read(text):
+        rules = {
+            r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+            MIXED: r"(\1+\\frac{\2}{\3})",
+            r"(?<=\d),(?=\d{3})": "",
+            r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
+            r"(?:(?<=[\d)])|(?<=\\pi)) *(?=\()": r"\\cdot ",  # math-verify adds 2(3)
+        }
+        return Expression(rewrite(text, rules))
 
     @property
     def unevaluated(self) -> bool:
-        return re.search(UNEVALUATED, self.text) is not None
+        return re.search(OPERATION, self.text) is not None
 
 
-# The order in which they are tried
 KINDS = (
-    Choice, Clock, Number, MixedNumber, RepeatingDecimal, BaseNumber, Congruence, Compound, Union,
-    Collection, Interval, Equation, Matrix, Sequence, Ratio, Quantity, Complex, Words, Expression,
+    Choice, Clock, Number, MixedNumber, RepeatingDecimal, BaseNumber, Congruence, Compound, Quantity,
+    Union, Collection, Interval, Equation, Matrix, Sequence, Ratio, Complex, Words, Expression,
 )  # fmt: skip
-
-# Sentences around an answer, and conditions after it
-SENTENCE = (
-    r"(?:[Tt]he )?(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)|(?:[Tt]he )?(?:point|number|set|interval|vector) (?=[\d\\(\[])"
-)
-CONDITION = (
-    r"(?:,| )? *\(?(?:\\text)? *(?:(?:where|for|with|when|if)\b.*|[a-z](?:, ?[a-z])* *\\in *\\mathbb\{[ZN]\}.*| is the \w+)$"
-)
-
-
-def bare(text: str) -> str:
-    """Drop the sentence around an answer and the condition after it."""
-    text = re.sub(r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*", r"\1", text)  # Yes, it is
-    text = re.sub(rf"^{SENTENCE}", "", text)
-    shorter = re.sub(CONDITION, "", text).strip()
-    return shorter or text
 
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Kind:
-    """Read a tidy text as the first kind that it can be."""
+    """Read a tidy text as the first kind that it can be. An expression is any text."""
     for kind in KINDS:
         found = kind.read(text)
-        if found is not None:
-            if not found.text:
-                object.__setattr__(found, "text", text)
-            return found
-    raise AssertionError("an expression is any text")
+        if found:
+            return found if found.text else replace(found, text=text)
+
+
+def parse_all(texts: list[str]) -> tuple[Kind, ...]:
+    """Read the items of a list. A list in a list is part of it."""
+    items = []
+    for text in filter(None, map(str.strip, texts)):
+        item = parse(text)
+        inner = isinstance(item, Collection) and not item.braces
+        items += item.items if inner else [item]
+    return tuple(items)
 
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Kind | None:
     """Read an answer; None if it has too many brackets."""
-    text = bare(tidy(text))
+    text = tidy(text)
     depth = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
+    for token in re.finditer(BRACKETS, text):
+        depth += 1 if token["open"] else -1
         if depth > MAX_DEPTH:
             return None
-    return parse(text)
+    return parse(rewrite(text, AROUND).strip() or text)
 
 
-def leaves(kind: Kind) -> Iterator[Expression]:
+def leaves(kind: Kind) -> list[Expression]:
     """The expressions in an answer."""
     if isinstance(kind, Expression):
-        yield kind
+        return [kind]
+    found = []
     for value in vars(kind).values():
-        if isinstance(value, Kind):
-            yield from leaves(value)
-        elif isinstance(value, tuple):
-            for item in itertools.chain(*(item if isinstance(item, tuple) else (item,) for item in value)):
-                if isinstance(item, Kind):
-                    yield from leaves(item)
-
-
-def too_large(text: str, digits: int) -> bool:
-    """Whether a power, a factorial or a binomial in a text may have too many digits to evaluate."""
-    many = rf"\d{{{digits + 1}}}"
-    tower = r"\^(?:\{[^{}]*|\w)\^|\)\^[^)]*\)\^|!\)*!"
-    if re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text):
-        return True
-    return re.search(r"!|\\binom|[Cc]_", text) is not None and re.search(many, text) is not None
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, Kind):
+                found += leaves(part)
+    return found

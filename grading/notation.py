@@ -36,15 +36,10 @@ COMMANDS = {
     "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
 }
 COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
-CHARACTERS = str.maketrans(
-    {
-        "−": "-", "–": "-", "∞": r"\infty ", "·": r"\cdot ", "⋅": r"\cdot ", "×": r"\times ",
-        "÷": r"\div ", "≈": r"\approx ", "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-        "≡": r"\equiv ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "π": r"\pi ",
-        "θ": r"\theta ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "″": "''", "”": "''", "′": "'",
-        "’": "'",
-    }
-)  # fmt: skip
+CHARACTERS = r"""− -|– -|∞ \infty |· \cdot |⋅ \cdot |× \times |÷ \div |≈ \approx |± \pm |≤ \le |≥ \ge
+|≠ \ne |≡ \equiv |∪ \cup |∈ \in |∅ \emptyset |π \pi |θ \theta |ℝ \mathbb{R}|° ^\circ |″ ''|” ''|′ '
+|’ '"""
+CHARACTER = str.maketrans(dict(pair.strip("\n").split(" ", 1) for pair in CHARACTERS.split("|")))
 UNICODE = {
     "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
@@ -56,7 +51,7 @@ FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
 LATEX = {
     r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
     r"\\! *|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
-    r"(?<!\\)\\[,;: ]|\\hspace\{[^{}]*\}|\\[()\[\]]": " ",  # 1\,234; \(18\)
+    r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
 }
 BRACES = {
     r"\\math *\{ *([A-Za-z])? *\}": r"\1",  # \mathrm{e}
@@ -73,6 +68,13 @@ BRACES = {
     r" +(?=[_^}\])])|(?<=[_^{(\[]) +": "",
 }
 PLAIN = {
+    r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
+    r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
+    r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}
+    r"(\.\d*)\((\d+)\)": r"\1\\overline{\2}",  # 0.1(6)
+    r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
+    r"\\overline *(\d)": r"\\overline{\1}",
+    r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     r"\.\.\.": r"\\ldots",
@@ -103,7 +105,7 @@ def tidy(text: str) -> str:
     """Remove markup and write everything in one notation."""
     text = " ".join(text.split())
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTERS)
+        text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
     if "$" in text:
         text = without_dollars(text)
     for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
@@ -113,8 +115,8 @@ def tidy(text: str) -> str:
             text = re.sub(r"\\([A-Za-z]+)", rename, text)
         if "\\" in text or "{" in text:
             text = rewrite(text, BRACES)
-        text = rewrite(text.strip(" *`~"), PLAIN)
         text = " ".join(text.replace("~", " ").split())
+        text = rewrite(text.strip(" *`"), PLAIN).strip()
         if text == before or not re.search(r"\\(?:text|math)(?![a-z])", text):
             break
     return text

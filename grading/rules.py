@@ -1,29 +1,27 @@
 r"""Which kinds of answers may be equal, and when.
 
-`RULES` is the table. A pair of kinds that is not in it is never equal. math-verify decides only
-about the expressions at the leaves, through `ask`.
+`RULES` is the table. Two answers of one kind are equal if their fields are, unless the table has a
+rule; a pair of different kinds that is not in it is never equal. math-verify decides only about the
+expressions at the leaves.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from grading.answers import plain_number
 from grading.kinds import (
-    BaseNumber, Choice, Clock, Collection, Complex, Congruence, Equation, Expression, Interval,
-    Kind, Matrix, Number, Quantity, Ratio, Sequence, Union, Words, found_interval, parse_all,
+    BaseNumber, Choice, Clock, Collection, Complex, Compound, Equation, Expression, Interval, Kind,
+    Number, Quantity, Ratio, Sequence, Union, Words, parse_all,
 )  # fmt: skip
-
-PERCENT = (("%", 1),)
 
 
 class NeedsWorker(Exception):
     """Only math-verify can tell."""
 
 
-def no_worker(relation: str, reference: str, answer: str) -> bool:
+def no_worker(relation: str, first: str, second: str) -> bool:
     raise NeedsWorker
 
 
@@ -47,13 +45,21 @@ class Judge:
                     return RULES[left, right](self, reference, answer)
                 if (right, left) in RULES:
                     return RULES[right, left](self, answer, reference)
-        return False
+        return type(reference) is type(answer) and self.same_fields(reference, answer)
 
-    def all_equal(self, references: tuple, answers: tuple) -> bool:
-        if len(references) != len(answers):
-            return False
-        pairs = zip(references, answers, strict=True)
-        return all(self.equal(reference, answer) for reference, answer in pairs)
+    def same_fields(self, reference: Kind, answer: Kind) -> bool:
+        values, others = vars(reference) | {"text": ""}, vars(answer) | {"text": ""}
+        return all(self.same_value(values[name], others[name]) for name in values)
+
+    def same_value(self, value: object, other: object) -> bool:
+        if isinstance(value, Kind):
+            return self.equal(value, other)
+        if isinstance(value, tuple):
+            return self.all_equal(value, other)
+        return value == other
+
+    def all_equal(self, items: tuple, others: tuple) -> bool:
+        return len(items) == len(others) and all(map(self.equal, items, others))
 
     def expressions(self, first: str, second: str, relation: str = "equal") -> bool:
         """Ask about two expressions, always in the same order."""
@@ -62,10 +68,11 @@ class Judge:
         return self.ask(relation, *sorted((first, second)))
 
 
+# Each rule takes the judge and two answers of the kinds in the table, in the table's order.
 # ------------------------------------------------------------------------------- numbers
 
 
-def same_number(judge: Judge, a: Number, b: Number) -> bool:
+def same_number(judge, a, b):
     """Equal, or a decimal that agrees to six places and to five digits."""
     if a.value == b.value:
         return True
@@ -73,101 +80,90 @@ def same_number(judge: Judge, a: Number, b: Number) -> bool:
     return difference < Fraction(1, 10**6) and difference * 10**5 < max(abs(a.value), abs(b.value))
 
 
-def number_and_expression(judge: Judge, number: Number, answer: Expression) -> bool:
+def same_amount(judge, a, b):
+    return a.value == b.value
+
+
+def number_and_expression(judge, number, answer):
     if judge.strict and answer.unevaluated:
         return False
-    return judge.expressions(latex(number), answer.latex)
+    return expression_and_number(judge, answer, number)
 
 
-def expression_and_number(judge: Judge, reference: Expression, number: Number) -> bool:
-    return judge.expressions(reference.latex, latex(number))
+def expression_and_number(judge, expression, number):
+    """math-verify reads the digits of a number, or a fraction."""
+    latex = number.text
+    if not re.fullmatch(r"-?\d+(\.\d+)?|-?\\infty", latex):
+        latex = rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+    return judge.expressions(expression.latex, latex)
 
 
-def same_expression(judge: Judge, a: Expression, b: Expression) -> bool:
+def same_expression(judge, a, b):
     return judge.expressions(a.latex, b.latex)
 
 
-def complex_and_expression(judge: Judge, a: Complex, b: Expression) -> bool:
+def complex_and_expression(judge, a, b):
     return judge.expressions(a.text, b.latex)
 
 
-def latex(number: Number) -> str:
-    """A number as math-verify reads it: its digits, or a fraction."""
-    if isinstance(number.value, float):
-        return r"\infty" if number.value > 0 else r"-\infty"
-    if re.fullmatch(r"-?\d+(\.\d+)?", number.text):
-        return number.text
-    return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-
-
-def same_quantity(judge: Judge, a: Quantity, b: Quantity) -> bool:
+def same_quantity(judge, a, b):
     if a.unit.powers != b.unit.powers:
         return False
     if isinstance(a.value, Number) and isinstance(b.value, Number):
-        left = Number(a.value.value * a.unit.size)
-        return same_number(judge, left, Number(b.value.value * b.unit.size))
+        ratio = a.unit.size / b.unit.size
+        return same_number(judge, Number(a.value.value * ratio), b.value)
     return a.unit == b.unit and judge.equal(a.value, b.value)
 
 
-def without_unit(judge: Judge, quantity: Quantity, plain: Kind) -> bool:
+def without_unit(judge, quantity, plain):
     """A unit may be left out; p% is p and p/100."""
-    if quantity.unit.powers == PERCENT and isinstance(quantity.value, Number):
-        share = Number(quantity.value.value / 100)
-        if judge.equal(share, plain):
+    if quantity.unit.powers == (("%", 1),) and isinstance(quantity.value, Number):
+        if judge.equal(Number(quantity.value.value / 100), plain):
             return True
     return judge.equal(quantity.value, plain)
 
 
-def same_in_base(judge: Judge, a: BaseNumber, b: BaseNumber) -> bool:
-    return a.value == b.value
-
-
-def without_base(judge: Judge, a: BaseNumber, b: Number) -> bool:
+def without_base(judge, a, b):
     return b.value == a.value or b.text.lower() == a.digits
 
 
-def same_ratio(judge: Judge, a: Ratio, b: Ratio) -> bool:
+def same_ratio(judge, a, b):
     if judge.all_equal(a.items, b.items):
         return True
-    items = a.items + b.items
-    if len(a.items) != len(b.items) or not all(isinstance(item, Number) for item in items):
+    if len(a.items) != len(b.items) or not all(isinstance(x, Number) for x in a.items + b.items):
         return False
     first, second = a.items[0].value, b.items[0].value
-    pairs = zip(a.items, b.items, strict=True)
-    return all(left.value * second == right.value * first for left, right in pairs)
+    return all(x.value * second == y.value * first for x, y in zip(a.items, b.items, strict=True))
 
 
-def ratio_and_number(judge: Judge, a: Ratio, b: Number) -> bool:
-    first, *rest = a.items
-    if len(rest) != 1 or not isinstance(first, Number) or not isinstance(rest[0], Number):
-        return False
-    return first.value == b.value * rest[0].value
+def ratio_and_number(judge, a, b):
+    return len(a.items) == 2 and same_ratio(judge, a, Ratio((b, Number(Fraction(1)))))
 
 
-def clock_and_number(judge: Judge, a: Clock, b: Number) -> bool:
-    return not a.half and a.hour == b.value * a.minute > 0
+def clock_and_number(judge, a, b):
+    hours, minutes = divmod(a.minutes, 60)
+    return not a.half and hours == b.value * minutes > 0
 
 
 # ------------------------------------------------------------------------------- collections
 
 
-def same_items(judge: Judge, a: Any, b: Any) -> bool:
+def same_items(judge, a, b):
     """Each item of one equals its own item of the other, in any order."""
-    if len(a.items) != len(b.items):
-        return False
     left = list(b.items)
     for item in a.items:
-        same = next((other for other in left if item == other), None)
-        if same is None:
-            same = next((other for other in left if judge.equal(item, other)), None)
-        if same is None:
+        if item in left:
+            left.remove(item)
+            continue
+        equal = [other for other in left if judge.equal(item, other)]
+        if not equal:
             return False
-        left.remove(same)
-    return True
+        left.remove(equal[0])
+    return not left
 
 
-def same_collection(judge: Judge, a: Collection, b: Collection) -> bool:
-    """If only one side names its values, and each by a name of its own, their order counts."""
+def same_collection(judge, a, b):
+    """If one side names its values, each by a name of its own, and the other none, order counts."""
     for named, plain in ((a, b), (b, a)):
         values = named_values(named)
         if values and not any(isinstance(item, Equation) for item in plain.items):
@@ -175,7 +171,7 @@ def same_collection(judge: Judge, a: Collection, b: Collection) -> bool:
     return same_items(judge, a, b)
 
 
-def named_values(collection: Collection) -> tuple[Kind, ...]:
+def named_values(collection):
     """The values of a=1, b=2; none if a name repeats, as in x=1, x=2 and in x_1=1, x_2=2."""
     equations = [item for item in collection.items if isinstance(item, Equation) and item.name]
     names = {item.name.partition("_")[0] for item in equations}
@@ -184,85 +180,75 @@ def named_values(collection: Collection) -> tuple[Kind, ...]:
     return tuple(item.right for item in equations)
 
 
-def sequence_and_list(judge: Judge, a: Sequence, b: Collection) -> bool:
+def tuple_and_list(judge, a, b):
     """A tuple is not a set, but a list without braces may be a tuple without brackets."""
-    values = named_values(b) or b.items
-    return not b.braces and judge.all_equal(a.items, values)
+    return not b.braces and judge.all_equal(a.items, named_values(b) or b.items)
 
 
-def same_sequence(judge: Judge, a: Sequence, b: Sequence) -> bool:
-    if len(a.items) == 2 and a.bracket != b.bracket:
-        return False  # an open and a closed interval
+def same_tuple(judge, a, b):
+    """Of two items, the brackets count: the tuple may be an interval."""
+    if len(a.items) == 2 and a.brackets != b.brackets:
+        return False
     return judge.all_equal(a.items, b.items)
 
 
-def same_matrix(judge: Judge, a: Matrix, b: Matrix) -> bool:
-    pairs = zip(a.rows, b.rows, strict=False)
-    return len(a.rows) == len(b.rows) and all(judge.all_equal(*pair) for pair in pairs)
-
-
-def list_and_number(judge: Judge, a: Collection, b: Number) -> bool:
+def list_and_number(judge, a, b):
     """`0,5` is also a decimal, and `100,200` also a list."""
-    if re.fullmatch(r"-?\d+,\d+", a.text) and Number(plain_number(a.text.replace(",", "."))) == b:
+    if re.fullmatch(r"-?\d+,\d+", a.text) and plain_number(a.text.replace(",", ".")) == b.value:
         return True
-    if "," in b.text:
-        return same_items(judge, a, Collection(parse_all(b.text.split(","))))
-    return False
+    return "," in b.text and same_items(judge, a, Collection(parse_all(b.text.split(","))))
 
 
-def same_interval(judge: Judge, a: Interval, b: Interval) -> bool:
-    if (a.low_closed, a.high_closed) != (b.low_closed, b.high_closed):
-        return False
-    if a.subject and b.subject and a.subject != b.subject:
+def same_interval(judge, a, b):
+    """The name of the variable may be left out."""
+    if a.brackets != b.brackets or (a.subject and b.subject and a.subject != b.subject):
         return False
     return judge.equal(a.low, b.low) and judge.equal(a.high, b.high)
 
 
-def interval_and_pair(judge: Judge, a: Interval, b: Sequence) -> bool:
-    return len(b.items) == 2 and same_interval(judge, a, found_interval(b))
+def interval_and_pair(judge, a, b):
+    return len(b.items) == 2 and same_interval(judge, a, b.as_interval())
 
 
 # ------------------------------------------------------------------------------- statements
 
 
-def same_equation(judge: Judge, a: Equation, b: Equation) -> bool:
+def same_equation(judge, a, b):
+    """Equal values of one name, or sides whose differences are proportional. `2x=6` is not solved."""
     if a.name and a.name == b.name:
         return judge.equal(a.right, b.right)
-    numbers = isinstance(a.right, Number), isinstance(b.right, Number)
-    if (a.name and b.name and any(numbers)) or (a.name and numbers[0]) or (b.name and numbers[1]):
+    if (a.name and isinstance(a.right, Number)) or (b.name and isinstance(b.right, Number)):
         return False
     sides = [f"{side.left}-({side.right.text})" for side in (a, b)]
     return judge.expressions(*sides, relation="proportional")
 
 
-def named_value(judge: Judge, a: Equation, b: Kind) -> bool:
+def named_value(judge, a, b):
     return bool(a.name) and judge.equal(a.right, b)
 
 
-def stated_value(judge: Judge, reference: Kind, answer: Equation) -> bool:
-    """An answer may show what it is the value of: `x+y=18`, `9 \\cdot 2 = 18`."""
+def stated_value(judge, reference, answer):
+    r"""An answer may show what it is the value of: `x+y=18`, `9 \cdot 2 = 18`."""
     return judge.equal(reference, answer.right)
 
 
-def choice_and_content(judge: Judge, a: Choice, b: Kind) -> bool:
+def choice_and_content(judge, a, b):
     if a.content:
         return judge.equal(parse_all([a.content])[0], b)
     return isinstance(b, Expression) and judge.expressions(a.letters, b.latex)
 
 
-def no_solution(judge: Judge, a: Words, b: Collection) -> bool:
+def no_solution(judge, a, b):
     return not b.items and re.match(r"(?:no|empty) \w+", a.phrase) is not None
 
 
-def never(judge: Judge, a: Kind, b: Kind) -> bool:
-    """Kinds that are equal only if all their fields are."""
+def never(judge, a, b):
     return False
 
 
-Rule = Callable[[Judge, Any, Any], bool]
 # (kind of the reference, kind of the answer): the rule. A pair also stands for the swapped pair,
 # unless that has a rule of its own.
-RULES: dict[tuple[type, type], Rule] = {
+RULES = {
     (Number, Number): same_number,
     (Number, Expression): number_and_expression,
     (Expression, Number): expression_and_number,
@@ -271,14 +257,14 @@ RULES: dict[tuple[type, type], Rule] = {
     (Quantity, Quantity): same_quantity,
     (Quantity, Number): without_unit,
     (Quantity, Expression): without_unit,
-    (BaseNumber, BaseNumber): same_in_base,
+    (Compound, Number): never,
+    (BaseNumber, BaseNumber): same_amount,
     (BaseNumber, Number): without_base,
     (Ratio, Ratio): same_ratio,
     (Ratio, Number): ratio_and_number,
     (Clock, Number): clock_and_number,
-    (Sequence, Sequence): same_sequence,
-    (Sequence, Collection): sequence_and_list,
-    (Matrix, Matrix): same_matrix,
+    (Sequence, Sequence): same_tuple,
+    (Sequence, Collection): tuple_and_list,
     (Collection, Collection): same_collection,
     (Collection, Number): list_and_number,
     (Interval, Interval): same_interval,
@@ -287,9 +273,7 @@ RULES: dict[tuple[type, type], Rule] = {
     (Equation, Equation): same_equation,
     (Equation, Kind): named_value,
     (Kind, Equation): stated_value,
-    (Congruence, Congruence): never,
     (Choice, Choice): never,
     (Choice, Kind): choice_and_content,
-    (Words, Words): never,
     (Words, Collection): no_solution,
 }

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from latex2sympy2_extended import latex2sympy  # noqa: E402
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # noqa: E402
 from math_verify import verify  # noqa: E402
-from sympy import Float, I, N, Pow, Symbol, cancel, simplify  # noqa: E402
+from sympy import Abs, Float, I, N, Pow, Symbol, cancel, expand, simplify  # noqa: E402
 
 from grading.kinds import leaves, read  # noqa: E402
 from grading.rules import Judge  # noqa: E402
@@ -47,6 +47,11 @@ def expression(latex: str) -> Any:
     if imaginary in getattr(value, "free_symbols", ()):
         value = value.subs(imaginary, I)
     return value
+
+
+def positive(value: Any) -> Any:
+    """Take letters as positive, so that log(x^2) is 2 log(x)."""
+    return value.xreplace({letter: Symbol(letter.name, positive=True) for letter in value.free_symbols})
 
 
 def agree(first: Any, second: Any) -> bool:
@@ -68,10 +73,12 @@ def agree(first: Any, second: Any) -> bool:
 def ask(relation: str, first: str, second: str) -> bool:
     """Whether two expressions are "equal", or "proportional" by a number that is not 0."""
     left, right = expression(first), expression(second)
+    if not left.has(Abs) and not right.has(Abs):
+        left, right = positive(left), positive(right)
     if left == right:
         return True
     if relation == "proportional":
-        ratio = cancel(left.doit() / right.doit())
+        ratio = cancel(expand(left) / expand(right))
         return bool(ratio.is_number and ratio.is_finite and ratio != 0)
     if isinstance(left, Symbol) or isinstance(right, Symbol):  # math-verify ignores their case
         return simplify(left - right) == 0
