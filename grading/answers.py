@@ -13,15 +13,15 @@ FORMATS = ("boxed", "line", "auto")
 
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
 # `\\boxed{`, a box that was escaped twice.
-BRACES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})")
-BARE_BOX = re.compile(r"\\f?box(?:ed)? *(\w+|\\[a-z]+)")  # \boxed 12, in references
+BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+BARE_BOX = re.compile(r"\\(?:boxed|fbox) *(\w+|\\[a-z]+)")  # \boxed 12, in references
 # What may stand between boxes that make one statement: $\boxed{1}$ and $\boxed{2}$
 BETWEEN = re.compile(
     r"(?:[\s,;$&~.]|\\[\s,;:!()\[\]\\]|\\q?quad(?![a-z])|\\(?:text|mbox|textbf)(?=\{)|[{}]"
     r"|\b(?:and|or)\b)*"
 )
 # `Answer: 42`, `**Answer:** 42`, `Final answer: 42`, `The answer is 42`, `#### 42`
-LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers? *(?:\W*:|is\b:?|\.)[*_\s]*"
+LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
 ANSWER_LINE = re.compile(rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$")
 
 NO_ANSWERS = {"", "proof", "notfound", "not found", "none", "nan", "null", "n/a", "unknown"}

@@ -236,12 +236,12 @@ class Compound(Quantity):
             return None
         total, last = 0, None
         for number, words in parts:
-            unit = read_unit(re.sub(r",? *\band\b *$|, *$", "", words))
-            if unit is None or not unit.powers:
+            value, unit = plain_number(number), read_unit(re.sub(r",? *\band *$|, *$", "", words))
+            if value is None or unit is None or not unit.powers:
                 return None
             if last and (unit.powers != last.powers or unit.size >= last.size):
                 return None
-            total += plain_number(number) * unit.scale * unit.size
+            total += value * unit.scale * unit.size
             last = unit
         return Compound(Number(total / last.size), last._replace(scale=1))
 

@@ -93,7 +93,9 @@ def number_and_expression(judge, number, answer):
 def expression_and_number(judge, expression, number):
     """math-verify reads the digits of a number, or a fraction."""
     latex = number.text
-    if not re.fullmatch(r"-?\d+(\.\d+)?|-?\\infty", latex):
+    if isinstance(number.value, float):
+        return False  # infinity
+    if not re.fullmatch(r"-?\d+(\.\d+)?", latex):
         latex = rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
     return judge.expressions(expression.latex, latex)
 
