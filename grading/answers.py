@@ -41,8 +41,8 @@ NUMBER = rf"[-+]?(?:{FRACTION}|{POWER}|{DECIMAL})"
 PLAIN_NUMBER = re.compile(rf"\s*({NUMBER})\s*", re.ASCII)
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    """Where each balanced box begins and ends, and its content, in order of their begin.
+def boxes(text: str) -> list[tuple[int, int, int]]:
+    """Where each balanced box begins, and its content begins and ends, in order of their begin.
 
     A box that is never closed (a truncated response) is ignored. The braces are read once, without
     recursion.
@@ -51,14 +51,13 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     found = []
     for token in BRACES.finditer(text):
         if token["box"]:
-            open_groups.append((token.start(), token.end()))
+            open_groups.append(token.span())
         elif token["open"]:
             open_groups.append(None)
         elif token["close"] and open_groups:
-            begins = open_groups.pop()
-            if begins:
-                content = text[begins[1] : token.start()]
-                found.append((begins[0], token.end(), content))
+            box = open_groups.pop()
+            if box:
+                found.append((*box, token.start()))
     return sorted(found)
 
 
@@ -68,17 +67,18 @@ def last_boxed(text: str) -> str | None:
     Boxes with only separators between them make one statement: `1, 2` for `\boxed{1}` and
     `\boxed{2}`. An empty box is passed over. Of nested boxes the inner one counts.
     """
-    filled = [box for box in boxes(text) if box[2].strip()]
-    if not filled:
-        return None
-    begin, _, content = filled.pop()
-    contents = [content]
-    for start, end, content in reversed(filled):
-        if end > begin or not BETWEEN.fullmatch(text, end, begin):
+    contents = []
+    statement_begins = len(text)
+    for begin, start, end in reversed(boxes(text)):
+        content = text[start:end]
+        if not content.strip():
+            continue
+        joined = end < statement_begins and BETWEEN.fullmatch(text, end + 1, statement_begins)
+        if contents and not joined:
             break
-        begin = start
-        contents.insert(0, content)
-    return ", ".join(contents)
+        contents.append(content)
+        statement_begins = begin
+    return ", ".join(reversed(contents)) or None
 
 
 def answer_line(text: str) -> str | None:
