@@ -24,7 +24,7 @@ BETWEEN = re.compile(
 LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
 ANSWER_LINE = re.compile(rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$")
 
-NO_ANSWERS = {"", "proof", "notfound", "not found", "none", "nan", "null", "n/a", "unknown"}
+NO_ANSWERS = {"", r"\boxed{}", "proof", "notfound", "not found", "none", "nan", "null", "n/a", "unknown"}
 DICTIONARY = r"\{\s*['\"]"  # {'value': 52}
 WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"  # "So" in "So Tom has 5 apples"
 # Begins with a word, perhaps numbered: (a) Find. Or has a second sentence: $x$ is 5. Then
@@ -179,7 +179,7 @@ def too_large(text: str, digits: int) -> bool:
     digits: the most digits of an exponent, and of any number next to a factorial or binomial.
     """
     many = rf"\d{{{digits + 1}}}"
-    tower = r"\^(?:\{[^{}]*|\w)\^|\)\^[^)]*\)\^|!\)*!"
+    tower = r"\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
     if re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text):
         return True
     return bool(re.search(r"!|\\binom|[Cc]_", text) and re.search(many, text))

@@ -28,7 +28,8 @@ INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
 NAME = re.compile(
     rf"[A-Za-z ]{{3,}}|{LETTER}{INDEX}(?: ?\([\w, ]+\))?|\|?[A-Z]{{2,}}{INDEX}\|?|\|{LETTER}\|"
     r"|(?:\w+ )?\\(?:angle|overline|overrightarrow|vec|triangle|max|min)\b ?\{?[A-Za-z]*\}?"
-    r"|[a-z]\^\{-1\}\(\w\)|\\frac\{d\w?\}\{d\w\}|\(\w(?:, ?\w)+\)"
+    r"|[a-z]\^\{-1\}\(\w\)|\\frac\{d\w?\}\{d\w\}|\\frac\{[A-Z]+\}\{[A-Z]+\}|\(\w(?:, ?\w)+\)"
+    r"|[A-Z](?:_\{\w+\}|\w)* ?[:/] ?[A-Z](?:_\{\w+\}|\w)*"
 )
 PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc"  # letters, not a word
 WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])"
@@ -197,7 +198,7 @@ class Quantity(Kind):
     @staticmethod
     def read(text):
         money = re.match(
-            r"(-?) *(\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?|\\pounds) *(?=[-\d.\\(])",
+            r"(-?) *(\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?) *(?=[-\d.\\(])",
             text,
         )
         words = ""
@@ -205,7 +206,7 @@ class Quantity(Kind):
             words = money[2].replace("US\\", "")
             text = money[1] + re.sub(r"(?<=\d)[kKMB]$", r" \g<0>", text[money.end() :])  # $5M
         found = re.search(
-            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\%", text
+            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]", text
         )
         start = found.start() if found else len(text)
         unit = read_unit(f"{words} {text[start:]}")
@@ -231,7 +232,7 @@ class Compound(Quantity):
 
     @staticmethod
     def read(text):
-        parts = re.findall(rf"({NUMBER})([^\d.]+)", text)
+        parts = re.findall(rf"({NUMBER})([^\d.]+)", text[:100])
         if len(parts) < 2 or "".join(number + words for number, words in parts) != text:
             return None
         total, last = 0, None
@@ -383,13 +384,8 @@ class Equation(Kind):
         right = others[-1]
         if NAME.fullmatch(right) and not NAME.fullmatch(left):
             left, right = right, left
-        value = parse(right)
-        names = unwrap(left)[1].split(",")
-        if isinstance(value, Sequence) and len(names) == len(value.items) > 1:
-            names = [name.strip() for name in names]
-            return Collection(tuple(map(Equation, names, names, value.items)))
         name = left.replace(" ", "") if NAME.fullmatch(left) else ""
-        return Equation(name, left, value)
+        return Equation(name, left, parse(right))
 
 
 @kind
@@ -539,7 +535,7 @@ class Expression(Kind):
             MIXED: r"(\1+\\frac{\2}{\3})",
             r"(?<=\d),(?=\d{3})": "",
             r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-            r"(?:(?<=[\d)])|(?<=\\pi)) *(?=\()": r"\\cdot ",  # math-verify adds 2(3)
+            r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",  # math-verify adds 2(3)
         }
         return Expression(rewrite(text, rules))
 

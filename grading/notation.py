@@ -33,6 +33,7 @@ COMMANDS = {
     " or ": "lor vee",
     r"^\circ ": "degree",
     " ": "qquad quad bf rm it sf tt em bfseries itshape Large large",
+    "£": "pounds",
     "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
 }
 COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
@@ -45,10 +46,12 @@ UNICODE = {
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
     r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
 }
-FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
+FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
 # In this order. No pattern repeats a group that itself repeats the same characters, so each takes
 # linear time.
 LATEX = {
+    r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
+    r"\\operatorname *\{(c?tg)\}": r"\\\1",
     r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
     r"\\! *|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
     r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
@@ -58,6 +61,7 @@ BRACES = {
     r"\\(?:text|math) *\{([^{}]*)\}": r" \1 ",  # \text{ cm}
     r"\\(?:text|math) *(?=\{|$)": "",  # \mathbf{3\sqrt{2}}
     r"\{ *([^{}]*)\\over(?![a-z])([^{}]*?) *\}": r"\\frac{\1}{\2}",
+    r"(\\(?:frac|sqrt|binom)) +(?=\{)|(?<=\}) (?=\{)": r"\1",
     r"\\frac *(\d|\\pi|[a-z](?=[\d{]))": r"\\frac{\1}",
     r"(\\frac *\{[^{}]*\}) *(\d|[a-z](?![a-z]))": r"\1{\2}",
     r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",

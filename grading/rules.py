@@ -195,10 +195,20 @@ def same_tuple(judge, a, b):
 
 
 def list_and_number(judge, a, b):
-    """`0,5` is also a decimal, and `100,200` also a list."""
+    """`0,5` is also a decimal, and `100,200` also a list. `3\\frac12, 3.5` is one number twice."""
+    if len({item.text for item in a.items}) == len(a.items) > 1:
+        if all(judge.equal(item, b) for item in a.items):
+            return True
     if re.fullmatch(r"-?\d+,\d+", a.text) and plain_number(a.text.replace(",", ".")) == b.value:
         return True
     return "," in b.text and same_items(judge, a, Collection(parse_all(b.text.split(","))))
+
+
+def list_and_named_tuple(judge, a, b):
+    """`x=1, y=2` is `(x,y)=(1,2)`."""
+    names = b.name.strip("()").split(",")
+    values = getattr(b.right, "items", ())
+    return same_items(judge, a, Collection(tuple(map(Equation, names, names, values))))
 
 
 def same_interval(judge, a, b):
@@ -269,6 +279,7 @@ RULES = {
     (Sequence, Collection): tuple_and_list,
     (Collection, Collection): same_collection,
     (Collection, Number): list_and_number,
+    (Collection, Equation): list_and_named_tuple,
     (Interval, Interval): same_interval,
     (Interval, Sequence): interval_and_pair,
     (Union, Union): same_items,
