@@ -13,7 +13,9 @@ FORMATS = ("boxed", "line", "auto")
 
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
 # `\\boxed{`, a box that was escaped twice.
-BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})"
+)
 BARE_BOX = re.compile(r"\\(?:boxed|fbox) *(\w+|\\[a-z]+)")  # \boxed 12, in references
 # What may stand between boxes that make one statement: $\boxed{1}$ and $\boxed{2}$
 BETWEEN = re.compile(
@@ -24,7 +26,18 @@ BETWEEN = re.compile(
 LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
 ANSWER_LINE = re.compile(rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$")
 
-NO_ANSWERS = {"", r"\boxed{}", "proof", "notfound", "not found", "none", "nan", "null", "n/a", "unknown"}
+NO_ANSWERS = {
+    "",
+    r"\boxed{}",
+    "proof",
+    "notfound",
+    "not found",
+    "none",
+    "nan",
+    "null",
+    "n/a",
+    "unknown",
+}
 DICTIONARY = r"\{\s*['\"]"  # {'value': 52}
 WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"  # "So" in "So Tom has 5 apples"
 # Begins with a word, perhaps numbered: (a) Find. Or has a second sentence: $x$ is 5. Then
@@ -99,6 +112,13 @@ def find_answer(response: str, answer_format: str) -> str | None:
     return answer
 
 
+def asked_format(prompt: str) -> str:
+    """The format that a prompt asks for: "boxed", "line", or "" if it names none."""
+    if re.search(r"\\?boxed", prompt):
+        return "boxed"
+    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
+
+
 def reference_text(reference: str) -> str:
     """Return the answer that a reference holds, or an empty text if it holds none.
 
@@ -153,8 +173,8 @@ def plain_number(text: str) -> Fraction | None:
     A sign, thousands separators and surrounding spaces are allowed. The result is
     None for any other text and for texts of more than 40 characters.
     """
-    match = PLAIN_NUMBER.fullmatch(text) if len(text) <= 40 else None
-    if match is None:
+    match = PLAIN_NUMBER.fullmatch(text)
+    if match is None or len(text) > 40:
         return None
     number = re.sub("[,' ]", "", match[1])
     sign = 1

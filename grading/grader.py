@@ -83,13 +83,11 @@ class Worker:
 class Grader(AbstractContextManager):
     """Grades responses against reference answers. As a context manager it ends its workers."""
 
+    answer_format: str = "boxed"  # "line" reads `Answer: 42` or `#### 42`, "auto" a box or a line
     workers: int = 1  # processes at most, started when first needed
     deadline: float = 5.0  # seconds of wall-clock time per answer
     strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
     memory_mb: int = 2048  # cap on each worker's address space
-    answer_format: str = (
-        "boxed"  # or "line" (`Answer: 42`, `#### 42`), or "auto": a box, else a line
-    )
     digits: int = 4  # of exponents, and of numbers below `!` and in binomials; more are wrong
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ MAX_DEPTH = 24  # of brackets; a deeper text is not read
 BRACKETS = r"(?P<open>\\\{|\\langle|\\begin|[({\[])|(?P<close>\\\}|\\rangle|\\end|[)}\]])"
 COMMA = r"[,;]|\\\\"
 LIST = rf"(?:{COMMA}) *(?:and|or)\b|{COMMA}|\b(?:and|or)\b"
+BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 MIXED = r"(?<![\w.^}/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}(?![\d/.^])"  # 3\frac{1}{2}
 ENVIRONMENT = r"\\(?:begin|end)\{(?:cases|aligned|align\*?|array|gathered)\}|&"
 
@@ -33,6 +34,12 @@ NAME = re.compile(
 )
 PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc"  # letters, not a word
 WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])"
+PHRASE = {
+    r"[\s.]+": " ",
+    "^dne$": "does not exist",
+    r"(?<=[a-z]{3})s\b|\b(?:the|an?) ": "",
+    r"(?<=[a-z])(?<!not) (?:exist|triangle|function|sequence|curve|number)$": "",
+}
 # Operations that are left to do, so that an answer is not yet a number
 OPERATION = (
     r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
@@ -99,12 +106,14 @@ class Number(Kind):
         if infinity:
             return Number(float(f"{infinity[1]}inf"))
         value = plain_number(text)
-        return value if value is None else Number(value)
+        if value is not None:
+            return Number(value)
 
 
 @kind
 class MixedNumber(Number):
-    r"""A mixed number: `\frac72` is `3\frac12`, `3 1/2`, `3 \text{ and } \frac12`, not `\frac32`."""
+    r"""A mixed number: `\frac72` is `3\frac12`, `3 1/2`, `3 \text{ and } \frac12`, not
+    `\frac32`."""
 
     @staticmethod
     def read(text):
@@ -136,23 +145,25 @@ class BaseNumber(Kind):
     r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, `5`, not
     `101_3`; `101_2` is `101`: the base may be left out."""
 
-    digits: str
+    digits: str = field(compare=False)
     value: int
 
     @staticmethod
     def read(text):
         match = re.fullmatch(r"\(?([\dA-Z]{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?", text)
         if match:
-            names = "two three four five six seven eight nine ten".split()
             base = match[2]
+            if base in BASES:
+                base = 2 + BASES.index(base)
             with suppress(ValueError):  # not a base, or not its digits
-                base = names.index(base) + 2 if base.isalpha() else int(base)
+                base = int(base)
                 return BaseNumber(match[1].lower(), int(match[1], base))
 
 
 @kind
 class Congruence(Kind):
-    r"""A residue class: `x \equiv 3 \pmod 7` is `3 \pmod{7}`, `10 \bmod 7`, not `3`, `4 \pmod 7`."""
+    r"""A residue class: `x \equiv 3 \pmod 7` is `3 \pmod{7}`, `10 \bmod 7`, not `3`,
+    `4 \pmod 7`."""
 
     residue: int
     modulus: int
@@ -206,7 +217,8 @@ class Quantity(Kind):
             words = money[2].replace("US\\", "")
             text = money[1] + re.sub(r"(?<=\d)[kKMB]$", r" \g<0>", text[money.end() :])  # $5M
         found = re.search(
-            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]", text
+            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]",
+            text,
         )
         start = found.start() if found else len(text)
         unit = read_unit(f"{words} {text[start:]}")
@@ -268,7 +280,7 @@ class Union(Kind):
             return None
         items = list(parse_all(parts))
         if r"\cup" in text:
-            items = [item.as_interval() if isinstance(item, Sequence) else item for item in items]
+            items = list(map(as_interval, items))
         sets = all(isinstance(item, Interval | Collection | Number | Union) for item in items)
         if sets and any(isinstance(item, Interval) for item in items):
             return Union(tuple(items))
@@ -320,7 +332,8 @@ def plus_and_minus(text: str) -> list[str]:
 @kind
 class Interval(Kind):
     r"""An interval, an inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`,
-    `\{x \mid x<2, x \ge 1\}`, not `[1,2]`, `1 \le x`; `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`."""
+    `\{x \mid x<2, x \ge 1\}`, not `[1,2]`, `1 \le x`; `x>3` is `3<x`, `(3,\infty)`, not
+    `x \ge 3`."""
 
     low: Kind
     high: Kind
@@ -331,10 +344,9 @@ class Interval(Kind):
     def read(text):
         if re.fullmatch(r"\\mathbb\{R\}|all real(?: number)?s?", text):
             return Interval(Interval.LOW, Interval.HIGH)
-        member, *sets = split(text, r"\\in(?![a-z])")
+        _, *sets = split(text, r"\\in(?![a-z])")
         if len(sets) == 1:
-            found = parse(sets[0])
-            return found.as_interval() if isinstance(found, Sequence) else found
+            return as_interval(parse(sets[0]))
 
         pattern = r"\\[lg]e(?![a-z])|[<>]"
         terms, signs = split(text, pattern), re.findall(pattern, text)
@@ -358,10 +370,9 @@ class Interval(Kind):
         lower, upper = self, other
         if lower.low == Interval.LOW:
             lower, upper = other, self
-        if lower.high == Interval.HIGH and upper.low == Interval.LOW:
-            if lower.subject == upper.subject:
-                brackets = lower.brackets[0] + upper.brackets[1]
-                return replace(lower, high=upper.high, brackets=brackets)
+        if (lower.high, upper.low, upper.subject) == (Interval.HIGH, Interval.LOW, lower.subject):
+            brackets = lower.brackets[0] + upper.brackets[1]
+            return replace(lower, high=upper.high, brackets=brackets)
 
 
 Interval.LOW, Interval.HIGH = Number(-math.inf), Number(math.inf)
@@ -384,8 +395,12 @@ class Equation(Kind):
         right = others[-1]
         if NAME.fullmatch(right) and not NAME.fullmatch(left):
             left, right = right, left
-        name = left.replace(" ", "") if NAME.fullmatch(left) else ""
-        return Equation(name, left, parse(right))
+        match = NAME.fullmatch(left)
+        return Equation(match[0].replace(" ", "") if match else "", left, parse(right))
+
+    @property
+    def difference(self) -> str:
+        return f"{self.left}-({self.right.text})"
 
 
 @kind
@@ -393,8 +408,7 @@ class Matrix(Kind):
     r"""A matrix: `\begin{pmatrix}2&0\\0&2\end{pmatrix}` is `2\begin{bmatrix}1&0\\0&1\end{bmatrix}`,
     not `\begin{pmatrix}2&0\\0&1\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`."""
 
-    items: tuple[Kind, ...]
-    columns: int
+    items: tuple["Sequence", ...]  # rows
 
     @staticmethod
     def read(text):
@@ -406,13 +420,16 @@ class Matrix(Kind):
         factor = match and plain_number(re.sub("^-?$", r"\g<0>1", match[1]))
         if factor is None:
             return None
-        rows = [row for row in match[3].split(r"\\") if row.strip()]
-        items = parse_all("&".join(rows).split("&"))
-        if factor != 1:
-            items = [Number(factor * getattr(item, "value", math.nan)) for item in items]
-        if len(rows) in (1, len(items)):
-            return Sequence(tuple(items))
-        return Matrix(tuple(items), len(items) // max(1, len(rows)))
+        rows = []
+        for line in filter(str.strip, match[3].split(r"\\")):
+            row = parse_all(line.split("&"))
+            if factor != 1:
+                row = tuple(Number(factor * getattr(item, "value", math.nan)) for item in row)
+            rows.append(Sequence(row))
+        if len(rows) == 1:
+            return rows[0]
+        column = [row.items[0] for row in rows if len(row.items) == 1]
+        return Sequence(tuple(column)) if len(column) == len(rows) else Matrix(tuple(rows))
 
 
 @kind
@@ -432,11 +449,15 @@ class Sequence(Kind):
         if left == "(" and len(items) == 1:
             return items[0]
         if left + right in ("(]", "[)"):
-            return Interval(*items, left + right) if len(items) == 2 else None
-        return Sequence(items, "[]" if left == "[" else "()")
+            return as_interval(Sequence(items, left + right))
+        return Sequence(items, (left + right).replace(r"\langle\rangle", "()"))
 
-    def as_interval(self):
-        return Interval(*self.items, self.brackets) if len(self.items) == 2 else self
+
+def as_interval(kind: Kind) -> Kind:
+    """A pair as an interval. Other kinds stay as they are."""
+    if isinstance(kind, Sequence) and len(kind.items) == 2:
+        return Interval(*kind.items, kind.brackets)
+    return kind
 
 
 @kind
@@ -451,7 +472,9 @@ class Ratio(Kind):
         if len(parts) < 2:
             return None
         items = parse_all(parts)
-        if len(items) > 1 and all(isinstance(item, Number | Expression) for item in items):
+        if all(isinstance(item, Number) for item in items) and items[0].value:
+            items = tuple(Number(item.value / items[0].value) for item in items)
+        if all(isinstance(item, Number | Expression) for item in items):
             return Ratio(items)
 
 
@@ -507,18 +530,11 @@ class Words(Kind):
     def read(text):
         plain = re.sub(r"_\{[^{}]*\}|\\[A-Za-z]+|\^\{[^{}]*\}", " ", text)
         words = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
-        pair = " " not in text and len(max(words, default="", key=len)) == 2
-        if not words or (pair and not re.fullmatch("(?i)no|on|so|up|we", text)):
-            if not re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
-                return None
-        phrase = " ".join(re.findall(r"\w+|[^\w\s.]", text)) or text
-        phrase = re.sub("^dne$", "does not exist", phrase.casefold())
-        phrase = re.sub(r"(?<=[a-z]{3})s\b|\b(?:the|a|an) ", "", phrase)
-        return Words(
-            re.sub(
-                r"(?<=[a-z])(?<!not) (?:exist|triangle|function|sequence|curve|number)$", "", phrase
-            )
-        )
+        if " " not in text and not re.fullmatch("(?i)no|on|so|up|we", text):
+            words = [word for word in words if len(word) > 2]
+        if not words and not re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
+            return None
+        return Words(rewrite(text.casefold(), PHRASE).strip() or text)
 
 
 @kind
@@ -535,7 +551,8 @@ class Expression(Kind):
             MIXED: r"(\1+\\frac{\2}{\3})",
             r"(?<=\d),(?=\d{3})": "",
             r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-            r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",  # math-verify adds 2(3)
+            # math-verify adds 2(3)
+            r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
         }
         return Expression(rewrite(text, rules))
 
@@ -545,8 +562,9 @@ class Expression(Kind):
 
 
 KINDS = (
-    Choice, Clock, Number, MixedNumber, RepeatingDecimal, BaseNumber, Congruence, Compound, Quantity,
-    Union, Collection, Interval, Equation, Matrix, Sequence, Ratio, Complex, Words, Expression,
+    Choice, Clock, Number, MixedNumber, RepeatingDecimal, BaseNumber, Congruence, Compound,
+    Quantity, Union, Collection, Interval, Equation, Matrix, Sequence, Ratio, Complex, Words,
+    Expression,
 )  # fmt: skip
 
 

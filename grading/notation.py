@@ -37,10 +37,9 @@ COMMANDS = {
     "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
 }
 COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
-CHARACTERS = r"""− -|– -|∞ \infty |· \cdot |⋅ \cdot |× \times |÷ \div |≈ \approx |± \pm |≤ \le |≥ \ge
-|≠ \ne |≡ \equiv |∪ \cup |∈ \in |∅ \emptyset |π \pi |θ \theta |ℝ \mathbb{R}|° ^\circ |″ ''|” ''|′ '
-|’ '"""
-CHARACTER = str.maketrans(dict(pair.strip("\n").split(" ", 1) for pair in CHARACTERS.split("|")))
+CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
+≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
+CHARACTER = {ord(key): f"{value} " for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
 UNICODE = {
     "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
@@ -72,6 +71,9 @@ BRACES = {
     r" +(?=[_^}\])])|(?<=[_^{(\[]) +": "",
 }
 PLAIN = {
+    "[−–]": "-",
+    "[′’]": "'",
+    "″|”": "''",
     r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
     r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
     r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}

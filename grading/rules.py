@@ -1,8 +1,7 @@
 r"""Which kinds of answers may be equal, and when.
 
-`RULES` is the table. Two answers of one kind are equal if their fields are, unless the table has a
-rule; a pair of different kinds that is not in it is never equal. math-verify decides only about the
-expressions at the leaves.
+Answers with equal fields are equal. Else `RULES` is the table; a pair of kinds that is not in it is
+never equal. math-verify decides only about the expressions at the leaves.
 """
 
 import re
@@ -12,9 +11,28 @@ from fractions import Fraction
 
 from grading.answers import plain_number
 from grading.kinds import (
-    BaseNumber, Choice, Clock, Collection, Complex, Compound, Equation, Expression, Interval, Kind,
-    Number, Quantity, Ratio, Sequence, Union, Words, parse_all,
+    BaseNumber,
+    Choice,
+    Clock,
+    Collection,
+    Complex,
+    Compound,
+    Equation,
+    Expression,
+    Interval,
+    Kind,
+    Matrix,
+    Number,
+    Quantity,
+    Ratio,
+    Sequence,
+    Union,
+    Words,
+    as_interval,
+    parse_all,
 )  # fmt: skip
+
+PERCENT = (("%", 1),)
 
 
 class NeedsWorker(Exception):
@@ -45,18 +63,7 @@ class Judge:
                     return RULES[left, right](self, reference, answer)
                 if (right, left) in RULES:
                     return RULES[right, left](self, answer, reference)
-        return type(reference) is type(answer) and self.same_fields(reference, answer)
-
-    def same_fields(self, reference: Kind, answer: Kind) -> bool:
-        values, others = vars(reference) | {"text": ""}, vars(answer) | {"text": ""}
-        return all(self.same_value(values[name], others[name]) for name in values)
-
-    def same_value(self, value: object, other: object) -> bool:
-        if isinstance(value, Kind):
-            return self.equal(value, other)
-        if isinstance(value, tuple):
-            return self.all_equal(value, other)
-        return value == other
+        return False
 
     def all_equal(self, items: tuple, others: tuple) -> bool:
         return len(items) == len(others) and all(map(self.equal, items, others))
@@ -78,10 +85,6 @@ def same_number(judge, a, b):
         return True
     difference = abs(a.value - b.value)
     return difference < Fraction(1, 10**6) and difference * 10**5 < max(abs(a.value), abs(b.value))
-
-
-def same_amount(judge, a, b):
-    return a.value == b.value
 
 
 def number_and_expression(judge, number, answer):
@@ -119,27 +122,22 @@ def same_quantity(judge, a, b):
 
 def without_unit(judge, quantity, plain):
     """A unit may be left out; p% is p and p/100."""
-    if quantity.unit.powers == (("%", 1),) and isinstance(quantity.value, Number):
-        if judge.equal(Number(quantity.value.value / 100), plain):
-            return True
-    return judge.equal(quantity.value, plain)
+    value = quantity.value
+    if quantity.unit.powers == PERCENT and isinstance(value, Number):
+        return judge.equal(value, plain) or judge.equal(Number(value.value / 100), plain)
+    return judge.equal(value, plain)
 
 
 def without_base(judge, a, b):
     return b.value == a.value or b.text.lower() == a.digits
 
 
-def same_ratio(judge, a, b):
-    if judge.all_equal(a.items, b.items):
-        return True
-    if len(a.items) != len(b.items) or not all(isinstance(x, Number) for x in a.items + b.items):
-        return False
-    first, second = a.items[0].value, b.items[0].value
-    return all(x.value * second == y.value * first for x, y in zip(a.items, b.items, strict=True))
-
-
 def ratio_and_number(judge, a, b):
-    return len(a.items) == 2 and same_ratio(judge, a, Ratio((b, Number(Fraction(1)))))
+    """The first term of a ratio of numbers is 1."""
+    first, second, *others = a.items
+    if others or not isinstance(second, Number) or not second.value:
+        return False
+    return judge.equal(first, Number(b.value * second.value))
 
 
 def clock_and_number(judge, a, b):
@@ -187,21 +185,24 @@ def tuple_and_list(judge, a, b):
     return not b.braces and judge.all_equal(a.items, named_values(b) or b.items)
 
 
+def same_order(judge, a, b):
+    return judge.all_equal(a.items, b.items)
+
+
 def same_tuple(judge, a, b):
     """Of two items, the brackets count: the tuple may be an interval."""
-    if len(a.items) == 2 and a.brackets != b.brackets:
-        return False
-    return judge.all_equal(a.items, b.items)
+    return (len(a.items) != 2 or a.brackets == b.brackets) and same_order(judge, a, b)
 
 
 def list_and_number(judge, a, b):
     """`0,5` is also a decimal, and `100,200` also a list. `3\\frac12, 3.5` is one number twice."""
-    if len({item.text for item in a.items}) == len(a.items) > 1:
-        if all(judge.equal(item, b) for item in a.items):
-            return True
-    if re.fullmatch(r"-?\d+,\d+", a.text) and plain_number(a.text.replace(",", ".")) == b.value:
+    texts = {item.text for item in a.items}
+    if len(texts) == len(a.items) > 1 and judge.all_equal(a.items, (b,) * len(texts)):
         return True
-    return "," in b.text and same_items(judge, a, Collection(parse_all(b.text.split(","))))
+    if re.fullmatch(r"-?\d+,\d+", a.text):
+        return plain_number(a.text.replace(",", ".")) == b.value
+    numbers = parse_all(b.text.split(","))
+    return len(numbers) > 1 and same_items(judge, a, Collection(numbers))
 
 
 def list_and_named_tuple(judge, a, b):
@@ -219,20 +220,20 @@ def same_interval(judge, a, b):
 
 
 def interval_and_pair(judge, a, b):
-    return len(b.items) == 2 and same_interval(judge, a, b.as_interval())
+    return len(b.items) == 2 and same_interval(judge, a, as_interval(b))
 
 
 # ------------------------------------------------------------------------------- statements
 
 
 def same_equation(judge, a, b):
-    """Equal values of one name, or sides whose differences are proportional. `2x=6` is not solved."""
+    """Equal values of one name, or proportional differences of the sides. `2x=6` is not solved."""
     if a.name and a.name == b.name:
         return judge.equal(a.right, b.right)
-    if (a.name and isinstance(a.right, Number)) or (b.name and isinstance(b.right, Number)):
-        return False
-    sides = [f"{side.left}-({side.right.text})" for side in (a, b)]
-    return judge.expressions(*sides, relation="proportional")
+    for equation in (a, b):
+        if equation.name and isinstance(equation.right, Number):
+            return False
+    return judge.expressions(a.difference, b.difference, relation="proportional")
 
 
 def named_value(judge, a, b):
@@ -270,13 +271,13 @@ RULES = {
     (Quantity, Number): without_unit,
     (Quantity, Expression): without_unit,
     (Compound, Number): never,
-    (BaseNumber, BaseNumber): same_amount,
     (BaseNumber, Number): without_base,
-    (Ratio, Ratio): same_ratio,
+    (Ratio, Ratio): same_order,
     (Ratio, Number): ratio_and_number,
     (Clock, Number): clock_and_number,
     (Sequence, Sequence): same_tuple,
     (Sequence, Collection): tuple_and_list,
+    (Matrix, Matrix): same_order,
     (Collection, Collection): same_collection,
     (Collection, Number): list_and_number,
     (Collection, Equation): list_and_named_tuple,

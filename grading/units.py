@@ -9,9 +9,10 @@ from grading.notation import rewrite
 
 # The names of each unit, its size in a base unit, the base unit; # multiplies the number.
 UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0.1 m
-|m meter metre 1 m|km kilometer kilometre 1000 m|in inch inches 1 in|ft foot feet 12 in|yd yard 36 in
-|mi mile 63360 in|ms millisecond 0.001 s|s sec second 1 s|min minute 60 s|h hr hour 3600 s|day 86400 s
-|week 604800 s|month 1 month|yr year 12 month|decade 120 month|century centuries 1200 month
+|m meter metre 1 m|km kilometer kilometre 1000 m|in inch inches 1 in|ft foot feet 12 in
+|yd yard 36 in|mi mile 63360 in|ms millisecond 0.001 s|s sec second 1 s|min minute 60 s
+|h hr hour 3600 s|day 86400 s|week 604800 s|month 1 month|yr year 12 month|decade 120 month
+|century centuries 1200 month
 |mg milligram 0.001 g|g gram gm 1 g|kg kilogram 1000 g|ton tonne 1000000 g|oz ounce 1 oz
 |lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|L 1 l|cup 1 cup|pint 2 cup
 |quart 4 cup|gal gallon 16 cup|$ dollar us usd buck 1 $|¢ cent 0.01 $|€ euro eur 1 €|£ gbp 1 £
@@ -39,11 +40,9 @@ passenger soldier employee family families sibling brother sister daughter son c
 marker notebook paper sheet photo picture painting song movie video episode message email call
 post vote share sale order item product gift present doll balloon ribbon button dress shoe sock
 hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
-function sequence string code password region intersection handshake committee""".split()
+function sequence string code password region intersection handshake committee"""
 # Words around a unit that change nothing
-FILLERS = (
-    "different more distinct possible total unique whole extra of in all each real integer".split()
-)
+FILLERS = "different more distinct possible total unique whole extra of in all each real integer"
 SPELLINGS = {
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
@@ -67,7 +66,7 @@ UNIT = {}  # size and base unit by name
 for line in UNITS.split("|"):
     *names, size, base = line.split()
     UNIT.update(dict.fromkeys(names, (Fraction(size), base)))
-for noun in NOUNS:
+for noun in NOUNS.split():
     UNIT.setdefault(noun, (Fraction(1), noun))
 
 
@@ -100,13 +99,15 @@ def read_unit(text: str) -> Unit | None:
             return None
         position = factor.end()
         divided, word, exponent = factor.groups()
-        power = int(exponent or 1) * (-1 if divided else 1)
+        power = int(exponent or 1)
+        if divided:
+            power = -power
         found = find_unit(word)
         if found and found[1] == "#":
             scale *= found[0]
         elif found:
             powers[found[1]] += power
             size *= found[0] ** power
-        elif word.lower() not in FILLERS:
+        elif word.lower() not in FILLERS.split():
             return None
     return Unit(size, tuple(sorted(powers.items())), scale)

@@ -51,7 +51,9 @@ def expression(latex: str) -> Any:
 
 def positive(value: Any) -> Any:
     """Take letters as positive, so that log(x^2) is 2 log(x)."""
-    return value.xreplace({letter: Symbol(letter.name, positive=True) for letter in value.free_symbols})
+    return value.xreplace(
+        {letter: Symbol(letter.name, positive=True) for letter in value.free_symbols}
+    )
 
 
 def agree(first: Any, second: Any) -> bool:

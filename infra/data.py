@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, is_prose, last_boxed, plain_number
+from grading.answers import NO_ANSWERS, asked_format, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -126,6 +126,11 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         print(f"{flag} {name}: discarded {count} of {rows}: {reason}", file=sys.stderr)
     if not problems:
         reject(flag, name, f"all {rows} problems were discarded")
+    asked = Counter(asked_format(problem.text + args.instruction) for problem in problems)
+    wanted, count = asked.most_common(1)[0]
+    if wanted and grader.answer_format not in (wanted, "auto"):
+        why = f"{count} of {len(problems)} prompts ask for another --answer-format: {wanted}"
+        print(f"{flag} {name}: {why}", file=sys.stderr)
     repeated = len(problems) - len({tuple(problem.prompt) for problem in problems})
     if repeated:
         print(f"{flag} {name}: {repeated} problems repeat another and are kept", file=sys.stderr)

@@ -20,9 +20,9 @@ import pytest
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
-from grading.answers import answer_line, find_answer, plain_number, reference_text, too_large
+from grading.answers import plain_number
 from grading.benchmark import LATEX, make_pairs
-from grading.grader import Request, Worker
+from grading.grader import Worker
 from grading.kinds import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +143,8 @@ def gone(pid: int, seconds: float) -> bool:
         (r"\boxed{1} and \boxed{2}", "1, 2"), (r"\boxed{1} then \boxed{2}", "2"),
         (r"$\boxed{-2} \quad\text{and}\quad \boxed{1}$.", "-2, 1"),
         (r"\boxed{9}. No: \boxed{1}, $\boxed{2}$ or \(\boxed{3}\)", "1, 2, 3"),
-        (r"\boxed{5}. Put it in \boxed{}.", "5"), (r"\boxed{1}\boxed{ }, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} is }it{", r"\frac{1}{2}"),
+        (r"\boxed{5}. Put it in \boxed{}.", "5"),
+        (r"\boxed{1}\boxed{ }, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} is }it{", r"\frac{1}{2}"),
         (r"\boxed{3}, that is \boxed{\frac{6}{2", "3"), (r"\boxed{3}, that is \boxed{{6}", "3"),
         (r"} { \boxed{5}", "5"), (r"\boxed{\boxed{4}}", "4"), (r"\boxed{x = \boxed{4} cm}", "4"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
@@ -170,7 +171,7 @@ def test_last_boxed_of_hostile_sizes() -> None:
         ("1,234.50", Fraction("1234.5")), ("12,00,000", 1200000), ("0.125", Fraction(1, 8)),
         ("6/4", Fraction(3, 2)), (r"-\frac{3}{6}", Fraction(-1, 2)),
         (r"\dfrac{22}{7}", Fraction(22, 7)),
-        *[(text, None) for text in ["", "-", "$", "x", "1/0", "00/00", r"\frac{1}{0}", "12,34", "$5"]],
+        *[(text, None) for text in ["", "-", "$", "x", "1/0", "00/00", r"\frac{1}{0}", "12,34"]],
         *[(text, None) for text in ["1,2345", "5%", r"5\%", "5.", "--5", "1_000", "٣", "½"]],
         *[(text, None) for text in ["2^3", r"\5", "(5)", "nan", "inf", "5\0"]],
         *[(text, None) for text in ["9" * 41, "9" * 10**6, "1e9999", "10^{9999}", "1/2/3"]],
@@ -346,8 +347,8 @@ def test_strict_wants_a_number() -> None:
     """A reference, right answers, and answers that are right only if `strict` is off."""
     table = [
         ("18", [r"18 \text{ dollars}", r"9 \cdot 2 = 18", "x = 18", r"18^\circ", r"18\%",
-         r"1.8 \times 10^{1}", "{18}", r"\frac{36}{2}"], ["(16-3-4)*2", r"2 \cdot 9", "20-2",
-         r"\sqrt{324}", r"18 = 9 \cdot 2"]),
+         r"1.8 \times 10^{1}", "{18}", r"\frac{36}{2}", r"\sqrt{324}", r"\binom{18}{1}"],
+         ["(16-3-4)*2", r"2 \cdot 9", "20-2", r"18 = 9 \cdot 2"]),
         (r"\sqrt{12}", [r"2\sqrt{3}"], []),
     ]  # fmt: skip
     for reference, right, unevaluated in table:

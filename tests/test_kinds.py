@@ -1,4 +1,4 @@
-"""grading/kinds.py and rules.py: the examples of each kind, symmetry, any text, the shared pairs."""
+"""grading/kinds.py and rules.py: the examples of each kind, symmetry, any text, shared pairs."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ def rows(name: str) -> list[dict]:
 def test_examples(kind: type[Kind], grader: Grader) -> None:
     cases = EXAMPLES[kind]
     assert {right for *_, right in cases} == {True, False}
-    references, answers, wanted = zip(*cases, strict=True)
+    references, answers, _ = zip(*cases, strict=True)
     verdicts = grader.grade(boxed(answers), references)
     assert [case for case, verdict in zip(cases, verdicts, strict=True) if case[2] != verdict] == []
 
@@ -68,31 +68,33 @@ def quick(reference: str, answer: str) -> bool | None:
 
 def test_swapping_the_sides_changes_nothing(grader: Grader) -> None:
     """Except where an answer shows what it is the value of, and where it must be simplified."""
-    texts = sorted({text for reference, answer, _ in PAIRS for text in (reference, answer)})
-    shown = {"x+y=18", "xy=6", "6=yx", "2x=6", "y-2x-1=0"}
-    pairs = [pair for pair in itertools.combinations(texts, 2) if not shown & {*pair}]
+    texts = {text for reference, answer, _ in PAIRS for text in (reference, answer)}
+    texts = sorted(text for text in texts if "=" not in text or text == "x=3")
+    pairs = list(itertools.combinations(texts, 2))
     assert len(pairs) > 5000
     for first, second in pairs:
         assert quick(first, second) == quick(second, first), (first, second)
 
-    asked = [(a, b) for a, b, _ in PAIRS if quick(a, b) is None and not shown & {a, b}]
-    asked = [pair for pair in asked if "7" not in pair]
+    asked = [pair for pair in pairs if quick(*pair) is None and "7" not in pair]
+    asked = random.Random(0).sample(asked, 40)
     first, second = zip(*asked, strict=True)
-    assert len(asked) > 4
     assert grader.grade(boxed(first), second) == grader.grade(boxed(second), first)
 
 
-PARTS = r"""\frac { } ( ) [ ] \{ \} 1 2 0 . , ; x i e = < \le \in \cup _ ^ \pm : and or cm % \% $ \$ \\
-& \begin{pmatrix} \end{pmatrix} \text{ \mathbf{ - + ! PM \pmod A B) ' \overline \dot ½ ² √ ° \infty |
-yes is answer \ldots \left \mathbb{R} \setminus \ne million feet 5 3/4 1e5 10^{ dozen \langle \rangle
-∞ ٣ [1, 0.\overline{3} 101_2 3:30 \boxed{ \boxed{} #### Answer:""".split()
+PARTS = r"""
+\frac { } ( ) [ ] \{ \} 1 2 0 . , ; x i e = < \le \in \cup _ ^ \pm : and or cm % \% $ \$ \\ &
+\begin{pmatrix} \end{pmatrix} \text{ \mathbf{ - + ! PM \pmod A B) ' \overline \dot ½ ² √ °
+\infty | yes is answer \ldots \left \mathbb{R} \setminus \ne million feet 5 3/4 1e5 10^{ dozen
+\langle \rangle ∞ ٣ [1, 0.\overline{3} 101_2 3:30 \boxed{ \boxed{} #### Answer:"""
 
 
 def test_any_text_has_a_verdict() -> None:
     rng = random.Random(0)
     known = [text for reference, answer, _ in PAIRS for text in (reference, answer)]
     for _ in range(1500):
-        parts = rng.choices([*PARTS, " ", "\n", "\0", "\ud800"], k=rng.choice([2, 8, 40, 120]))
+        parts = rng.choices(
+            [*PARTS.split(), " ", "\n", "\0", "\ud800"], k=rng.choice([2, 8, 40, 120])
+        )
         text = "".join(parts)
         if rng.random() < 0.5:
             text = rng.choice(known)
