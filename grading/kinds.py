@@ -472,6 +472,8 @@ class Ratio(Kind):
         if len(parts) < 2:
             return None
         items = parse_all(parts)
+        if len(items) != len(parts):
+            return None
         if all(isinstance(item, Number) for item in items) and items[0].value:
             items = tuple(Number(item.value / items[0].value) for item in items)
         if all(isinstance(item, Number | Expression) for item in items):

@@ -72,10 +72,12 @@ def test_swapping_the_sides_changes_nothing(grader: Grader) -> None:
     texts = sorted(text for text in texts if "=" not in text or text == "x=3")
     pairs = list(itertools.combinations(texts, 2))
     assert len(pairs) > 5000
+    asked = []
     for first, second in pairs:
-        assert quick(first, second) == quick(second, first), (first, second)
-
-    asked = [pair for pair in pairs if quick(*pair) is None and "7" not in pair]
+        verdicts = {quick(first, second), quick(second, first)}
+        assert len(verdicts - {None}) < 2, (first, second)
+        if None in verdicts and "7" not in (first, second):
+            asked.append((first, second))
     asked = random.Random(0).sample(asked, 40)
     first, second = zip(*asked, strict=True)
     assert grader.grade(boxed(first), second) == grader.grade(boxed(second), first)
