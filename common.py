@@ -59,6 +59,7 @@ class RunArgs:
     references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
+    answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
     template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
     max_prompt_tokens: int = 1024  # longer prompts are discarded
     trust_remote_code: bool = False  # run Python code that comes with the model
@@ -196,7 +197,7 @@ def roll_out(
 
 
 def verify(grader: Grader, groups: list[Group]) -> None:
-    """Set `correct`: 1.0 if the last \\boxed{} of the response equals a reference answer."""
+    """Set `correct`: 1.0 if the answer of the response equals a reference answer."""
     texts, problems = [], []
     for group in groups:
         texts += group.texts

@@ -100,7 +100,7 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
 
 def main(args: Args) -> None:
     run = common.Run(args)
-    grader = common.Grader()
+    grader = common.Grader(args.answer_format)
     tokenizer = common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)

@@ -3,7 +3,7 @@
 This package can be copied on its own; it needs only math-verify. README.md lists the rules.
 """
 
-from grading.answers import last_boxed
+from grading.answers import find_answer, last_boxed
 from grading.grader import MAX_ANSWER, Grader
 
-__all__ = ["MAX_ANSWER", "Grader", "last_boxed"]
+__all__ = ["MAX_ANSWER", "Grader", "find_answer", "last_boxed"]

@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("file", nargs="?", default="-")
 
     pairs, responses, references = [], [], []
-    with fileinput.input(parser.parse_args().file, mode="rb") as lines, Grader(WORKERS) as grader:
+    with (
+        fileinput.input(parser.parse_args().file, mode="rb") as lines,
+        Grader(workers=WORKERS) as grader,
+    ):
         try:
             for line in lines:
                 pair = parse_line(line)

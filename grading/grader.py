@@ -9,26 +9,25 @@ and its answer is wrong. sympy never enters the caller's process.
         grader.grade([r"so \boxed{\frac{2}{4}}", "no box"], ["0.5", "7"])  # [True, False]
 """
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 from grading import answers
+from grading.kinds import leaves, read
+from grading.rules import Judge, NeedsWorker
 
 MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
 START_SECONDS = 120.0  # for a worker's imports on a busy machine
 FOLDER = Path(__file__).resolve().parent
-PACKAGES = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
 # gmpy2 computes in C, where only a kill stops it. The hash seed fixes the order sympy works in.
 ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
 
@@ -38,7 +37,7 @@ class Request(NamedTuple):
 
     reference: str
     answer: str | None = None
-    number_only: bool = False  # an answer that is not a number is wrong
+    strict: bool = False
 
 
 class Worker:
@@ -80,58 +79,23 @@ class Worker:
             self.process.kill()
 
 
-class Cache:
-    """Which references are readable, on disk: without it 17,000 in LaTeX take 53 s on two cores.
-
-    The name of the file changes with this package's code and with the packages that decide.
-    """
-
-    def __init__(self) -> None:
-        deciding = [path.read_text() for path in sorted(FOLDER.glob("*.py"))]
-        deciding += [version(package) for package in PACKAGES]
-        digest = hashlib.sha256(" ".join(deciding).encode()).hexdigest()
-        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.path = Path(folder, "token-credit", f"references-{digest[:16]}.jsonl")
-
-        self.verdicts = {}
-        with suppress(OSError):  # no cache yet
-            for line in self.path.read_text(errors="replace").splitlines():
-                with suppress(ValueError, TypeError):  # a line that a kill left incomplete
-                    reference, verdict = json.loads(line)
-                    self.verdicts[Request(reference)] = verdict
-
-    def add(self, request: Request, verdict: bool) -> None:
-        """Append a verdict. Several runs may do so at once. A read-only folder is no error."""
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(
-                    "\n" + json.dumps([request.reference, verdict])
-                )  # the last line may be incomplete
-
-
-def quick_readable(reference: str) -> Request | bool:
-    """Whether a reference is readable if no worker is needed, else the request that decides it."""
-    text = answers.reference_text(reference)
-    if not text or answers.is_prose(text):
-        return False
-    answer = answers.read(text)
-    return answer.value is not None or Request(answers.in_box(answer.text))
-
-
 @dataclass
 class Grader(AbstractContextManager):
     """Grades responses against reference answers. As a context manager it ends its workers."""
 
+    answer_format: str = "boxed"  # "line" reads `Answer: 42` or `#### 42`, "auto" a box or a line
     workers: int = 1  # processes at most, started when first needed
     deadline: float = 5.0  # seconds of wall-clock time per answer
     strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
     memory_mb: int = 2048  # cap on each worker's address space
+    digits: int = 4  # of exponents, and of numbers below `!` and in binomials; more are wrong
 
     def __post_init__(self) -> None:
         self._idle = []
         if self.deadline <= 0:
             raise ValueError(f"deadline={self.deadline} must be above 0")
+        if self.answer_format not in answers.FORMATS:
+            raise ValueError(f"answer_format={self.answer_format} is none of {answers.FORMATS}")
 
     def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         """Whether each response has the answer of its reference. Equal pairs are graded once.
@@ -145,25 +109,11 @@ class Grader(AbstractContextManager):
         return [bool(verdicts.get(item, item)) for item in found]
 
     def readable(self, references: list[str]) -> list[bool]:
-        """Whether each reference is an answer that math-verify reads as more than text.
-
-        Uses workers of its own, on all processors. The verdicts are cached on disk for later calls.
-        """
-        cache = Cache()
-        found = []
-        for reference in references:
-            item = quick_readable(reference)
-            found.append(cache.verdicts.get(item, item))
-
+        """Whether each reference is an answer. Uses workers of its own, on all processors."""
+        found = [self._quick_readable(reference) for reference in references]
         unknown = len(set(found) - {True, False})
-        if unknown > 1000:
-            print(f"reading {unknown} reference answers (later from a cache)", file=sys.stderr)
-        workers = min(os.cpu_count() or 1, 1 + unknown // 50)
-        with replace(self, workers=workers) as reader:
+        with replace(self, workers=min(os.cpu_count() or 1, 1 + unknown // 50)) as reader:
             verdicts = reader._ask_all(found)
-        for request, verdict in verdicts.items():
-            if verdict is not None:  # after a timeout, the next call tries again
-                cache.add(request, verdict)
         return [bool(verdicts.get(item, item)) for item in found]
 
     def close(self) -> None:
@@ -176,22 +126,28 @@ class Grader(AbstractContextManager):
 
     def _quick_verdict(self, response: str, reference: str) -> Request | bool:
         """The verdict if no worker is needed, else the request for it."""
-        boxed = answers.last_boxed(response)
+        text = answers.find_answer(response, self.answer_format)
         reference = answers.reference_text(reference)
-        if boxed is None or len(boxed) > MAX_ANSWER or not reference:
+        if text is None or len(text) > MAX_ANSWER or not reference:
             return False
 
-        expected = answers.read(reference)
-        found = answers.read(boxed)
-        verdict = answers.quick_verdict(expected, found)
-        if verdict is not None:
-            return verdict
+        expected, found = read(reference), read(text)
+        if expected is None or found is None:
+            return False
+        try:
+            return Judge(strict=self.strict).equal(expected, found)
+        except NeedsWorker:
+            if any(answers.too_large(kind.text, self.digits) for kind in (expected, found)):
+                return False
+            return Request(reference, text, self.strict)
 
-        text = expected.text
-        if "=" not in found.text:
-            text = answers.without_names(text)
-        number_only = self.strict and expected.value is not None
-        return Request(answers.in_box(text), answers.in_box(found.text), number_only)
+    def _quick_readable(self, reference: str) -> Request | bool:
+        """Whether a reference is an answer if no worker is needed, else the request for it."""
+        text = answers.reference_text(reference)
+        kind = read(text)
+        if not text or kind is None or answers.is_prose(text):
+            return False
+        return Request(text) if leaves(kind) else True
 
     def _ask_all(self, found: list[Request | bool]) -> dict[Request, bool | None]:
         """The workers' verdicts on the requests among `found`."""

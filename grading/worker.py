@@ -4,7 +4,7 @@ Started as a script with `python -P`, so it imports neither the caller's modules
 current directory that has the name of a library's module. Only a verdict leaves it: printing or
 pickling a parsed expression may evaluate it.
 
-    echo '["\\boxed{1/2}", "\\boxed{0.5}", false]' |  # reference, answer, number_only
+    echo '["x+1", "1+x", true]' |  # reference, answer, strict
         python -P grading/worker.py 5 2048  # writes R (ready), then 1 (right)
 """
 
@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 # The caller reads verdicts from standard output, so what libraries print must not go there.
@@ -22,91 +23,78 @@ REPLIES = os.dup(1)
 NOWHERE = os.open(os.devnull, os.O_WRONLY)
 os.dup2(NOWHERE, 1)
 
-from math_verify import parse, verify  # noqa: E402
-from sympy import (  # noqa: E402
-    And,
-    Eq,
-    FiniteSet,
-    Float,
-    Integer,
-    Mul,
-    N,
-    Number,
-    Pow,
-    Rational,
-    UnevaluatedExpr,
-)
+# Last, so that no file of the caller's has the place of a library's module.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-PERCENT = UnevaluatedExpr(Rational(1, 100))  # math-verify reads 50% as 50 * PERCENT
+from latex2sympy2_extended import latex2sympy  # noqa: E402
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # noqa: E402
+from math_verify import verify  # noqa: E402
+from sympy import Abs, Float, I, N, Pow, Symbol, cancel, expand, simplify  # noqa: E402
 
-
-def is_number(value: Any) -> bool:
-    """Whether a parsed answer is a number: 18, 3/4, 50%, 1.2 * 10^3 or 2^10.
-
-    The right side of an equation counts, and the last element of a set.
-    """
-    while isinstance(value, And | Eq | FiniteSet) and value.args:
-        value = getattr(value, "_unsorted_args", value.args)[-1]
-
-    if isinstance(value, Number):
-        return True
-    if isinstance(value, Mul) and len(value.args) == 2 and isinstance(value.args[0], Number):
-        value = value.args[1]
-        if value == PERCENT:
-            return True
-    return isinstance(value, Pow) and all(isinstance(part, Integer) for part in value.args)
-
-
-def agree(reference: Any, answer: Any) -> bool:
-    """Whether two numbers that math-verify calls equal agree to five digits.
-
-    math-verify rounds to six decimal places and so equates 1e-9 and 2e-9. Anything that is not a
-    number agrees.
-    """
-    if hasattr(reference, "rhs") != hasattr(answer, "rhs"):  # x = 5 and 5
-        reference = getattr(reference, "rhs", reference)
-        answer = getattr(answer, "rhs", answer)
-
-    if reference == answer:
-        return True
-    for value in (reference, answer):
-        if not getattr(value, "is_number", False) or value.has(UnevaluatedExpr):
-            return True  # 50% is 50, and also 1/2
-
-    decimal = answer.has(Float) and not answer.has(Pow)
-    if decimal and not reference.has(Float) and reference.doit().is_rational is False:
-        return False  # 3.14159265 is not pi
-    difference = abs(N(reference) - N(answer))
-    return bool(difference <= abs(N(reference)) / 10**5)
-
+from grading.kinds import leaves, read  # noqa: E402
+from grading.rules import Judge  # noqa: E402
 
 # math-verify's own timeouts stay off: they interrupt sympy halfway, some of sympy's code catches
 # them, and they do not reach C code. The caller kills a worker that is late.
 
 
 @functools.lru_cache
-def parse_text(text: str) -> list:
-    return parse(text, parsing_timeout=None)
+def expression(latex: str) -> Any:
+    """Read LaTeX with math-verify's parser. Letters keep their case, and i is the unit."""
+    config = ConversionConfig(lowercase_symbols=False)
+    value = latex2sympy(latex, None, True, True, None, config)
+    imaginary = Symbol("i", real=True)
+    if imaginary in getattr(value, "free_symbols", ()):
+        value = value.subs(imaginary, I)
+    return value
 
 
-def is_right(reference: str, answer: str | None, number_only: bool) -> bool:
+def positive(value: Any) -> Any:
+    """Take letters as positive, so that log(x^2) is 2 log(x)."""
+    return value.xreplace(
+        {letter: Symbol(letter.name, positive=True) for letter in value.free_symbols}
+    )
+
+
+def agree(first: Any, second: Any) -> bool:
+    """Whether two numbers that math-verify calls equal agree to five digits.
+
+    math-verify rounds to six decimal places and so equates 1e-9 and 2e-9. Anything that is not a
+    number agrees.
+    """
+    for value, other in ((first, second), (second, first)):
+        if not getattr(value, "is_number", False):
+            return True
+        decimal = value.has(Float) and not value.has(Pow)
+        if decimal and not other.has(Float) and other.doit().is_rational is False:
+            return False  # 3.14159265 is not pi
+    difference = abs(N(first) - N(second))
+    return bool(difference <= abs(N(first)) / 10**5)
+
+
+def ask(relation: str, first: str, second: str) -> bool:
+    """Whether two expressions are "equal", or "proportional" by a number that is not 0."""
+    left, right = expression(first), expression(second)
+    if not left.has(Abs) and not right.has(Abs):
+        left, right = positive(left), positive(right)
+    if left == right:
+        return True
+    if relation == "proportional":
+        ratio = cancel(expand(left) / expand(right))
+        return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+    if isinstance(left, Symbol) or isinstance(right, Symbol):  # math-verify ignores their case
+        return simplify(left - right) == 0
+    return verify([left], [right], timeout_seconds=None) and agree(left, right)
+
+
+def is_right(reference: str, answer: str | None, strict: bool) -> bool:
     """Whether an answer is right. Without an answer: whether the reference can be read."""
-    expected = parse_text(reference)
-    if answer is None:  # math-verify returns what it cannot read as a string
-        expected = [part for part in expected if not isinstance(part, str)]
-        found = expected
-    else:
-        found = parse_text(answer)
-
-    if not expected or not found:
-        return False
-    if number_only and not is_number(found[0]):
-        return False
-
-    # x < 3 is right if the reference is (-oo, 3), but x in (-oo, 3) is not.
-    sets = not hasattr(expected[0], "rhs")
-    equal = verify(expected, found, timeout_seconds=None, allow_set_relation_comp=sets)
-    return equal and agree(expected[0], found[0])
+    expected = read(reference)
+    if answer is None:
+        for leaf in leaves(expected):
+            expression(leaf.latex)
+        return True
+    return Judge(ask, strict).equal(expected, read(answer))
 
 
 def serve(deadline: float) -> None:
@@ -126,7 +114,7 @@ def main() -> None:
     with suppress(ValueError, OSError):  # some systems do not support this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
-    parse_text(r"\boxed{x^2}")  # the parser builds its tables on first use
+    expression("x^2")  # the parser builds its tables on first use
     os.write(REPLIES, b"R")
     os.dup2(NOWHERE, 2)
 

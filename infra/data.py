@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, is_prose, last_boxed, plain_number
+from grading.answers import NO_ANSWERS, asked_format, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -101,7 +101,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     column, questions, answers = read_columns(args, flag)
     references = readable_references(grader, answers, args.references)
 
-    problems, discarded = Problems(), Counter()
+    problems, discarded, asked = Problems(), Counter(), Counter()
     unreadable = []
     for question, answer, texts in zip(questions, answers, references, strict=True):
         chat = as_chat(question)
@@ -113,6 +113,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
             problem = make_problem(chat, texts, tokenizer, args, for_template)
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
+                asked[asked_format(problem.text + args.instruction)] += 1
             else:
                 discarded[f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens}"] += 1
     if unreadable:
@@ -126,6 +127,10 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         print(f"{flag} {name}: discarded {count} of {rows}: {reason}", file=sys.stderr)
     if not problems:
         reject(flag, name, f"all {rows} problems were discarded")
+    wanted, count = asked.most_common(1)[0]
+    if wanted and grader.answer_format not in (wanted, "auto"):
+        why = f"{count} of {len(problems)} prompts ask for another --answer-format: {wanted}"
+        print(f"{flag} {name}: {why}", file=sys.stderr)
     repeated = len(problems) - len({tuple(problem.prompt) for problem in problems})
     if repeated:
         print(f"{flag} {name}: {repeated} problems repeat another and are kept", file=sys.stderr)

@@ -221,6 +221,8 @@ class Run:
     def check_health(self, metrics: dict[str, float]) -> None:
         """Warn once if nothing can be learned, or if engine and trainer drift apart."""
         for name, (value, why) in NOTHING_TO_LEARN.items():
+            if name == "boxed" and getattr(self.args, "answer_format", name) != name:
+                continue
             idle = metrics.get(name) == value
             self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
             if self.idle_steps[name] == 5:

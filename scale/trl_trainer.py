@@ -296,7 +296,7 @@ class MethodTrainer(GRPOTrainer):
 def make_trainer(args: Any) -> MethodTrainer:
     processes = PartialState(cpu=common.device(args).type == "cpu").num_processes
     check_layout(args, processes)
-    grader, tokenizer = common.Grader(), common.load_tokenizer(args)
+    grader, tokenizer = common.Grader(args.answer_format), common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     train = train.take(args.steps * args.prompts_per_step, args.seed)  # in the script's order
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)

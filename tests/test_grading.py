@@ -20,16 +20,19 @@ import pytest
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
-from grading.answers import plain_number, quick_verdict, read
+from grading.answers import plain_number
 from grading.benchmark import LATEX, make_pairs
-from grading.grader import Cache, Request, Worker
+from grading.grader import Worker
+from grading.kinds import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# Takes the place of math-verify and its parser, and obeys commands such as `\\sleep`.
 STAND_IN = """
 import os, signal, time
+from sympy import Symbol
 
-def parse(text, **_):
+def latex2sympy(text, *_):
     if "sleep" in text:
         time.sleep(600)
     if "block" in text:  # as in C code, no signal arrives
@@ -45,10 +48,13 @@ def parse(text, **_):
         print("11111")
         os.write(1, b"1")
         os.write(2, b"x" * 10**6)
-    return [text]
+    return Symbol(text.lower())
 
-def verify(reference, answer, **_):
-    return reference[0].lower() == answer[0].lower()
+def ConversionConfig(**_):
+    pass
+
+def verify(*_, **__):
+    return False
 """
 STRICT, LENIENT = Grader(), Grader(strict=False)
 ORDINARY = [
@@ -61,11 +67,6 @@ ORDINARY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def shared_graders():
     with STRICT, LENIENT:
@@ -74,11 +75,13 @@ def shared_graders():
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a module in the place of math_verify: one that obeys words, unless told otherwise."""
+    """Puts modules in the place of math-verify and its parser. They obey commands by default."""
 
     def write(source: str = STAND_IN) -> None:
         folder = tmp_path / "stand_in"
-        folder.mkdir(exist_ok=True)
+        (folder / "latex2sympy2_extended").mkdir(exist_ok=True, parents=True)
+        for name in ("__init__", "latex2sympy2"):
+            (folder / "latex2sympy2_extended" / f"{name}.py").write_text(source)
         (folder / "math_verify.py").write_text(source)
         monkeypatch.setenv("PYTHONPATH", str(folder))
 
@@ -136,8 +139,12 @@ def gone(pid: int, seconds: float) -> bool:
     ("text", "content"),
     [
         (r"\boxed{4}", "4"), (r"no box", None), (r"\boxed", None), (r"\boxed 4", None),
-        (r"\fbox{4}", None), (r"\boxed{}", ""), (r"\boxed {4}", "4"),
-        (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} is }it{", r"\frac{1}{2}"),
+        (r"\fbox{4}", "4"), (r"\boxed{}", None), (r"\boxed {4}", "4"),
+        (r"\boxed{1} and \boxed{2}", "1, 2"), (r"\boxed{1} then \boxed{2}", "2"),
+        (r"$\boxed{-2} \quad\text{and}\quad \boxed{1}$.", "-2, 1"),
+        (r"\boxed{9}. No: \boxed{1}, $\boxed{2}$ or \(\boxed{3}\)", "1, 2, 3"),
+        (r"\boxed{5}. Put it in \boxed{}.", "5"),
+        (r"\boxed{1}\boxed{ }, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} is }it{", r"\frac{1}{2}"),
         (r"\boxed{3}, that is \boxed{\frac{6}{2", "3"), (r"\boxed{3}, that is \boxed{{6}", "3"),
         (r"} { \boxed{5}", "5"), (r"\boxed{\boxed{4}}", "4"), (r"\boxed{x = \boxed{4} cm}", "4"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
@@ -161,16 +168,17 @@ def test_last_boxed_of_hostile_sizes() -> None:
     ("text", "value"),
     [
         ("18", 18), (" -18 ", -18), ("007", 7), ("1,234,567", 1234567),
-        ("$1,234.50$", Fraction("1234.5")), (r"\$42409", 42409), ("0.125", Fraction(1, 8)),
+        ("1,234.50", Fraction("1234.5")), ("12,00,000", 1200000), ("0.125", Fraction(1, 8)),
         ("6/4", Fraction(3, 2)), (r"-\frac{3}{6}", Fraction(-1, 2)),
         (r"\dfrac{22}{7}", Fraction(22, 7)),
         *[(text, None) for text in ["", "-", "$", "x", "1/0", "00/00", r"\frac{1}{0}", "12,34"]],
         *[(text, None) for text in ["1,2345", "5%", r"5\%", "5.", "--5", "1_000", "٣", "½"]],
-        *[(text, None) for text in ["+7,000", "2^3", "1 000", r"\5", "(5)", "nan", "inf", "5\0"]],
+        *[(text, None) for text in ["2^3", r"\5", "(5)", "nan", "inf", "5\0"]],
         *[(text, None) for text in ["9" * 41, "9" * 10**6, "1e9999", "10^{9999}", "1/2/3"]],
         ("0.12345678901234567", Fraction("0.12345678901234567")), ("1e-05", Fraction(1, 10**5)),
         ("1e+16", 10**16), (r"2.5 \times 10^{-7}", Fraction(25, 10**8)), ("10^5", 10**5),
-        ("-10^{-2}", Fraction(-1, 100)), (".5", Fraction(1, 2)),
+        ("-10^{-2}", Fraction(-1, 100)), (".5", Fraction(1, 2)), ("+7,000", 7000), ("1 000", 1000),
+        ("10'000", 10000), (r"\frac{3}{-2}", Fraction(-3, 2)),
     ],
 )  # fmt: skip
 def test_plain_number(text: str, value: Fraction | None) -> None:
@@ -189,43 +197,32 @@ def number_text(rng: random.Random) -> str:
     command = rng.choice([r"\frac", r"\dfrac", r"\tfrac"])
     fractions = [f"{digits(3)}/{digits(3)}", f"{command}{{{digits(3)}}}{{{digits(3)}}}"]
     text = rng.choice([*integers, *others, *fractions])
-    text = rng.choice(["", "", "-"]) + text
-    return rng.choice(["{}", "{}", "${}$", r"\${}", " {}\n", "\t{} ", "$ {} $"]).format(text)
-
-
-def quick(reference: str, answer: str) -> bool | None:
-    return quick_verdict(read(reference), read(answer))
+    return rng.choice(["", "", "-"]) + text
 
 
 def test_plain_numbers_agree_with_math_verify() -> None:
-    """math-verify gives the same verdict wherever two plain numbers are compared without it."""
+    """math-verify gives the same verdict on two plain numbers."""
+    import math_verify
+
     rng = random.Random(0)
     pairs = []
-    for _ in range(1500):
+    for _ in range(300):
         reference = number_text(rng)
         value = plain_number(reference)
-        others = [number_text(rng), reference.replace(",", ""), reference.replace("$", "")]
+        others = [number_text(rng), reference.replace(",", "")]
         if value is not None:
             near = value + rng.choice([0, 0, Fraction(1, 10**4), 1, -2 * value])
-            others += [f"{near.numerator}/{near.denominator}", f"{float(near):.6f}"]
+            others += [f"{near.numerator}/{near.denominator}"]
             others += [rf"\frac{{{abs(near.numerator) * 3}}}{{{near.denominator * 3}}}"] * 2
         pairs.append((reference, rng.choice(others)))
-    for name in ("math_train", "math500", "olympiadbench", "minerva_math", "aime24", "amc23"):
-        if (SHARED / f"data/{name}.jsonl").exists():
-            texts = sorted({row["answer"] for row in rows(f"data/{name}.jsonl")})
-            texts = [t for t in texts if plain_number(t) is not None and "10^" not in t][:150]
-            pairs += zip(texts, texts[1:] + texts[:1], strict=True)
-            pairs += [(text, str(plain_number(text))) for text in texts]
 
-    pairs = [pair for pair in pairs if quick(*pair) is not None]
-    verdicts = [quick(*pair) for pair in pairs]
-    assert verdicts.count(True) > 300 and verdicts.count(False) > 300
-    requests = [Request(rf"\boxed{{{r}}}", rf"\boxed{{{a}}}") for r, a in pairs]
-    with Grader(workers=2) as grader:
-        replies = grader._ask_all(requests)
-    slowly = [replies[request] for request in requests]
-    differing = [p for p, fast, slow in zip(pairs, verdicts, slowly, strict=True) if fast != slow]
-    assert not differing
+    pairs = [pair for pair in pairs if None not in map(plain_number, pair)]
+    verdicts = [plain_number(reference) == plain_number(answer) for reference, answer in pairs]
+    assert verdicts.count(True) > 60 and verdicts.count(False) > 60
+    for (reference, answer), verdict in zip(pairs, verdicts, strict=True):
+        parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None)
+                  for text in (reference, answer)]  # fmt: skip
+        assert math_verify.verify(*parsed, timeout_seconds=None) == verdict, (reference, answer)
 
 
 # What means the same, by rule: reference, answers that are right, answers that are wrong.
@@ -342,7 +339,7 @@ def test_rules_take_linear_time() -> None:
     start = time.perf_counter()
     for part in parts:
         for text in ((part * 4096)[:4096], "18 " + (part * 4096)[:4093]):
-            quick(text, "18")
+            read(text)
     assert time.perf_counter() - start < 5
 
 
@@ -350,8 +347,8 @@ def test_strict_wants_a_number() -> None:
     """A reference, right answers, and answers that are right only if `strict` is off."""
     table = [
         ("18", [r"18 \text{ dollars}", r"9 \cdot 2 = 18", "x = 18", r"18^\circ", r"18\%",
-         r"1.8 \times 10^{1}", "{18}", r"\frac{36}{2}"], ["(16-3-4)*2", r"2 \cdot 9", "20-2",
-         r"\sqrt{324}", r"18 = 9 \cdot 2"]),
+         r"1.8 \times 10^{1}", "{18}", r"\frac{36}{2}", r"\sqrt{324}", r"\binom{18}{1}"],
+         ["(16-3-4)*2", r"2 \cdot 9", "20-2", r"18 = 9 \cdot 2"]),
         (r"\sqrt{12}", [r"2\sqrt{3}"], []),
     ]  # fmt: skip
     for reference, right, unevaluated in table:
@@ -391,9 +388,10 @@ def test_shared_pairs() -> None:
 # Why verdicts differ from those wanted. Only the last box counts, where math-verify joins
 # neighbouring boxes or prefers "final answer is"; a boxed `1,22` is a list, not a decimal, and
 # `\boxed{185\}` is not closed; math-verify itself disagrees, or the case was written for other
-# settings; a reference that is not an answer has no verdict.
+# settings; a reference that is not an answer has no verdict. Inequalities are not solved, `any text`
+# is no unit, one reference is a whole response; items of a list count twice, names are part of the answer, `x \in [-2,7]` is an interval.
 EXPLAINED = """177 199 227 228 229 231 233 234 238 239 240 166 5 6 15 290 127 133 180 244 254 259
-260 261 263 270 289 316 311 320"""
+260 261 263 270 289 316 311 320 100 102 104 181 184 187 196 209 241 293 56"""
 
 
 def test_shared_cases_at_least_as_well_as_math_verify_alone() -> None:
@@ -431,46 +429,13 @@ def test_unreadable_references_are_found() -> None:
     references += [r"\text{Evelyn}", r"$f(x)=ax$, where $a$ is some integer and so on"]
     none = ["", " ", r"\boxed{}", "proof", "notfound", "Not found", "None", "nan", "NULL", "n/a"]
     none += ["{'value': '52', 'unit': 'cm'}", '{"value": 52}']
-    unread = ["x" * 5000, "\ud800", r"\frac{1}{", "a + b + c"]
+    references += ["a + b + c", "-1 or 1", "3:30 PM"]
+    unread = ["x" * 5000, "\ud800", r"\frac{1}{", "(" * 30 + "1" + ")" * 30]
     unread += ["This completes the proof of $a=b$ for all integers."]
     unread += ["First we add 2 and 3. So Tom has 5 apples left."]
     assert STRICT.readable(references) == [True] * len(references)
     assert STRICT.readable(none + unread) == [False] * len(none + unread)
     assert not any(STRICT.grade([rf"\boxed{{{text}}}" for text in none], none))
-
-
-def test_readable_references_are_cached(stand_in: Callable, started: list[Worker]) -> None:
-    references = ["x+1", "y+2", r"\frac{1}{", "7", "\ud800", "x+1"]
-    with Grader() as grader:
-        first = grader.readable(references)
-        assert first == [True, True, False, True, False, True]
-    with Cache().path.open("ab") as file:
-        file.write(b'\n7\n\xff\n["torn')
-    stand_in("raise ImportError('no worker is wanted')")
-    started.clear()
-    with Grader() as grader:
-        assert grader.readable(references) == first and not started
-        with pytest.raises(RuntimeError):
-            grader.readable(["z+3"])
-
-
-def test_a_reference_that_timed_out_is_not_cached(
-    stand_in: Callable, started: list[Worker]
-) -> None:
-    stand_in("import time\ndef parse(text, **_): time.sleep(600 * ('y' in text)); return [text]\n"
-             "verify = None")  # fmt: skip
-    for _ in range(2):
-        with Grader(deadline=0.5) as grader:
-            assert grader.readable(["y+1"]) == [False]
-    assert exit_codes(started) == [-signal.SIGKILL] * 2
-
-
-def test_a_cache_that_cannot_be_written_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert STRICT.readable(["x+1", r"\frac{1}{"]) == [True, False]
 
 
 def test_references_are_read_by_more_workers(
@@ -499,14 +464,15 @@ def test_order_is_kept_with_several_workers(started: list[Worker]) -> None:
 def test_equal_pairs_are_graded_once(stand_in: Callable, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     stand_in(
-        f"def parse(text, **_):\n    open({str(seen)!r}, 'a').write(text + '\\n'); return [text]\n"
-        "def verify(reference, answer, **_): return reference == answer"
+        STAND_IN
+        + f"\ndef latex2sympy(text, *_):\n    open({str(seen)!r}, 'a').write(text + '\\n')\n"
+        "    return Symbol(text)\n"
     )
     with Grader(workers=2, strict=False) as grader:
-        verdicts = grader.grade([r"\boxed{a}", r"\boxed{b}"] * 10, ["c"] * 20)
+        verdicts = grader.grade([r"\boxed{a}", r"\boxed{b}"] * 10, ["c+1"] * 20)
     assert verdicts == [False] * 20
     lines = seen.read_text().splitlines()
-    assert lines.count(r"\boxed{a}") == lines.count(r"\boxed{b}") == 1
+    assert lines.count("a") == lines.count("b") == 1
 
 
 @pytest.mark.parametrize(
@@ -525,8 +491,8 @@ def test_an_answer_costs_its_own_verdict_only(
 ) -> None:
     """Its worker ends with this code and is replaced, or goes on to the next answer."""
     stand_in()
-    answers = ["A+1", f"{word}+2", "A+3", f"{word}+4", "A+5", "wrong"]
-    references = ["a+1", f"{word.upper()}+2", "a+3", f"{word.upper()}+4", "a+5", "a+6"]
+    answers = ["A+1", rf"\{word}+2", "A+3", rf"\{word}+4", "A+5", "wrong"]
+    references = ["a+1", rf"\{word.upper()}+2", "a+3", rf"\{word.upper()}+4", "a+5", "a+6"]
     with Grader(deadline=0.5, memory_mb=1024) as grader:
         verdicts = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], references)
         right = word == "noise"
@@ -539,9 +505,9 @@ def test_hostile_answers_in_one_batch(stand_in: Callable) -> None:
     """Two workers, and a third of the answers kill them."""
     stand_in()
     answers = [f"A+{number}" for number in range(24)]
-    answers[::3] = ["sleep+1", "exit+2", "allocate+3", "abort+4"] * 2
+    answers[::3] = [r"\sleep+1", r"\exit+2", r"\allocate+3", r"\abort+4"] * 2
     references = [answer.swapcase() for answer in answers]
-    references[1::3] = ["other"] * 8
+    references[1::3] = ["b+1"] * 8
     with Grader(workers=2, deadline=0.5, memory_mb=1024) as grader:
         verdicts = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], references)
     assert verdicts == [number % 3 == 2 for number in range(24)]
@@ -556,7 +522,7 @@ def test_workers_killed_from_outside(stand_in: Callable, started: list[Worker]) 
         assert grader.grade([r"\boxed{A+2}"], ["a+2"]) == [True]  # it was idle: no answer is lost
 
         threading.Timer(0.5, started[1].process.kill).start()
-        assert grader.grade([r"\boxed{sleep}", r"\boxed{A+3}"], ["x", "a+3"]) == [False, True]
+        assert grader.grade([r"\boxed{\sleep}", r"\boxed{A+3}"], ["x", "a+3"]) == [False, True]
         assert exit_codes(started) == [-9, -9, None]
 
 
@@ -577,12 +543,12 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next(
         threading.Timer(0.6, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
             responses = [rf"\boxed{{x+{number}}}" for number in range(900)]
-            grader.grade([r"\boxed{sleep}", *responses], ["y"] * 901)
+            grader.grade([r"\boxed{\sleep}", *responses], ["y"] * 901)
         assert exit_codes(started)[0] == -9  # its reply was awaited, the others were not asked
-        assert grader.grade([r"\boxed{A+1}", r"\boxed{B}"], ["a+1", "a"]) == [True, False]
+        assert grader.grade([r"\boxed{A+1}", r"\boxed{B+1}"], ["a+1", "a"]) == [True, False]
 
 
-@pytest.mark.parametrize("answer", ["A", "sleep"])
+@pytest.mark.parametrize("answer", ["A+2", r"\sleep"])
 def test_workers_end_with_a_killed_parent(answer: str, stand_in: Callable) -> None:
     stand_in()
     code = (

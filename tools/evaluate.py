@@ -32,7 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grading import MAX_ANSWER, Grader, last_boxed
+from grading import MAX_ANSWER, Grader, find_answer
 from infra.cli import StopRun, check_numbers, first_line, flag_of, progress_bar, reject, require
 from infra.data import Problems, grade, load_problems
 from infra.hf_engine import HFEngine
@@ -54,7 +54,7 @@ KNOWN = {
 # The settings that change a response. All others may differ when an evaluation is resumed.
 FIXED = [
     *("samples", "max_new_tokens", "temperature", "seed", "engine", "precision"),
-    *("instruction", "system_prompt", "template_args"),
+    *("instruction", "system_prompt", "template_args", "answer_format"),
 ]
 
 
@@ -72,6 +72,7 @@ class Args:
     references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
+    answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
     template_args: str = ""  # JSON for the chat template, such as {"enable_thinking": false}
     max_prompt_tokens: int = 1024  # longer prompts are discarded
     seed: int = 1  # of sampling
@@ -117,9 +118,9 @@ def respond(
     records = []
     for start in range(0, len(tokens), samples):
         group = slice(start, start + samples)
-        boxed = [last_boxed(text) for text in texts[group]]
+        found = [find_answer(text, args.answer_format) for text in texts[group]]
         record = {
-            "answers": [answer and answer[:MAX_ANSWER] for answer in boxed],
+            "answers": [answer and answer[:MAX_ANSWER] for answer in found],
             "correct": [float(verdict) for verdict in verdicts[group]],
             "lengths": [len(ids) for ids in tokens[group]],
             "truncated": [ids[-1] not in engine.stop_tokens for ids in tokens[group]],
@@ -295,7 +296,7 @@ class Results:
 
 def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Record]]:
     """Evaluate models of one architecture on every dataset, in one engine."""
-    with Grader() as grader, ExitStack() as locks:
+    with Grader(args.answer_format) as grader, ExitStack() as locks:
         every_result, tokenizers, folders = [], {}, set()
         for model in models:
             tokenizers[model] = model_tokenizer(args, model)

@@ -1,0 +1,128 @@
+r"""One notation for what LaTeX, Unicode and models write in many ways.
+
+`tidy(r"\mathbf{\dfrac12}\,\text{ cm}")` is `\frac{1}{2} cm`.
+"""
+
+import re
+import unicodedata
+
+# What each command becomes, and its names
+COMMANDS = {
+    r"\frac": "dfrac tfrac cfrac",
+    r"\binom": "dbinom tbinom",
+    r"\le": "leq leqslant",
+    r"\ge": "geq geqslant",
+    r"\ne": "neq",
+    r"\approx": "sim",
+    r"\setminus": "backslash",
+    r"\tan": "tg",
+    r"\cot": "ctg cotg",
+    r"\log_{10}": "lg",
+    r"\ldots": "cdots dots dotsc",
+    r"\emptyset": "varnothing",
+    r"\overline": "bar",
+    r"\{": "lbrace",
+    r"\}": "rbrace",
+    r"\text": "textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed",
+    r"\math": "mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname",
+    "<": "lt",
+    ">": "gt",
+    ":": "colon",
+    "|": "mid vert lvert rvert",
+    " and ": "land wedge",
+    " or ": "lor vee",
+    r"^\circ ": "degree",
+    " ": "qquad quad bf rm it sf tt em bfseries itshape Large large",
+    "£": "pounds",
+    "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
+}
+COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
+CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
+≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
+CHARACTER = {ord(key): f"{value} " for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
+UNICODE = {
+    "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
+    "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
+    r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
+}
+FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
+# In this order. No pattern repeats a group that itself repeats the same characters, so each takes
+# linear time.
+LATEX = {
+    r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
+    r"\\operatorname *\{(c?tg)\}": r"\\\1",
+    r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
+    r"\\! *|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
+}
+BRACES = {
+    r"\\math *\{ *([A-Za-z])? *\}": r"\1",  # \mathrm{e}
+    r"\\(?:text|math) *\{([^{}]*)\}": r" \1 ",  # \text{ cm}
+    r"\\(?:text|math) *(?=\{|$)": "",  # \mathbf{3\sqrt{2}}
+    r"\{ *([^{}]*)\\over(?![a-z])([^{}]*?) *\}": r"\\frac{\1}{\2}",
+    r"(\\(?:frac|sqrt|binom)) +(?=\{)|(?<=\}) +(?=\{)": r"\1",
+    r"\\frac *(\d|\\pi|[a-z](?=[\d{]))": r"\\frac{\1}",
+    r"(\\frac *\{[^{}]*\}) *(\d|[a-z](?![a-z]))": r"\1{\2}",
+    r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",
+    r"\^ *\{? *\\(circ|prime)(?![a-z]) *\}?": r"^\\\1 ",
+    r"\^\\prime": "'",
+    r"\{([,:])\}": r"\1",  # 1{,}234
+    r"^\{([^{}]*)\}$|(?<![\\\w^_}\]])\{([^{}]*)\}": r"\1\2",  # {3}\sqrt{2}
+    r" +(?=[_^}\])])|(?<=[_^{(\[]) +": "",
+}
+PLAIN = {
+    "[−–]": "-",
+    "[′’]": "'",
+    "″|”": "''",
+    r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
+    r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
+    r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}
+    r"(\.\d*)\((\d+)\)": r"\1\\overline{\2}",  # 0.1(6)
+    r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
+    r"\\overline *(\d)": r"\\overline{\1}",
+    r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
+    r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
+    r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
+    r"\.\.\.": r"\\ldots",
+    rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
+    r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
+    r"\((?:approx|round|about|estimat|since|because|as)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
+    r"^(?:\\approx|approx(?:imately|\.)?|about|roughly)(?=[- \d.\\])": "",  # about 18
+}
+
+
+def rewrite(text: str, rules: dict[str, str]) -> str:
+    for pattern, replacement in rules.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def rename(command: re.Match) -> str:
+    return COMMAND.get(command[1], command[0])
+
+
+def without_dollars(text: str) -> str:
+    r"""Drop the dollar signs around mathematics. A single one is a currency: `\$`."""
+    bare = re.findall(r"(?<!\\)\$", text)
+    return re.sub(r"(?<!\\)\$", r"\\$" if len(bare) == 1 else " ", text)
+
+
+def tidy(text: str) -> str:
+    """Remove markup and write everything in one notation."""
+    text = " ".join(text.split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
+    if "$" in text:
+        text = without_dollars(text)
+    for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
+        before = text
+        if "\\" in text:
+            text = rewrite(text, LATEX)
+            text = re.sub(r"\\([A-Za-z]+)", rename, text)
+        if "\\" in text or "{" in text:
+            text = rewrite(text, BRACES)
+        text = " ".join(text.replace("~", " ").split())
+        text = rewrite(text.strip(" *`"), PLAIN).strip()
+        if text == before or not re.search(r"\\(?:text|math)(?![a-z])", text):
+            break
+    return text

@@ -1,0 +1,113 @@
+r"""Units, and the words after a number that change it: `5 km` is `5000 m`, `5 million` is not 5."""
+
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import NamedTuple
+
+from grading.notation import rewrite
+
+# The names of each unit, its size in a base unit, the base unit; # multiplies the number.
+UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0.1 m
+|m meter metre 1 m|km kilometer kilometre 1000 m|in inch inches 1 in|ft foot feet 12 in
+|yd yard 36 in|mi mile 63360 in|ms millisecond 0.001 s|s sec second 1 s|min minute 60 s
+|h hr hour 3600 s|day 86400 s|week 604800 s|month 1 month|yr year 12 month|decade 120 month
+|century centuries 1200 month
+|mg milligram 0.001 g|g gram gm 1 g|kg kilogram 1000 g|ton tonne 1000000 g|oz ounce 1 oz
+|lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|L 1 l|cup 1 cup|pint 2 cup
+|quart 4 cup|gal gallon 16 cup|$ dollar us usd buck 1 $|¢ cent 0.01 $|€ euro eur 1 €|£ gbp 1 £
+|₹ rs rupee inr 1 ₹|元 yuan rmb 1 元|¥ yen 1 ¥|'' arcsecond 1/3600 deg|' arcminute 1/60 deg
+|degree deg 1 deg|rad radian 1 rad|celsius 1 celsius|fahrenheit 1 fahrenheit|kelvin 1 kelvin
+|% percent pct percentage 1 %|N newton 1 N|J joule 1 J|kj kilojoule 1000 J|W watt 1 W|kw 1000 W
+|V volt 1 V|A amp ampere 1 A|pa pascal 1 pa|hz hertz 1 hz|mol mole 1 mol|ohm 1 ohm|acre 1 acre
+|calorie cal 1 cal|ev 1 ev|erg 1 erg|angstrom 1 angstrom|knot 1 knot|hundred 100 #
+|thousand k K 1000 #|lakh 100000 #|million M 1000000 #|crore 10000000 #|billion B 1000000000 #
+|trillion 1000000000000 #|dozen 12 #|score 20 #|gross 144 #|half halve 1/2 #|third 1/3 #
+|quarter fourth 1/4 #|fifth 1/5 #|tenth 1/10 #|hundredth 1/100 #|thousandth 1/1000 #"""
+# Nouns that only say what is counted. Each is a unit of its own.
+NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
+pen pencil marble ball card coin ticket toy box bag bottle stamp sticker shirt flower tree cat dog
+bird fish cow chicken horse animal person people student child children kid boy girl man men woman
+women friend player worker teacher member team class game match score goal step lap car bus truck
+train bike wheel mile word letter number integer pair pairing group set subset triple element term
+triangle square circle rectangle side edge vertex vertices face angle line segment path route
+arrangement permutation combination outcome possibility choice value case factor divisor multiple
+prime zero degree time hour trip question problem test piece slice part serving meal sandwich pizza
+house room floor seat table chair row column block tile cube brick stone rock bead shell rose
+plant seed bean nut potato tomato carrot pie donut muffin cupcake brownie chocolate bar can jar
+carton packet pack package crate basket bucket barrel load shelf shelves guest customer visitor
+passenger soldier employee family families sibling brother sister daughter son cousin crayon
+marker notebook paper sheet photo picture painting song movie video episode message email call
+post vote share sale order item product gift present doll balloon ribbon button dress shoe sock
+hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
+function sequence string code password region intersection handshake committee"""
+# Words around a unit that change nothing
+FILLERS = "different more distinct possible total unique whole extra of in all each real integer"
+SPELLINGS = {
+    r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
+    r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
+    r"(?<=[a-z]) squared": "^2",
+    r"(?<=[a-z]) cubed": "^3",
+    r"\^\\circ|°": " degree ",
+    r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
+    r"^ *C\b": "celsius",
+    r"^ *F\b": "fahrenheit",
+    r"\bmph\b": "mi/h",
+    r"\bk(?:mp?|p)h\b": "km/h",
+    r"\bpercentage points?\b": "",
+    r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
+    r"\bper\b": "/",
+    r"(\$.*)(?:dollars?|USD|\$)": r"\1",  # $5 dollars
+}
+# An optional slash, a name, an optional power: / s^2
+FACTOR = re.compile(r"(/)? *([A-Za-z]+|''?|[%$€£₹元¥¢])(?: *\^ *(-?\d))? *")
+
+UNIT = {}  # size and base unit by name
+for line in UNITS.split("|"):
+    *names, size, base = line.split()
+    UNIT.update(dict.fromkeys(names, (Fraction(size), base)))
+for noun in NOUNS.split():
+    UNIT.setdefault(noun, (Fraction(1), noun))
+
+
+class Unit(NamedTuple):
+    """`km/h` is size 5/18 and powers (("m", 1), ("s", -1)); scale: million is 10^6."""
+
+    size: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+    scale: Fraction = Fraction(1)
+
+
+def find_unit(word: str) -> tuple[Fraction, str]:
+    """The size and base of a unit, in the plural or in capitals too; () if it is unknown."""
+    names = [word, word.lower()]
+    for ending in ("s", "es"):
+        names.append(names[1].removesuffix(ending))
+    return next((UNIT[name] for name in names if name in UNIT), ())
+
+
+def read_unit(text: str) -> Unit | None:
+    """Read all words after a number; None if one of them is unknown."""
+    text = rewrite(text, SPELLINGS).strip()
+    shorter = text.removesuffix("below zero")
+    size, scale = Fraction(1), Fraction(-1 if shorter != text else 1)
+    powers = Counter()
+    position = 0
+    while position < len(shorter):
+        factor = FACTOR.match(shorter, position)
+        if factor is None:
+            return None
+        position = factor.end()
+        divided, word, exponent = factor.groups()
+        power = int(exponent or 1)
+        if divided:
+            power = -power
+        found = find_unit(word)
+        if found and found[1] == "#":
+            scale *= found[0]
+        elif found:
+            powers[found[1]] += power
+            size *= found[0] ** power
+        elif word.lower() not in FILLERS.split():
+            return None
+    return Unit(size, tuple(sorted(powers.items())), scale)
