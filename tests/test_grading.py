@@ -388,8 +388,9 @@ def test_shared_pairs() -> None:
 # Why verdicts differ from those wanted. Only the last box counts, where math-verify joins
 # neighbouring boxes or prefers "final answer is"; a boxed `1,22` is a list, not a decimal, and
 # `\boxed{185\}` is not closed; math-verify itself disagrees, or the case was written for other
-# settings; a reference that is not an answer has no verdict. Inequalities are not solved, `any text`
-# is no unit, one reference is a whole response; items of a list count twice, names are part of the answer, `x \in [-2,7]` is an interval.
+# settings; a reference that is not an answer has no verdict. Inequalities are not solved, `any
+# text` is no unit, one reference is a whole response; items of a list count twice, names are part
+# of the answer, `x \in [-2,7]` is an interval.
 EXPLAINED = """177 199 227 228 229 231 233 234 238 239 240 166 5 6 15 290 127 133 180 244 254 259
 260 261 263 270 289 316 311 320 100 102 104 181 184 187 196 209 241 293 56"""
 

@@ -120,6 +120,26 @@ def test_only_the_sign_of_the_advantages_counts():
     assert torch.equal(stare_weights(logp, advantages.sign(), mask, **settings), once)
 
 
+def test_the_entropy_moves_as_theorem_3_1_says():
+    """dH/dη = -A Φ(p) for a small step along the gradient of A log p with respect to the logits: a
+    surprising token raises the entropy, an expected one lowers it."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+
+    def entropy(logits: Tensor) -> Tensor:
+        return torch.special.entr(logits.softmax(-1)).sum()
+
+    probabilities, before = logits.softmax(-1), entropy(logits)
+    surplus = probabilities.log() + before
+    for token, advantage in ((0, 1.0), (3, 1.0), (3, -0.5)):
+        p = probabilities[token]
+        phi = p * surplus[token] - (probabilities.square() * surplus).sum()
+        one_hot = torch.eye(4, dtype=torch.float64)[token]
+        moved = logits + 1e-6 * advantage * (one_hot - probabilities)
+        slope = (entropy(moved) - before) / 1e-6
+        assert slope.item() == pytest.approx(-advantage * phi.item(), rel=1e-4)
+        assert (slope > 0).item() is ((token == 3) == (advantage > 0))
+
+
 def test_problems_share_one_population():
     """One problem can have all surprising tokens of the step. The order does not matter."""
     logp, advantages, mask = random_step(2, problems=4)
