@@ -71,6 +71,7 @@ DEFAULT_METHODS = ",".join(name for name in METHODS if name != "VinePPO by token
 RATE_OF = {  # variants that use the learning rate of another method
     "EP-GRPO gate alone": "EP-GRPO",
     "EP-GRPO progress alone": "EP-GRPO",
+    "GTPO by batch": "GTPO",
     "VinePPO by token": "VinePPO",
     "STARE C2": "STARE",
 }

@@ -769,7 +769,7 @@ def test_printed_command_is_a_shell_command(
     """With a relative folder that has a space and a quote, and from another working directory."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "score", fail(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(common, "collect", fail(OSError(errno.ENOSPC, "No space left on device")))
         assert start("grpo", make_args(run_dir="it's a folder")) == 1
     what, how = capsys.readouterr().err.splitlines()[-2:]
     assert what == "stopped: [Errno 28] No space left on device"
