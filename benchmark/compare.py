@@ -13,6 +13,7 @@ describes the rules and names the command of each table.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import queue
@@ -114,6 +115,7 @@ class Args:
     jobs: int = 2  # parallel runs, each on its own core; at most the number of available cores
     results: Path = RESULTS / "compare.json"  # file of the results
     runs: Path = ROOT / "runs" / "compare"  # folder of the runs
+    refresh: bool = False  # also train the runs whose code has changed since
     write: bool = False  # only write the tables and figures from the results
 
     @property
@@ -138,6 +140,17 @@ class Job(NamedTuple):
         return f"{name}-{self.lr}-{self.seed}"
 
 
+@functools.cache
+def code(method: str) -> str:
+    """Digest of the code that a method's runs depend on."""
+    script = METHODS[method].split()[0]
+    return shared.code_digest(script, *shared.TRAINING)
+
+
+def run_folder(job: Job, args: Args) -> Path:
+    return args.runs / code(job.method) / job.folder
+
+
 def training_command(job: Job, args: Args) -> list[str]:
     script, *flags = shlex.split(METHODS[job.method])
     flags += shlex.split(TASKS[args.task].flags.get(job.method, ""))
@@ -152,7 +165,7 @@ def training_command(job: Job, args: Args) -> list[str]:
     flags += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     flags += ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts)]
     flags += ["--lr", job.lr, "--seed", str(job.seed)]
-    return shared.run_command(script, flags, args.runs / job.folder)
+    return shared.run_command(script, flags, run_folder(job, args))
 
 
 def run_on_free_core(command: list[str]) -> str:
@@ -177,7 +190,7 @@ def run_on_free_core(command: list[str]) -> str:
 
 def train(job: Job, args: Args) -> str:
     """Train one run, unless it is complete. Returns the reason if the run stopped itself."""
-    folder = args.runs / job.folder
+    folder = run_folder(job, args)
     if (folder / "args.json").exists() and read_json(folder / "args.json")["steps"] != args.steps:
         reject("--steps", args.steps, f"{folder} is a run of another length")
     stopped = ""
@@ -228,7 +241,7 @@ def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[st
 
 def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> dict[str, Any]:
     """The entry of a run in the results file."""
-    metrics = read_lines(args.runs / job.folder / "metrics.jsonl")[: part.step + 1]
+    metrics = read_lines(run_folder(job, args) / "metrics.jsonl")[: part.step + 1]
     steps = metrics[1:]  # the first line is the evaluation before training
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
     tokens = part.sampled[part.step] * mean(steps, "length") + continuation_tokens
@@ -241,7 +254,8 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
     found |= {name: round(value, 4) for name, value in evaluated.items()}
     entropy = round(mean(steps[-10:], "entropy"), 4)
-    return found | {"entropy": entropy, "tokens": round(tokens), "curve": curve}
+    found |= {"entropy": entropy, "tokens": round(tokens), "curve": curve}
+    return found | {"code": code(job.method)}
 
 
 def select(rows: list[dict], **values: Any) -> list[dict]:
@@ -381,23 +395,29 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
     name: "selection" or "rows", the list of the results that the runs belong to.
     """
-    finished = {(row["method"], row["lr"], row["seed"]) for row in results[name]}
+    finished = set()
+    for row in results[name]:
+        if not args.refresh or row.get("code") == code(row["method"]):
+            finished.add(Job(row["method"], row["lr"], row["seed"]))
     jobs = [job for job in jobs if job not in finished]
     with ThreadPoolExecutor(args.jobs) as pool:
         reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
-    parts = {job: cut(args.runs / job.folder, args) for job in jobs if not reasons[job]}
+    parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
     models, start = [str(part.weights) for part in parts.values()], TASKS[args.task].model
     if name == "rows" and "start" not in results:
         models.append(start)
     evaluated = evaluate(models, problems, args) if models else {}
     if start in evaluated:
         results["start"] = evaluated[start]
+    rows = results[name]
+    results[name] = [row for row in rows if (row["method"], row["lr"], row["seed"]) not in reasons]
     for job, reason in reasons.items():
         if not reason:
             part = parts[job]
             results[name].append(result_row(job, part, evaluated[str(part.weights)], args))
         elif name == "selection":
-            results[name].append(job._asdict() | {"accuracy": 0.0, "stopped": reason})
+            stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
+            results[name].append(job._asdict() | stopped)
     order = list(METHODS)
     results[name].sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
     write_json(args.results, results)

@@ -10,6 +10,7 @@ model; it does not rank methods. Run the same command again to resume an interru
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -57,6 +58,7 @@ class Args:
     only: str = "GRPO,EP-GRPO,GTPO"  # methods to train, separated by commas; empty: all
     runs: Path = ROOT / "runs" / "real"  # folder of the model, the problems and the runs
     results: Path = RESULTS / "real.json"  # file of the results
+    refresh: bool = False  # also train the runs whose code has changed since
     write: bool = False  # only write docs/real.md from the results and draw its figure
 
 
@@ -111,9 +113,19 @@ def write_problems(folder: Path) -> None:
         shared.write_text(folder / f"{name}.jsonl", text)
 
 
-def train(args: Args, script: str, model: Path) -> float:
+@functools.cache
+def code(method: str) -> str:
+    """Digest of the code that a method's run depends on."""
+    return shared.code_digest(f"{METHODS[method]}.py", *shared.TRAINING)
+
+
+def run_folder(method: str, args: Args) -> Path:
+    return args.runs / code(method) / METHODS[method]
+
+
+def train(args: Args, method: str, model: Path) -> float:
     """Start or resume a run; returns its peak memory in GB."""
-    folder = args.runs / script
+    script, folder = METHODS[method], run_folder(method, args)
     flags = [*SETTINGS.split(), "--model", str(model)]
     flags += ["--dataset", str(args.runs / "train.jsonl")]
     flags += ["--eval-dataset", str(args.runs / "held-out.jsonl")]
@@ -189,12 +201,15 @@ def main(args: Args) -> None:
     results.update(command="python benchmark/real.py", settings=SETTINGS)
     results.update(shared.environment())
     for method in methods:
-        if results["runs"].get(method, {}).get("steps", 0) < args.steps:
-            memory = train(args, METHODS[method], model)
-            run = logged(args.runs / METHODS[method] / "metrics.jsonl")
-            results["runs"][method] = run | {"memory_gb": memory}
+        found = results["runs"].get(method, {"steps": 0})
+        changed = args.refresh and found.get("code") != code(method)
+        if found["steps"] < args.steps or changed:
+            memory = train(args, method, model)
+            run = logged(run_folder(method, args) / "metrics.jsonl")
+            results["runs"][method] = run | {"memory_gb": memory, "code": code(method)}
             write_json(args.results, results)
-    folders = [str(args.runs / METHODS[method]) for method in results["runs"]]
+    folders = [run_folder(method, args) for method in results["runs"]]
+    folders = [str(folder) for folder in folders if folder.exists()]
     report = ["tools/report.py", *folders, "--out", str(args.runs / "report.html")]
     subprocess.run([sys.executable, *report], cwd=ROOT)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +21,10 @@ from infra.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
+# The code that a training run depends on, in addition to its script. Problems and verdicts of the
+# tiny tasks do not change with infra/data.py and grading/: tests hold them.
+TRAINING = ("common.py", "infra/forward.py", "infra/lm_head.py", "infra/models.py")
+TRAINING += ("infra/vllm_engine.py",)
 
 
 def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
@@ -52,6 +58,27 @@ def environment() -> dict[str, Any]:
         if name in distributions:
             versions[name] = version(distributions[name][0])
     return {"machine": describe_cores(len(os.sched_getaffinity(0))), "versions": versions}
+
+
+def code_digest(*files: str) -> str:
+    """Digest of the code in files of the repository, without comments, docstrings and formatting.
+
+    A results file keeps the digest of the code that made it: see benchmark/tables.py.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [statement for statement in node.body if not is_text(statement)]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is a string alone: the docstring of a function or of a setting."""
+    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return constant and isinstance(statement.value.value, str)
 
 
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:

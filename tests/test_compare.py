@@ -178,24 +178,34 @@ def test_results_are_of_one_kind(changed: dict, message: str, tmp_path: Path, ca
         assert found["rates"] == list(args.rates) and len(found["selection"]) == 1
 
 
+def finished_row(job: Job, *_: Any) -> dict:
+    return job._asdict() | {"code": compare.code(job.method)}
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Seed 1 has a row and seed 2 a model; seed 3 was interrupted."""
     args = Args(results=tmp_path / "compare.json", runs=tmp_path / "runs", steps=2, jobs=1)
     jobs = [Job("GRPO", "2e-4", seed) for seed in (1, 2, 3)]
     for job in jobs[1:]:
-        (args.runs / job.folder).mkdir(parents=True)
-        (args.runs / job.folder / "args.json").write_text('{"steps": 2}')
-    (args.runs / jobs[1].folder / "model").mkdir()
-    (args.runs / jobs[2].folder / "model.unfinished").mkdir()
+        compare.run_folder(job, args).mkdir(parents=True)
+        (compare.run_folder(job, args) / "args.json").write_text('{"steps": 2}')
+    (compare.run_folder(jobs[1], args) / "model").mkdir()
+    (compare.run_folder(jobs[2], args) / "model.unfinished").mkdir()
     started = []
     monkeypatch.setattr(compare, "run_on_free_core", lambda c: started.append(c[-2:]) or "")
     monkeypatch.setattr(compare, "cut", lambda folder, args: compare.Cut(folder, 2, {}))
     monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
-    monkeypatch.setattr(compare, "result_row", lambda job, *_: job._asdict())
+    monkeypatch.setattr(compare, "result_row", finished_row)
     results = compare.read_results(args) | {"rows": [jobs[0]._asdict()]}
     compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
-    assert started == [["--resume", str(args.runs / jobs[2].folder)]]
+    assert started == [["--resume", str(compare.run_folder(jobs[2], args))]]
     assert [row["seed"] for row in shared.read_json(args.results)["rows"]] == [1, 2, 3]
+    args.refresh, started[:] = True, []  # seed 1 has another code now, the others have this one
+    results["rows"][0]["code"] = "other"
+    compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
+    assert [command[-1] for command in started] == [str(compare.run_folder(jobs[0], args))]
+    assert [row["seed"] for row in results["rows"]] == [1, 2, 3]
+    assert {row["code"] for row in results["rows"]} == {compare.code("GRPO")}
     with pytest.raises(SystemExit):  # a run of another length
         compare.train(jobs[1], Args(runs=args.runs, steps=3))
 
