@@ -224,18 +224,19 @@ def cut(folder: Path, args: Args) -> Cut:
     return Cut(folder / "checkpoints" / f"step-{last:06d}", last, sampled)
 
 
-def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[str, float]]:
+def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[str, float]]:
     """Accuracy, pass@8 and length of each model. tools/evaluate.py keeps finished evaluations."""
     output = args.runs / f"{problems.stem}-results.json"
     command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(SAMPLES)]
     command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
     command += ["--folder", str(args.runs / "evaluations"), "--output", str(output)]
-    run_on_free_core([*command, "--models", *models])
+    run_on_free_core([*command, "--models", *map(str, models)])
     columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
     evaluated = {}
     for row in read_json(output)["results"]:
         metrics = row["metrics"]
-        evaluated[row["model"]] = {name: metrics[key]["value"] for name, key in columns.items()}
+        values = {name: metrics[key]["value"] for name, key in columns.items()}
+        evaluated[ROOT / row["model"]] = values
     return evaluated
 
 
@@ -403,7 +404,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
     with ThreadPoolExecutor(args.jobs) as pool:
         reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
     parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
-    models, start = [str(part.weights) for part in parts.values()], TASKS[args.task].model
+    models, start = [ROOT / part.weights for part in parts.values()], ROOT / TASKS[args.task].model
     if name == "rows" and "start" not in results:
         models.append(start)
     evaluated = evaluate(models, problems, args) if models else {}
@@ -414,7 +415,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
     for job, reason in reasons.items():
         if not reason:
             part = parts[job]
-            results[name].append(result_row(job, part, evaluated[str(part.weights)], args))
+            results[name].append(result_row(job, part, evaluated[ROOT / part.weights], args))
         elif name == "selection":
             stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
             results[name].append(job._asdict() | stopped)
