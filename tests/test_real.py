@@ -45,7 +45,7 @@ def test_a_problem_by_hand():
 
 def test_held_out_problems_are_not_trained_on(tmp_path: Path):
     real.write_problems(tmp_path)
-    files = [tmp_path / f"{name}.jsonl" for name in ("held-out", "train")]
+    files = [tmp_path / f"{name}.jsonl" for name in ("test", "train")]
     held_out, train = (set(file.read_text().splitlines()) for file in files)
     assert (len(held_out), len(train)) == (100, 296) and not held_out & train
 
