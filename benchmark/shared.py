@@ -94,7 +94,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON with each entry of an object, and each object of a list, on a line of its own."""
+    if isinstance(value, dict) and not indent:
+        lines = [f"{json.dumps(name)}: {as_json(part, ' ')}" for name, part in value.items()]
+        return "{\n " + ",\n ".join(lines) + "\n}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        lines = [json.dumps(row, ensure_ascii=False) for row in value]
+        return "[\n  " + ",\n  ".join(lines) + "\n ]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_json(path: Path) -> Any:
