@@ -150,7 +150,7 @@ class BaseNumber(Kind):
 
     @staticmethod
     def read(text):
-        match = re.fullmatch(r"\(?([\dA-Z]{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?", text)
+        match = re.fullmatch(r"\(?([\dA-Za-z]{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?", text)
         if match:
             base = match[2]
             if base in BASES:
@@ -550,6 +550,8 @@ class Expression(Kind):
     def read(text):
         rules = {
             r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+            r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+            r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
             MIXED: r"(\1+\\frac{\2}{\3})",
             r"(?<=\d),(?=\d{3})": "",
             r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
