@@ -19,8 +19,10 @@ COMMANDS = {
     r"\cot": "ctg cotg",
     r"\log_{10}": "lg",
     r"\ldots": "cdots dots dotsc",
-    r"\emptyset": "varnothing",
+    r"\{\}": "emptyset varnothing",
     r"\overline": "bar",
+    r"(": "langle",
+    r")": "rangle",
     r"\{": "lbrace",
     r"\}": "rbrace",
     r"\text": "textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed",
@@ -72,6 +74,7 @@ BRACES = {
 }
 PLAIN = {
     "[−–]": "-",
+    r"(?<![\\\w])[Ii]nfinity\b": r"\\infty",
     "[′’]": "'",
     "″|”": "''",
     r"(?<=\d) squared$": "^2",
@@ -85,6 +88,9 @@ PLAIN = {
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     r"\.\.\.": r"\\ldots",
+    "<=|=<": r"\\le ",
+    ">=": r"\\ge ",
+    "!=": r"\\ne ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
     r"\((?:approx|round|about|estimat|since|because|as)[^()]*(?:\([^()]*\))*[^()]*\)$": "",

@@ -56,6 +56,7 @@ SPELLINGS = {
     r"\bk(?:mp?|p)h\b": "km/h",
     r"\bpercentage points?\b": "",
     r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
+    r"\b(?:dollars?|USD|US)(?= .*\$)": "",  # 5 dollars $
     r"\bper\b": "/",
     r"(\$.*)(?:dollars?|USD|\$)": r"\1",  # $5 dollars
 }

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, asked_format, is_prose, last_boxed, plain_number
+from grading.answers import NO_ANSWER, asked_format, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -354,7 +354,7 @@ def reference_answer(value: Any) -> str:
     elif stated:
         text = stated[1]
     is_answer = boxes or not is_prose(text)
-    if is_answer and text.strip(" .").casefold() not in NO_ANSWERS:
+    if is_answer and not NO_ANSWER.match(text):
         return text
     return ""
 
