@@ -106,13 +106,6 @@ def find_answer(response: str, answer_format: str) -> str | None:
     return answer_line(response)
 
 
-def asked_format(prompt: str) -> str:
-    """The format that a prompt asks for: "boxed", "line", or "" if it names none."""
-    if "boxed" in prompt:
-        return "boxed"
-    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
-
-
 def reference_text(reference: str) -> str:
     """Return the answer that a reference holds, or an empty text if it holds none.
 

@@ -6,39 +6,22 @@ r"""One notation for what LaTeX, Unicode and models write in many ways.
 import re
 import unicodedata
 
-# What each command becomes, and its names
-COMMANDS = {
-    r"\frac": "dfrac tfrac cfrac",
-    r"\binom": "dbinom tbinom",
-    r"\le": "leq leqslant",
-    r"\ge": "geq geqslant",
-    r"\ne": "neq",
-    r"\approx": "sim",
-    r"\setminus": "backslash",
-    r"\tan": "tg",
-    r"\cot": "ctg cotg",
-    r"\log_{10}": "lg",
-    r"\ldots": "cdots dots dotsc",
-    r"\{\}": "emptyset varnothing",
-    r"\overline": "bar",
-    r"(": "langle",
-    r")": "rangle",
-    r"\{": "lbrace",
-    r"\}": "rbrace",
-    r"\text": "textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed",
-    r"\math": "mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname",
-    "<": "lt",
-    ">": "gt",
-    ":": "colon",
-    "|": "mid vert lvert rvert",
-    " and ": "land wedge",
-    " or ": "lor vee",
-    r"^\circ ": "degree",
-    " ": "qquad quad bf rm it sf tt em bfseries itshape Large large",
-    "£": "pounds",
-    "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
-}
-COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
+# The names of commands, and what they become
+COMMANDS = r"""dfrac tfrac cfrac -> \frac, dbinom tbinom -> \binom, leq leqslant -> \le,
+geq geqslant -> \ge, neq -> \ne, sim -> \approx, backslash -> \setminus, tg -> \tan,
+ctg cotg -> \cot, lg -> \log_{10}, cdots dots dotsc -> \ldots, langle -> (, rangle -> ),
+emptyset varnothing -> \{\}, bar -> \overline, lbrace -> \{, rbrace -> \}, lt -> <, gt -> >,
+colon -> :,
+textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed -> \text,
+mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname -> \math,
+land wedge -> ~and~, lor vee -> ~or~, degree -> ^\circ~, pounds -> £,
+qquad quad bf rm it sf tt em bfseries itshape Large large -> ~,
+mid vert lvert rvert -> |,
+left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits -> """
+COMMAND = {}
+for line in re.split(r",\s+", COMMANDS):
+    names, _, command = line.partition(" -> ")
+    COMMAND.update(dict.fromkeys(names.split(), command))
 CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
 ≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
 CHARACTER = {ord(key): f"{value} " for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
@@ -51,6 +34,8 @@ FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
 # In this order. No pattern repeats a group that itself repeats the same characters, so each takes
 # linear time.
 LATEX = {
+    r"^((?:[^$\\]|\\.)*)\$((?:[^$\\]|\\.)*)$": r"\1\\$\2",  # a single dollar is a currency
+    r"(?<!\\)\$|~": " ",
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
     r"\\operatorname *\{(c?tg)\}": r"\\\1",
     r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
@@ -104,32 +89,17 @@ def rewrite(text: str, rules: dict[str, str]) -> str:
     return text
 
 
-def rename(command: re.Match) -> str:
-    return COMMAND.get(command[1], command[0])
-
-
-def without_dollars(text: str) -> str:
-    r"""Drop the dollar signs around mathematics. A single one is a currency: `\$`."""
-    bare = re.findall(r"(?<!\\)\$", text)
-    return re.sub(r"(?<!\\)\$", r"\\$" if len(bare) == 1 else " ", text)
-
-
 def tidy(text: str) -> str:
     """Remove markup and write everything in one notation."""
     text = " ".join(text.split())
     if not text.isascii():
         text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
-    if "$" in text:
-        text = without_dollars(text)
     for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
         before = text
-        if "\\" in text:
-            text = rewrite(text, LATEX)
-            text = re.sub(r"\\([A-Za-z]+)", rename, text)
-        if "\\" in text or "{" in text:
-            text = rewrite(text, BRACES)
-        text = " ".join(text.replace("~", " ").split())
+        text = rewrite(text, LATEX)
+        text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
+        text = " ".join(rewrite(text, BRACES).split())
         text = rewrite(text.strip(" *`"), PLAIN).strip()
-        if text == before or not re.search(r"\\(?:text|math)(?![a-z])", text):
+        if text == before:
             break
     return text

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWER, asked_format, is_prose, last_boxed, plain_number
+from grading.answers import NO_ANSWER, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -300,6 +300,13 @@ STATED = re.compile(
     r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
     r"[*_ ]*(\S.*?)[.*_\s]*\Z"
 )
+
+
+def asked_format(prompt: str) -> str:
+    """The answer format that a prompt asks for: "boxed", "line", or "" if it names none."""
+    if "boxed" in prompt:
+        return "boxed"
+    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
 
 
 def readable_references(grader: Grader, answers: list[Any], mode: str) -> list[list[str]]:
