@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from grading.answers import NUMBER, plain_number
-from grading.notation import rewrite, tidy
+from grading.notation import compiled, rewrite, tidy
 from grading.units import Unit, read_unit
 
 MAX_DEPTH = 24  # of brackets; a deeper text is not read
@@ -68,7 +68,7 @@ AROUND = {  # what stands around an answer: a sentence, a condition
 def tokens(text: str, separator: str = "(?!)") -> Iterator[tuple[re.Match, int]]:
     """The brackets and separators with their depth, which is 0 outside all brackets."""
     depth = 0
-    for token in re.finditer(f"{BRACKETS}|{separator}", text):
+    for token in compiled(f"{BRACKETS}|{separator}").finditer(text):
         depth += token.lastgroup == "open"
         yield token, depth
         depth -= token.lastgroup == "close"
@@ -77,6 +77,8 @@ def tokens(text: str, separator: str = "(?!)") -> Iterator[tuple[re.Match, int]]
 def split(text: str, separator: str) -> list[str]:
     """Split at the separators outside all brackets."""
     parts, start = [], 0
+    if not compiled(separator).search(text):
+        return [text.strip()]
     for token, depth in tokens(text, separator):
         if depth == 0 and token.lastgroup is None:
             parts.append(text[start : token.start()].strip())
@@ -545,7 +547,7 @@ INFINITY, MINUS_INFINITY = Number(math.inf), Number(-math.inf)
 def parse(text: str) -> Kind:
     """Read a tidy text as the first kind that it can be. An expression is any text."""
     for kind in KINDS:
-        match = re.fullmatch(kind.pattern, text, re.DOTALL)
+        match = compiled(kind.pattern).fullmatch(text)
         found = match and kind.read(*match.groups(""))
         if found:
             return found if found.text else replace(found, text=text)
@@ -564,6 +566,9 @@ def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Kind | None:
     """Read an answer; None if it has too many brackets."""
+    number = Number.read(text)
+    if number:
+        return replace(number, text=text.strip())
     text = tidy(text)
     if all(depth <= MAX_DEPTH for _, depth in tokens(text)):
         return parse(rewrite(text, AROUND).strip() or text)

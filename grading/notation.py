@@ -3,6 +3,7 @@ r"""One notation for what LaTeX, Unicode and models write in many ways.
 `tidy(r"\mathbf{\dfrac12}\,\text{ cm}")` is `\frac{1}{2} cm`.
 """
 
+import functools
 import re
 import unicodedata
 
@@ -83,9 +84,14 @@ PLAIN = {
 }
 
 
+compiled = functools.cache(re.compile)
+
+
 def rewrite(text: str, rules: dict[str, str]) -> str:
+    """Replace each pattern, in order. To search first is faster, since most are not there."""
     for pattern, replacement in rules.items():
-        text = re.sub(pattern, replacement, text)
+        if compiled(pattern).search(text):
+            text = compiled(pattern).sub(replacement, text)
     return text
 
 
@@ -96,10 +102,11 @@ def tidy(text: str) -> str:
         text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
     for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
         before = text
-        text = rewrite(text, LATEX)
-        text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
-        text = " ".join(rewrite(text, BRACES).split())
+        if re.search(r"[\\{$~]", text):
+            text = rewrite(text, LATEX)
+            text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
+            text = " ".join(rewrite(text, BRACES).replace("~", " ").split())
         text = rewrite(text.strip(" *`"), PLAIN).strip()
-        if text == before:
+        if text == before or not re.search(r"\\(?:text|math)(?!bb)", text):
             break
     return text
