@@ -40,15 +40,20 @@ CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
 MONEY = {
     rf"^(-?(?:{CURRENCY}).*\d)([kKMB])$": r"\1 \2",  # \$5M
     rf"^(-?) *({CURRENCY}) *(?=[-\d.\\(])(.*)": r"\1\3 \2",  # \$5 is 5 \$
+    r"(?<=\d) ?\\frac\{([A-Za-z]+)\}\{([A-Za-z]+(?:\^\d)?)\}$": r" \1/\2",  # \frac{m}{s^2}
 }
-UNIT_BEGINS = r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]"
-PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc"  # letters, not a word
+# cm; m, but not in m g h; %; ^\circ
+UNIT_BEGINS = (
+    r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<!^[A-Za-z] )(?<! [A-Za-z] )(?<= )[A-Za-z](?![\w(])"
+    r"|[%€£₹元¥¢']|\^\\circ|\\[$%]"
+)
+PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|[b-df-hj-np-tv-xz]{1,4}"  # no word
 WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])"
 PHRASE = {
     r"[\s.]+": " ",
     "^dne$": "does not exist",
     r"(?<=[a-z]{3})s\b|\b(?:the|an?) ": "",
-    r"(?<=[a-z])(?<!not) (?:exist|triangle|function|sequence|curve|number)$": "",
+    r"(?<=[a-z])(?<!not)(?<!^no) (?:exist|triangle|function|sequence|curve|number|solution)$": "",
 }
 # Operations that are left to do, so that an answer is not yet a number
 OPERATION = (
@@ -59,6 +64,7 @@ REALS = r"^(?:\\mathbb\{R\}|all real(?: number)?s?)$"
 AROUND = {  # what stands around an answer: a sentence, a condition
     r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*": r"\1",  # Yes, it is
     r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",
+    r"^(?:[A-Za-z]{2,} )*[A-Za-z]{2,}: *(?=[-\d\\(])": "",  # Total: 40
     r"^(?:[Tt]he )?(?:point|number|set|interval|vector) (?=[\d\\(\[])": "",
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
     r"(?<=\w) is the [a-z]+$": "",
@@ -145,8 +151,8 @@ class Clock(Kind):
         hour, half = int(hour), half.lower()
         if half:
             hour = hour % 12 + 12 * (half == "p")
-        elif hour > 12:
-            half = "p"
+        elif hour > 12 or hour == 0:
+            half = "ap"[hour > 0]
         return Clock(60 * hour + int(minute), half)
 
 
@@ -353,7 +359,7 @@ class Interval(Kind):
         if sets:
             return as_interval(parse(sets[-1]))
 
-        text = re.sub(r"^\|(\w)\| *(<|\\le) *([\w.]+)$", r"-\3 \2 \1 \2 \3", text)
+        text = re.sub(r"^\|(\w)\| *(<|\\le) *(\S+)$", r"-\3 \2 \1 \2 \3", text)
         terms, signs = split(text, COMPARISON), re.findall(COMPARISON, text)
         if len(terms) not in (2, 3) or len(terms) - len(signs) != 1:
             return None

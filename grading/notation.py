@@ -11,7 +11,8 @@ import unicodedata
 COMMANDS = r"""dfrac tfrac cfrac -> \frac, dbinom tbinom -> \binom, leq leqslant -> \le,
 geq geqslant -> \ge, neq -> \ne, sim -> \approx, backslash -> \setminus, tg -> \tan,
 ctg cotg -> \cot, lg -> \log_{10}, cdots dots dotsc -> \ldots, langle -> (, rangle -> ),
-emptyset varnothing -> \{\}, bar -> \overline, lbrace -> \{, rbrace -> \}, lt -> <, gt -> >,
+uppi -> \pi, emptyset varnothing -> \{\}, bar -> \overline,
+lbrace -> \{, rbrace -> \}, lt -> <, gt -> >,
 colon -> :,
 textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed -> \text,
 mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname -> \math,
@@ -40,18 +41,20 @@ LATEX = {
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
     r"\\operatorname *\{(c?tg)\}": r"\\\1",
     r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
-    r"\\! *|\\[hv]?phantom(?: *\{[^{}]*\})?|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"\\! *|\\[hv]?phantom(?: *\{[^{}]*\})?|\\checkmark": "",
+    r"\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
     r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
 }
 BRACES = {
     r"\\math *\{ *([A-Za-z])? *\}": r"\1",  # \mathrm{e}
-    r"\\(?:text|math) *\{([^{}]*)\}": r" \1 ",  # \text{ cm}
+    r"\\(?:text|math) *\{((?:[^{}\\]|\\.)*)\}": r" \1 ",  # \text{ cm}
     r"\\(?:text|math) *(?=\{|$)": "",  # \mathbf{3\sqrt{2}}
     r"\{ *([^{}]*)\\over(?![a-z])([^{}]*?) *\}": r"\\frac{\1}{\2}",
     r"(\\(?:frac|sqrt|binom)) +(?=\{)|(?<=\}) +(?=\{)": r"\1",
     r"\\frac *(\d|\\pi|[a-z](?=[\d{]))": r"\\frac{\1}",
     r"(\\frac *\{[^{}]*\}) *(\d|[a-z](?![a-z]))": r"\1{\2}",
     r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",
+    r"\\log_(\w)": r"\\log_{\1}",
     r"\^ *\{? *\\(circ|prime)(?![a-z]) *\}?": r"^\\\1 ",
     r"\^\\prime": "'",
     r"\{([,:])\}": r"\1",  # 1{,}234
@@ -64,6 +67,7 @@ PLAIN = {
     "[′’]": "'",
     "″|”": "''",
     r"(?<=\d) squared$": "^2",
+    r"(?<=\d) cubed$": "^3",
     r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
     r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
     r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}
@@ -71,6 +75,9 @@ PLAIN = {
     r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
     r"\\overline *(\d)": r"\\overline{\1}",
     r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
+    r"(?<=\d) *: *(?=\d)": ":",
+    # A row is a column
+    r"(\\begin\{.?matrix\}(?:(?!\\\\).)*\\end\{.?matrix\})\^(?:T|\{T\}|\\top)": r"\1",
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     r"\.\.\.": r"\\ldots",
@@ -79,7 +86,7 @@ PLAIN = {
     "!=": r"\\ne ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
-    r"\((?:approx|round|about|estimat|since|because|as)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
+    r"\((?:approx|round|about|estimat|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
     r"^(?:\\approx|approx(?:imately|\.)?|about|roughly)(?=[- \d.\\])": "",  # about 18
 }
 

@@ -23,7 +23,9 @@ UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0
 |calorie cal 1 cal|ev 1 ev|erg 1 erg|angstrom 1 angstrom|knot 1 knot|hundred 100 #
 |thousand k K 1000 #|lakh 100000 #|million M 1000000 #|crore 10000000 #|billion B 1000000000 #
 |trillion 1000000000000 #|dozen 12 #|score 20 #|gross 144 #|half halve 1/2 #|third 1/3 #
-|quarter fourth 1/4 #|fifth 1/5 #|tenth 1/10 #|hundredth 1/100 #|thousandth 1/1000 #
+|quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
+|ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
+|hundredth 1/100 #|thousandth 1/1000 #
 |different more distinct possible total unique whole extra of in all each real integer 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
