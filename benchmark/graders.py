@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from grading import Grader  # noqa: E402
-from grading.answers import in_box, reference_text  # noqa: E402
+from grading.answers import reference_text  # noqa: E402
 from grading.kinds import KINDS  # noqa: E402
 from grading.rules import RULES  # noqa: E402
 
@@ -38,7 +38,7 @@ def ours() -> Grade:
 def math_verify() -> Grade:
     from math_verify import parse, verify
 
-    return lambda response, reference: verify(parse(in_box(reference)), parse(response))
+    return lambda response, reference: verify(parse(rf"\boxed{{{reference}}}"), parse(response))
 
 
 def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:

@@ -5,13 +5,10 @@ order, with `correct` added. Without a file, or with `-`, standard input is read
 """
 
 import argparse
-import fileinput
 import json
 import os
 
 from grading import Grader
-
-WORKERS = os.cpu_count() or 1
 
 
 def parse_line(line: bytes) -> dict:
@@ -25,23 +22,20 @@ def parse_line(line: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("file", nargs="?", default="-")
+    name = parser.parse_args().file
 
-    pairs, responses, references = [], [], []
-    with (
-        fileinput.input(parser.parse_args().file, mode="rb") as lines,
-        Grader(workers=WORKERS) as grader,
-    ):
-        try:
+    pairs = []
+    try:
+        with open(0 if name == "-" else name, "rb") as lines:
             for line in lines:
-                pair = parse_line(line)
-                pairs.append(pair)
-                responses.append(pair["response"])
-                references.append(pair["reference"])
-            verdicts = grader.grade(responses, references)
-        except (ValueError, RecursionError) as error:
-            parser.exit(2, f"error: {lines.filename()}, line {lines.lineno()}: {error}\n")
-        except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
-            parser.exit(2, f"error: {error}\n")
+                pairs.append(parse_line(line))
+        with Grader(workers=os.cpu_count() or 1) as grader:
+            responses = [pair["response"] for pair in pairs]
+            verdicts = grader.grade(responses, [pair["reference"] for pair in pairs])
+    except (ValueError, RecursionError) as error:
+        parser.exit(2, f"error: {name}, line {len(pairs) + 1}: {error}\n")
+    except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
+        parser.exit(2, f"error: {error}\n")
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, asked_format, is_prose, last_boxed, plain_number
+from grading.answers import NO_ANSWER, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -302,6 +302,13 @@ STATED = re.compile(
 )
 
 
+def asked_format(prompt: str) -> str:
+    """The answer format that a prompt asks for: "boxed", "line", or "" if it names none."""
+    if "boxed" in prompt:
+        return "boxed"
+    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
+
+
 def readable_references(grader: Grader, answers: list[Any], mode: str) -> list[list[str]]:
     """The reference answers of each row that the grader can read."""
     references = [reference_answers(answer, mode) for answer in answers]
@@ -354,7 +361,7 @@ def reference_answer(value: Any) -> str:
     elif stated:
         text = stated[1]
     is_answer = boxes or not is_prose(text)
-    if is_answer and text.strip(" .").casefold() not in NO_ANSWERS:
+    if is_answer and not NO_ANSWER.match(text):
         return text
     return ""
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grading_targets import LATEX, make_pairs
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
 from grading.answers import plain_number
-from grading.benchmark import LATEX, make_pairs
 from grading.grader import Worker
 from grading.kinds import read
 
