@@ -8,8 +8,8 @@
 #   an empty list as for other texts that are not read.
 # Consequence: a right answer gets reward 0, and a wrong one reward 1.
 # Versions: math-verify 0.9.0, latex2sympy2_extended 1.11.0, sympy 1.14.0, Python 3.11.
-# Source: the grammar of latex2sympy2_extended, whose mixed numbers (3\frac12 is 7/2) add any two
-#   neighbours.
+# Source: latex2sympy2_extended/latex2sympy2.py, convert_postfix_list: an integer before any
+#   positive rational is taken for a mixed number.
 # Workaround: grading/kinds.py reads these kinds itself; tests/test_kinds.py, test_examples.
 #
 # Run without arguments: it installs the packages below into a temporary environment (about 70 MB).

@@ -9,9 +9,9 @@
 # Consequence: a group of equal rewards, such as all wrong with a format reward of 0.3, gets an
 #   advantage as large as one of different rewards if the epsilon is small.
 # Versions: torch 2.13.0 (CPU), numpy 2.3.5, Python 3.11.
-# Source: aten/src/ATen/native/ReduceOps.cpp: the mean is a float32 sum divided by n; std over
-#   several rows and over all values take different kernels.
-# Workaround: group_advantages in grpo.py sets groups of equal rewards to 0; tests/test_grpo.py,
+# Source: the mean is a float32 sum divided by n; nothing in the documentation of torch.std says
+#   that its rounding depends on the number of rows.
+# Workaround: grpo_advantages in grpo.py sets groups of equal rewards to 0; tests/test_grpo.py,
 #   test_equal_rewards_give_exact_zeros.
 #
 # Run without arguments: it installs the packages below into a temporary environment (about 1 GB).

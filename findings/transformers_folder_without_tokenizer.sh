@@ -7,8 +7,8 @@
 # Expected: an error that names the missing files, as for a folder without config.json.
 # Consequence: a model that was saved without its tokenizer is trained on empty prompts.
 # Versions: transformers 5.19.0, tokenizers 0.23.3, Python 3.11, without torch.
-# Source: transformers/models/auto/tokenization_auto.py takes the class from the model type; its
-#   backend starts with an empty vocabulary if there is no file.
+# Source: the class follows from the config's model type
+#   (transformers/models/auto/tokenization_auto.py), and no file is asked for.
 # Workaround: load_tokenizer in infra/models.py rejects a tokenizer that encodes 1 as nothing;
 #   tests/test_engine.py, test_a_model_that_cannot_be_trained_is_rejected.
 #

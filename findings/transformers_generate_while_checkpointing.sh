@@ -11,8 +11,8 @@
 # Versions: transformers 5.19.0, torch 2.13.0 (CPU), Python 3.11.
 # Source: transformers/modeling_layers.py, GradientCheckpointingLayer sets past_key_values to None,
 #   while generate goes on to pass one new token at a time.
-# Workaround: infra/hf_engine.py calls eval() and does not use generate; tests/test_runs.py and
-#   findings hold it.
+# Workaround: infra/hf_engine.py calls eval() and has a decode loop of its own;
+#   tests/test_engine.py, test_tokens_and_logps_are_the_policys.
 #
 # Run without arguments: it installs the packages below into a temporary environment (about 1 GB).
 # Exit code: 0 if transformers behaves as described, else 1.
