@@ -195,8 +195,8 @@ def test_a_single_row_with_a_list_of_objects(load, tmp_path):
 
 def test_a_folder_may_have_the_name_of_a_loader(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "json" / "train.jsonl", ROWS)
-    (tmp_path / "broken.json").write_text("{")
+    write_jsonl(tmp_path / "json" / "problems.jsonl", ROWS)
+    write_jsonl(tmp_path / "others.jsonl", ROWS)  # `datasets` would read these too
     assert pairs(load("json")) == PAIRS
 
 
