@@ -337,7 +337,7 @@ def plus_and_minus(text: str) -> list[str]:
         return [text]
     signed = []
     for sign, other in ("+-", "-+"):
-        value = text.replace(r"\pm", sign).replace(r"\mp", other)
+        value = re.sub(r"\\pm *", sign, re.sub(r"\\mp *", other, text))
         signed.append(re.sub(r"(^|[=(,]) *\+ *", r"\1", value))
     return signed
 
