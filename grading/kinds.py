@@ -560,7 +560,9 @@ def parse(text: str) -> Kind:
         match = compiled(kind.pattern).fullmatch(text)
         found = match and kind.read(*match.groups(""))
         if found:
-            return found if found.text else replace(found, text=text)
+            if not found.text:
+                object.__setattr__(found, "text", text)  # faster than dataclasses.replace
+            return found
 
 
 def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
@@ -576,9 +578,8 @@ def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Kind | None:
     """Read an answer; None if it has too many brackets."""
-    number = Number.read(text)
-    if number:
-        return replace(number, text=text.strip())
+    if plain_number(text) is not None:
+        return parse(text.strip())
     text = tidy(text)
     if all(depth <= MAX_DEPTH for _, depth in tokens(text)):
         return parse(rewrite(text, AROUND).strip() or text)
