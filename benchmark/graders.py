@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grading import Grader  # noqa: E402
+from grading import Grader, last_boxed  # noqa: E402
 from grading.answers import reference_text  # noqa: E402
 from grading.kinds import KINDS  # noqa: E402
 from grading.rules import RULES  # noqa: E402
@@ -43,6 +43,7 @@ def math_verify() -> Grade:
 
 def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:
     """`compute_score` of a module of verl, whose packages are not executed."""
+    sys.modules.pop("verl", None)  # the one of an earlier call
     root = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
     for package in ("verl", "verl.utils", "verl.utils.reward_score"):
         sys.modules[package] = types.ModuleType(package)
@@ -54,11 +55,17 @@ def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:
     return lambda response, reference: verdict(found.compute_score(response, reference))
 
 
+def math_dapo() -> Grade:
+    """Compares text, less strictly on the answer line that DAPO's prompts ask for than in a box."""
+    grade = from_verl("math_dapo", lambda score: bool(score["acc"]))
+    return lambda response, reference: grade(f"Answer: {last_boxed(response)}", reference)
+
+
 GRADERS = {
     "grading": ours,
     "math-verify, its defaults": math_verify,
     "verl `math_reward`": lambda: from_verl("math_reward", bool),
-    "verl `math_dapo`": lambda: from_verl("math_dapo", lambda score: bool(score["acc"])),
+    "verl `math_dapo`": math_dapo,
     "verl `prime_math` (PRM800K)": lambda: from_verl("prime_math", lambda score: bool(score[0])),
 }
 

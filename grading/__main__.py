@@ -24,14 +24,16 @@ def main() -> None:
     parser.add_argument("file", nargs="?", default="-")
     name = parser.parse_args().file
 
-    pairs = []
+    pairs, responses, references = [], [], []
     try:
-        with open(0 if name == "-" else name, "rb") as lines:
+        with open({"-": 0}.get(name, name), "rb") as lines:
             for line in lines:
-                pairs.append(parse_line(line))
+                pair = parse_line(line)
+                pairs.append(pair)
+                responses.append(pair["response"])
+                references.append(pair["reference"])
         with Grader(workers=os.cpu_count() or 1) as grader:
-            responses = [pair["response"] for pair in pairs]
-            verdicts = grader.grade(responses, [pair["reference"] for pair in pairs])
+            verdicts = grader.grade(responses, references)
     except (ValueError, RecursionError) as error:
         parser.exit(2, f"error: {name}, line {len(pairs) + 1}: {error}\n")
     except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start

@@ -59,6 +59,16 @@ PHRASE = {
 OPERATION = (
     r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
 )
+FOR_PARSER = {  # what the parser of math-verify reads otherwise
+    r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+    r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+    r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
+    MIXED: r"(\1+\\frac{\2}{\3})",
+    r"(?<=\d),(?=\d{3})": "",
+    r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
+    # math-verify adds 2(3)
+    r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
+}
 COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
 REALS = r"^(?:\\mathbb\{R\}|all real(?: number)?s?)$"
 AROUND = {  # what stands around an answer: a sentence, a condition
@@ -94,6 +104,8 @@ def split(text: str, separator: str) -> list[str]:
 
 def unwrap(text: str) -> tuple[str, str, str]:
     """The bracket that encloses the whole text, what is in it, and the bracket that closes it."""
+    if text[-1:] not in (")", "]", "}"):
+        return "", text, ""
     outer = [token for token, depth in tokens(text) if depth == 1]
     if len(outer) == 2:
         left, right = outer
@@ -117,43 +129,6 @@ def kind(described: type) -> type[Kind]:
     """Add a kind to the table."""
     KINDS.append(dataclass(frozen=True)(described))
     return KINDS[-1]
-
-
-@kind
-class Choice(Kind):
-    r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
-    `C`, `b`, `B \text{ or } C`; `A, C` is `AC`, `A \text{ and } C`, not `A`."""
-
-    letters: str
-    content: str = field(default="", compare=False)
-    pattern = r"(?:(?i:option|choice|answer):? )*(.*)"
-
-    @staticmethod
-    def read(text):
-        several = re.sub(r"[ ,()&]|\band\b", "", text)
-        if re.fullmatch("(?=..)A?B?C?D?E?F?G?H?I?J?", several):
-            return Choice(several)
-        content = r"(?:(?!\b(?:or|and)\b).)*"
-        match = re.fullmatch(rf"\(?([A-Z])(?:\)?|(?<=[A-J])[).:](?: ({content}))?)", text)
-        return match and Choice(*match.groups(""))
-
-
-@kind
-class Clock(Kind):
-    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`, `6:60`."""
-
-    minutes: int
-    half: str
-    pattern = r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?"
-
-    @staticmethod
-    def read(hour, minute, half):
-        hour, half = int(hour), half.lower()
-        if half:
-            hour = hour % 12 + 12 * (half == "p")
-        elif hour > 12 or hour == 0:
-            half = "ap"[hour > 0]
-        return Clock(60 * hour + int(minute), half)
 
 
 @kind
@@ -233,6 +208,43 @@ class Congruence(Kind):
 
 
 @kind
+class Choice(Kind):
+    r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
+    `C`, `b`, `B \text{ or } C`; `A, C` is `AC`, `A \text{ and } C`, not `A`."""
+
+    letters: str
+    content: str = field(default="", compare=False)
+    pattern = r"(?:(?i:option|choice|answer):? )*(.*)"
+
+    @staticmethod
+    def read(text):
+        several = re.sub(r"[ ,()&]|\band\b", "", text)
+        if re.fullmatch("(?=..)A?B?C?D?E?F?G?H?I?J?", several):
+            return Choice(several)
+        content = r"(?:(?!\b(?:or|and)\b).)*"
+        match = re.fullmatch(rf"\(?([A-Z])(?:\)?|(?<=[A-J])[).:](?: ({content}))?)", text)
+        return match and Choice(*match.groups(""))
+
+
+@kind
+class Clock(Kind):
+    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`, `6:60`."""
+
+    minutes: int
+    half: str
+    pattern = r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?"
+
+    @staticmethod
+    def read(hour, minute, half):
+        hour, half = int(hour), half.lower()
+        if half:
+            hour = hour % 12 + 12 * (half == "p")
+        elif hour > 12 or hour == 0:
+            half = "ap"[hour > 0]
+        return Clock(60 * hour + int(minute), half)
+
+
+@kind
 class Quantity(Kind):
     r"""A number or expression with a unit: `1 km` is `1000 \text{ m}`, `1`, not `1 m`, `1 km^2`;
     `5000000` is `\$5 \text{ million}`, not `5 \text{ zorks}`; `50\%` is `0.5`, `50`, not `5`."""
@@ -242,11 +254,11 @@ class Quantity(Kind):
 
     @staticmethod
     def read(text):
-        match = re.fullmatch(rf"(.+?) *((?:{UNIT_BEGINS}).*)", rewrite(text, MONEY))
-        unit = match and read_unit(match[2])
-        if not unit or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", match[1]):
+        number, *words = compiled(f"(?={UNIT_BEGINS})").split(rewrite(text, MONEY), 1)
+        unit = words and read_unit(words[0])
+        if not unit or not number or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", number):
             return None
-        value = parse(match[1])
+        value = parse(number.strip())
         if isinstance(value, Number):
             value = Number(value.value * unit.scale)
         elif not isinstance(value, Expression) or unit.scale != 1:
@@ -319,7 +331,7 @@ class Collection(Kind):
             if len(builder) == 2:
                 return parse(builder[1])  # {x | x > 2}
         parts = []
-        for part in split(re.sub(ENVIRONMENT, "", text), LIST):
+        for part in split(compiled(ENVIRONMENT).sub("", text), LIST):
             parts += plus_and_minus(part)
         if len(parts) < 2 and not braces:
             return None
@@ -337,7 +349,7 @@ def plus_and_minus(text: str) -> list[str]:
         return [text]
     signed = []
     for sign, other in ("+-", "-+"):
-        value = text.replace(r"\pm", sign).replace(r"\mp", other)
+        value = re.sub(r"\\pm *", sign, re.sub(r"\\mp *", other, text))
         signed.append(re.sub(r"(^|[=(,]) *\+ *", r"\1", value))
     return signed
 
@@ -352,6 +364,7 @@ class Interval(Kind):
     high: Kind
     brackets: str = "()"
     subject: str = ""
+    pattern = r"(.*(?:\\in|\\[lg]e|[<>]|\\mathbb|real).*)"
 
     @staticmethod
     def read(text):
@@ -445,7 +458,7 @@ class Sequence(Kind):
 
     items: tuple[Kind, ...]
     brackets: str = "()"
-    pattern = r"(.*?)(?:\^(?:T|\{T\}|\\top))?"  # transposed
+    pattern = r"(.*[)\]])(?:\^(?:T|\{T\}|\\top))?"  # transposed
 
     @staticmethod
     def read(text):
@@ -491,6 +504,7 @@ class Complex(Kind):
 
     real: Fraction
     imaginary: Fraction
+    pattern = "(.*i.*)"
 
     @staticmethod
     def read(text):
@@ -529,17 +543,7 @@ class Expression(Kind):
 
     @staticmethod
     def read(text):
-        rules = {
-            r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
-            r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
-            r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
-            MIXED: r"(\1+\\frac{\2}{\3})",
-            r"(?<=\d),(?=\d{3})": "",
-            r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-            # math-verify adds 2(3)
-            r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
-        }
-        return Expression(rewrite(text, rules))
+        return Expression(rewrite(text, FOR_PARSER))
 
     @property
     def unevaluated(self) -> bool:
@@ -556,7 +560,9 @@ def parse(text: str) -> Kind:
         match = compiled(kind.pattern).fullmatch(text)
         found = match and kind.read(*match.groups(""))
         if found:
-            return found if found.text else replace(found, text=text)
+            if not found.text:
+                object.__setattr__(found, "text", text)  # faster than dataclasses.replace
+            return found
 
 
 def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
@@ -572,9 +578,8 @@ def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Kind | None:
     """Read an answer; None if it has too many brackets."""
-    number = Number.read(text)
-    if number:
-        return replace(number, text=text.strip())
+    if plain_number(text) is not None:
+        return parse(text.strip())
     text = tidy(text)
     if all(depth <= MAX_DEPTH for _, depth in tokens(text)):
         return parse(rewrite(text, AROUND).strip() or text)

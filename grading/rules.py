@@ -189,14 +189,7 @@ def list_and_number(judge, a, b):
     if "," in b.text:
         return same_items(judge, a, Collection(parse_all(b.text.split(","))))
     texts = {item.text for item in a.items}
-    return len(texts) == len(a.items) > 1 and judge.all_equal(a.items, (b,) * len(texts))
-
-
-def list_and_named_tuple(judge, a, b):
-    """`x=1, y=2` is `(x,y)=(1,2)`."""
-    names = b.name.strip("()").split(",")
-    named = tuple(map(Equation, names, names, getattr(b.right, "items", ())))
-    return bool(named) and same_items(judge, a, Collection(named))
+    return len(texts) > 1 and judge.all_equal(a.items, (b,) * len(texts))
 
 
 def same_interval(judge, a, b):
@@ -259,7 +252,6 @@ RULES = {
     (Matrix, Matrix): same_order,
     (Collection, Collection): same_collection,
     (Collection, Number): list_and_number,
-    (Collection, Equation): list_and_named_tuple,
     (Interval, Interval): same_interval,
     (Interval, Sequence): interval_and_pair,
     (Union, Union): same_items,

@@ -1,5 +1,6 @@
 r"""Units, and the words after a number that change it: `5 km` is `5000 m`, `5 million` is not 5."""
 
+import functools
 import re
 from collections import Counter
 from fractions import Fraction
@@ -80,6 +81,7 @@ class Unit(NamedTuple):
     scale: Fraction = Fraction(1)
 
 
+@functools.lru_cache
 def read_unit(text: str) -> Unit | None:
     """Read all words after a number; None if one of them is unknown."""
     text = rewrite(text, SPELLINGS).strip()
