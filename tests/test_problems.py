@@ -792,7 +792,7 @@ THINKING = TRIMMED + "{% if enable_thinking is defined and not enable_thinking %
 DATED = "{{ strftime_now('%d %b %Y %H:%M') }} " + TRIMMED
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 OWN = {"prompt": CHAT, "answer": "2"}
-ANOTHER = json.dumps({"chat_template": "Problem: {{ messages[-1].content }}\nSolution:"})
+ANOTHER = json.dumps({"chat_template": "Question: {{ messages[-1].content }}\nAnswer:"})
 CONTENT = json.dumps({"chat_template": "{{ messages[-1].content }}"})
 
 
@@ -810,8 +810,8 @@ CONTENT = json.dumps({"chat_template": "{{ messages[-1].content }}"})
         ({"default": TRIMMED, "tool_use": "x"}, None, {}, "[user]1+1"),  # named templates
         (DATED, None, {}, "01 Jan 2025 00:00 [user]1+1"),
         # another template than the model's, and where the model has none
-        (TRIMMED, OWN, {"template_args": ANOTHER}, "Problem: 1+1\nSolution:"),
-        (None, OWN, {"template_args": ANOTHER}, "Problem: 1+1\nSolution:"),
+        (TRIMMED, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
+        (None, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
         (TRIMMED, None, {"template_args": CONTENT}, " 1+1 "),
         (TRIMMED, OWN, {"template_args": '{"chat_template": null}'}, "Think.\n\n1+1"),
     ],
