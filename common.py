@@ -72,6 +72,7 @@ class RunArgs:
     group_size: int = 8  # G: rollouts per problem
     max_new_tokens: int = 1024  # limit on a response's length
     temperature: float = 1.0  # logits are divided by it, in sampling and in scoring
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a response, in addition to the model's own
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
     generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
     overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off

@@ -66,6 +66,7 @@ def load_tokenizer(args: Any, flag: str = "--model") -> Any:
 
     # Without tokenizer files transformers returns an empty tokenizer and no error.
     require(tokenizer.encode("1"), flag, args.model, "has no tokenizer")
+    named_stop_tokens(args, tokenizer)  # rejects what is no token
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = dict(quantization).get("quant_method", "unknown")
@@ -186,12 +187,23 @@ def uses_dropout(model: nn.Module, args: Any) -> bool:
 
 
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token id that ends a response: the generation config's and the tokenizer's."""
+    """The EOS token ids of the generation config and of the tokenizer."""
     of_config = base_model(policy).generation_config.eos_token_id
     if not isinstance(of_config, list):
         of_config = [of_config]
     ids = {*of_config, tokenizer.eos_token_id}
     return sorted(ids - {None})
+
+
+def named_stop_tokens(args: Any, tokenizer: Any) -> list[int]:
+    """The ids of --stop-tokens. Rejects a text that is not exactly one token."""
+    ids = []
+    for text in args.stop_tokens:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        why = f"must be one token of {args.model}, and is {len(tokens)}"
+        require(len(tokens) == 1, "--stop-tokens", text, why)
+        ids += tokens
+    return ids
 
 
 # ------------------------------------------------------------------ weights

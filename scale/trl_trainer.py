@@ -40,7 +40,7 @@ SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
 SCRIPTS |= {"forking": forking, "lambda_grpo": lambda_grpo}
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
-SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
+SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints", "stop_tokens")
 
 
 @dataclasses.dataclass
@@ -142,8 +142,9 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
     uses_reference = args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
     dtype = common.precision(args)
     return GRPOConfig(
-        **pick(args, "temperature", "seed", "max_grad_norm", "weight_decay"),
+        **pick(args, "temperature", "max_grad_norm", "weight_decay"),
         **pick(args, "gradient_checkpointing", "trust_remote_code"),
+        seed=args.seed % 2**32,  # NumPy takes 32 bits
         output_dir=args.run_dir,
         use_cpu=common.device(args).type == "cpu",
         bf16=dtype is torch.bfloat16,

@@ -53,7 +53,9 @@ class Setup:
     """A model with its engines, made on first use. Each test leaves the weights as they were."""
 
     def __init__(self, folder: Path, precision: str) -> None:
-        self.args = settings(folder, precision=precision, max_new_tokens=20, temperature=0.8)
+        shape = {"max_new_tokens": 20, "temperature": 0.8}
+        seed = 20261128203000  # more than 32 bits
+        self.args = settings(folder, precision=precision, seed=seed, **shape)
         self.policy, self.tokenizer = load_policy(self.args), load_tokenizer(self.args)
         self.weights = {name: w.clone() for name, w in self.policy.state_dict().items()}
         self.engines: dict[str, Engine] = {}
@@ -183,11 +185,14 @@ def test_samples_follow_the_distribution(setup: Setup, kind: str):
 
 
 @both_engines
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind: str):
-    ends = models.eos_ids(setup.policy, setup.tokenizer)
-    assert len(ends) == {"tied": 1, "untied": 2}[Path(setup.args.model).name]
-    prompts, responses = sample(setup.engine(kind), seeds=16)
+@pytest.mark.parametrize("name", ["tied", "untied", "base"])
+def test_responses_end_at_each_stop_token_and_are_then_not_truncated(setup: Setup, kind: str):
+    engine, model = setup.engine(kind), Path(setup.args.model).name
+    named = {"tied": [256], "untied": [256, 257], "base": [257]}  # <|im_end|>, <|endoftext|>
+    assert models.eos_ids(setup.policy, setup.tokenizer) == named[model]
+    ends = engine.stop_tokens
+    assert ends == {"base": [256, 257]}.get(model, named[model])
+    prompts, responses = sample(engine, seeds=16)
     seen = Counter()
     for tokens, logp in responses:
         assert len(tokens) == len(logp)
@@ -204,6 +209,54 @@ def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind
     assert rollouts.truncated.sum() == seen["truncated"]
     for p, (tokens, _) in enumerate(responses):
         assert rollouts.tokens[p, 0][rollouts.mask[p, 0]].tolist() == tokens  # EOS included
+
+
+@both_engines
+@tied
+def test_further_stop_tokens(setup: Setup, kind: str, capsys: pytest.CaptureFixture):
+    """They end a response, which is otherwise the same, and are printed with the model's own."""
+    engine = setup.engine(kind)
+    prompts, before = sample(engine, seeds=16)
+    often = Counter(token for tokens, _ in before for token in tokens if token < 94)  # ASCII
+    [(further, _)] = often.most_common(1)
+    name = setup.tokenizer.convert_ids_to_tokens(further)
+    text = setup.tokenizer.decode([further])
+    capsys.readouterr()
+    args = dataclasses.replace(setup.args, stop_tokens=(text,))
+    engine.set_tokenizer(args, setup.policy, setup.tokenizer)
+    try:
+        assert (
+            capsys.readouterr().err == f"{args.model}: a response stops at {name} or <|im_end|>\n"
+        )
+        after = sample(engine, seeds=16)[1]
+    finally:
+        engine.set_tokenizer(setup.args, setup.policy, setup.tokenizer)
+    assert engine.stop_tokens == [256]
+    for (tokens, _), (complete, _) in zip(after, before, strict=True):
+        end = complete.index(further) + 1 if further in complete else len(complete)
+        assert tokens == complete[:end]
+
+
+def test_a_model_without_a_stop_token(tied_model: Path, capsys: pytest.CaptureFixture):
+    args = settings(tied_model, max_new_tokens=9)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    policy.generation_config.eos_token_id = tokenizer.eos_token = tokenizer.chat_template = None
+    assert HFEngine(args, policy, tokenizer, 200).stop_tokens == []
+    line = f"{tied_model}: a response stops at --max-new-tokens 9 alone"
+    assert line in capsys.readouterr().err.splitlines()
+
+
+@needs_vllm
+def test_temperatures_that_vllm_takes():
+    """infra.cli rejects all others before anything is loaded."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for temperature in (0.01, 1.0, 2.0):
+        assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=0.0099).temperature == 0.01
+    with pytest.raises(VLLMValidationError):
+        SamplingParams(temperature=2.01)
 
 
 @both_engines

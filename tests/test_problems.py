@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, byte_tokenizer
+from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer
 
 from grading import Grader
 from infra.data import (
@@ -28,6 +28,7 @@ from infra.data import (
     load_problems,
     prompt_tokens,
     reference_answers,
+    turn_ends,
 )
 from infra.data import reference_answer as reference
 from infra.models import seed_for
@@ -541,6 +542,10 @@ def test_cases_3(load, grader, tokenizer):
     assert verdicts(grader, problem, "1/2", "0.5", r"50\%", "2") == [1, 1, 1, 0]
     [problem] = load(CASES_3 / "list_of_pairs.jsonl")
     assert verdicts(grader, problem, "(1,2),(3,4)", "1,2,3,4") == [1, 0]
+    templated = {"template_args": '{"chat_template": "{{ messages[-1].content }}"}'}
+    problem = load(CASES_3 / "pre_templated.jsonl", **templated)[0]
+    assert tokenizer.decode(problem.prompt) == problem.text
+    assert problem.text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_bytes(load, tmp_path):
@@ -787,6 +792,8 @@ THINKING = TRIMMED + "{% if enable_thinking is defined and not enable_thinking %
 DATED = "{{ strftime_now('%d %b %Y %H:%M') }} " + TRIMMED
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 OWN = {"prompt": CHAT, "answer": "2"}
+ANOTHER = json.dumps({"chat_template": "Question: {{ messages[-1].content }}\nAnswer:"})
+CONTENT = json.dumps({"chat_template": "{{ messages[-1].content }}"})
 
 
 @pytest.mark.parametrize(
@@ -802,10 +809,59 @@ OWN = {"prompt": CHAT, "answer": "2"}
         ("{{ messages[0].content[0]['text'].strip() }}", None, {}, "1+1"),
         ({"default": TRIMMED, "tool_use": "x"}, None, {}, "[user]1+1"),  # named templates
         (DATED, None, {}, "01 Jan 2025 00:00 [user]1+1"),
+        # another template than the model's, and where the model has none
+        (TRIMMED, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
+        (None, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
+        (TRIMMED, None, {"template_args": CONTENT}, " 1+1 "),
+        (TRIMMED, OWN, {"template_args": '{"chat_template": null}'}, "Think.\n\n1+1"),
     ],
 )
 def test_templates(prompt, template, row, settings, expected):
     assert prompt(template, row, **settings) == expected
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.content }}"
+UNTRIMMED = TURNS + " {% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+IN_PARTS = TURNS.replace("content", "content[0]['text'].strip()") + "\n<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "template_args", "ends"),
+    [
+        (CHAT_TEMPLATE, "", ["<|im_end|>"]),
+        (UNTRIMMED, "", ["<|endoftext|>"]),
+        (TURNS + "{% endfor %}", "", []),
+        (IN_PARTS, "", ["<|im_end|>"]),
+        (TRIMMED, "", []),  # no special token
+        (None, "", []),
+        ("{{ raise_exception('no') }}", "", []),
+        ("{{ messages[0].content }}<|im_end|>", "", []),  # no assistant's turn
+        (None, json.dumps({"chat_template": CHAT_TEMPLATE}), ["<|im_end|>"]),
+        (CHAT_TEMPLATE, ANOTHER, ["<|im_end|>"]),  # the model's own still ends a turn
+        (CHAT_TEMPLATE, json.dumps({"chat_template": UNTRIMMED}), ["<|im_end|>", "<|endoftext|>"]),
+    ],
+)
+def test_tokens_that_end_a_turn(template, template_args, ends):
+    tokenizer = byte_tokenizer("<|endoftext|>")
+    tokenizer.chat_template = template
+    found = turn_ends(SimpleNamespace(template_args=template_args), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sorted(found)) == ends
+
+
+def test_prompts_that_hold_the_templates_tokens(load_rows, capsys):
+    """They are discarded, because the template would write these tokens a second time."""
+    plain = {"prompt": "1+1<|endoftext|>", "answer": "2"}  # which the template does not write
+    templated = {"prompt": "<|im_start|>user\n1+1<|im_end|>\n", "answer": "2"}
+    advice = f"--template-args '{CONTENT}' takes prompts as they are"
+    why = f"prompts hold <|im_end|> or <|im_start|>, which the chat template writes too; {advice}"
+    line = rejection(capsys, load_rows, [templated] * 3)
+    assert line.endswith(f": 3 of 3 {why}")
+    assert pairs(load_rows([plain, templated])) == [(plain["prompt"], "2")]
+    assert capsys.readouterr().err.endswith(f": discarded 1 of 2: {why}\n")
+    earlier = [{"role": "system", "content": "<|im_end|>"}, {"role": "user", "content": "1+1"}]
+    assert len(load_rows([{"messages": earlier, "answer": "2"}, plain])) == 1
+    for problem in load_rows([templated], template_args=CONTENT):
+        assert problem.prompt[0] == 258 and problem.prompt.count(258) == 1  # <|im_start|>
 
 
 def test_a_question_as_a_text_without_a_chat_template():
