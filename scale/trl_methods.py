@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import arca
 import common
@@ -24,6 +24,7 @@ import holderpo
 import lambda_grpo
 import reft
 import stare
+from infra.forward import padded_states
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
@@ -33,6 +34,28 @@ SCRIPTS |= {"forking": forking, "lambda_grpo": lambda_grpo, "fipo": fipo, "stare
 def pick(args: Any, *names: str) -> dict[str, Any]:
     """The named settings, as keyword arguments."""
     return {name: getattr(args, name) for name in names}
+
+
+def hidden_states(
+    model: nn.Module, step: common.Rollouts, index: common.Index, args: Any
+) -> Tensor:
+    """`common.hidden_states` in one padded pass.
+
+    FSDP gathers weights in every pass, so all processes must run equally many. Nor can a prompt be
+    computed once: the backward pass of its keys and values would find the weights released.
+    """
+    prompts = [problem.prompt for problem in step.problems]
+    mask = step.mask[index]
+    with common.autocast(args):
+        return padded_states(model, prompts, index[0].to(mask.device), step.tokens[index], mask)
+
+
+def token_logp(
+    model: nn.Module, step: common.Rollouts, index: common.Index, args: Any
+) -> tuple[Tensor, Tensor]:
+    """`common.token_logp` in one padded pass: log-probability and entropy, two [n, T]."""
+    hidden = hidden_states(model, step, index, args)
+    return common.head_logp(model, step, index, hidden, args)
 
 
 def method_advantages(args: Any, step: common.Rollouts) -> Tensor:

@@ -32,7 +32,8 @@ import grpo
 import reft
 from infra.cli import flag_of, load_settings, parse_args
 from infra.run import atomic_write
-from scale.trl_methods import SCRIPTS, method_advantages, method_loss, pick, update_weights
+from scale import trl_methods as methods
+from scale.trl_methods import SCRIPTS, pick
 
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
 SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
@@ -215,15 +216,17 @@ class MethodTrainer(GRPOTrainer):
         """logp, entropy, ref_logp and ARCA's residual of all rollouts: [4, P, G, T]."""
         args, mask, processes = self.settings, rollouts.mask, self.accelerator.num_processes
         adapter_off = self.model.disable_adapter if args.lora_rank else nullcontext
-        # Processes share the micro-batches of `common.score`.
-        problems, can_share = torch.arange(len(mask)), common.can_share_prompts(self.model, args)
-        batches = [*common.micro_batches(rollouts, 4 * args.token_budget, problems, can_share)]
+        problems = torch.arange(len(mask))  # processes share the micro-batches
+        batches = [*common.micro_batches(rollouts, 4 * args.token_budget, problems, False)]
+        self.model.eval()
         scores = torch.zeros(4, *mask.shape, device=mask.device)
         for first in range(0, len(batches), processes):
             place = first + self.accelerator.process_index
             index = batches[place % len(batches)]  # every process runs equally many passes
-            tokens = common.token_logp, rollouts, index, args
-            states = common.hidden_states, rollouts, index, args
+            tokens, states = (
+                (token_logp, rollouts, index, args),
+                (hidden_states, rollouts, index, args),
+            )
             found = torch.zeros(4, *mask[index].shape, device=mask.device)
             found[0], found[1] = self.model(run=tokens)
             if self.beta:
@@ -249,11 +252,11 @@ class MethodTrainer(GRPOTrainer):
         step.logp, step.entropy, step.ref_logp, step.residual = self.score(step)
         penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.rewards = step.correct + penalty
-        step.advantages = method_advantages(args, step)
+        step.advantages = methods.method_advantages(args, step)
         self._metrics["train"]["entropy"].append(step.entropy[mask].mean().item())
         seed = common.seed_for(args.seed, step.number, "updates")
         shares = common.shuffled_shares(len(groups), args.updates_per_rollout, seed)
-        step.weights = sum(update_weights(args, step, share) for share in shares)
+        step.weights = sum(methods.update_weights(args, step, share) for share in shares)
         # Processes divide the rollouts of each update: [updates, processes, rollouts].
         order = torch.arange(lengths.numel()).view(lengths.shape)[torch.cat(shares)]
         order = order.view(len(shares), self.accelerator.num_processes, -1)
@@ -265,8 +268,8 @@ class MethodTrainer(GRPOTrainer):
         args, step = self.settings, self.step
         rollouts = step.batches[self._step % len(step.batches)]
         index = torch.unravel_index(rollouts, step.correct.shape)
-        logp, _ = model(run=(common.token_logp, step, index, args))
-        loss = method_loss(args, step, logp, index) * step.weights[index]
+        logp, _ = model(run=(methods.token_logp, step, index, args))
+        loss = methods.method_loss(args, step, logp, index) * step.weights[index]
         return loss.sum() * self.accelerator.num_processes  # DDP and FSDP average gradients
 
 
