@@ -223,10 +223,8 @@ class MethodTrainer(GRPOTrainer):
         for first in range(0, len(batches), processes):
             place = first + self.accelerator.process_index
             index = batches[place % len(batches)]  # every process runs equally many passes
-            tokens, states = (
-                (token_logp, rollouts, index, args),
-                (hidden_states, rollouts, index, args),
-            )
+            tokens = methods.token_logp, rollouts, index, args
+            states = methods.hidden_states, rollouts, index, args
             found = torch.zeros(4, *mask[index].shape, device=mask.device)
             found[0], found[1] = self.model(run=tokens)
             if self.beta:
