@@ -57,7 +57,7 @@ OWN = {
 # The step of the script that is compared. The second one starts from a policy that has moved. With
 # several updates it is the first one, for which AdamW has no state in the trainer either.
 COMPARED = {"fipo": 1}
-VARIANTS = {"grpo": "", "updates": "--updates-per-rollout 3", "lora": "--lora-rank 8"}
+VARIANTS = {"grpo": "", "updates": "--prompts-per-step 4 --updates-per-rollout 2", "lora": "--lora-rank 8"}
 
 
 def flags(method: str, run_dir: Path) -> list[str]:
