@@ -20,6 +20,8 @@ METHODS = ["grpo", "ep_grpo", "erpo", "gtpo", "grpo_s", "holderpo", "arca", "ref
 METHODS += ["forking", "lambda_grpo", "fipo", "stare"]
 VARIANTS = ["grpo", "updates", "lora"]
 EXACT = 1e-5
+# EP-GRPO divides log-ratios by their standard deviation, and so their rounding.
+LIMITS = {"advantage": 5e-5}
 # Without MPI, accelerate starts one process with --cpu, so two need --multi_gpu.
 TWO = ["--num_processes", "2", "--main_process_port", "0"]
 LAYOUTS = {
@@ -81,7 +83,8 @@ def test_a_step_equals_the_scripts(
     """With two processes, each has rollouts of the second group."""
     for gaps in compared[method]:
         assert gaps.pop("largest_advantage") > 0.1
-        assert {name: gap for name, gap in gaps.items() if not gap <= EXACT} == {}
+        limits = {name: LIMITS.get(name, EXACT) for name in gaps}
+        assert {name: gap for name, gap in gaps.items() if not gap <= limits[name]} == {}
         assert {"advantage", "logp", "mean_loss", "grad_norm"} <= gaps.keys()
         assert ("credit" in gaps, "loss" in gaps) == (method == "arca", method == "holderpo")
 
@@ -154,13 +157,14 @@ def test_a_killed_run_resumes(layout: str, tmp_path: Path) -> None:
     command = [*words.split(), "--run-dir", str(killed)]
     ended = run(HERE / "worker.py", "command", *command, layout=layout, KILL_AT="3")
     assert ended.returncode != 0
-    assert sorted(path.name for path in killed.glob("checkpoint-*")) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
+    names = sorted(path.name for path in killed.glob("checkpoint-*"))
+    assert names == ["checkpoint-1", "checkpoint-2"]
     (killed / "checkpoint-3").mkdir()  # its trainer_state.json is missing
+    written = (killed / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     ended = run(HERE / "worker.py", "command", "--resume", str(killed), layout=layout)
     assert ended.returncode == 0, ended.stderr[-4000:]
+    again = (killed / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    assert again == written  # the run did not start from the beginning
 
     uninterrupted, resumed = metrics_of(through), metrics_of(killed)
     assert len(resumed) == len(uninterrupted) == 9  # 4 steps, 5 evaluations

@@ -57,7 +57,11 @@ OWN = {
 # The step of the script that is compared. The second one starts from a policy that has moved. With
 # several updates it is the first one, for which AdamW has no state in the trainer either.
 COMPARED = {"fipo": 1}
-VARIANTS = {"grpo": "", "updates": "--prompts-per-step 4 --updates-per-rollout 2", "lora": "--lora-rank 8"}
+VARIANTS = {
+    "grpo": "",
+    "updates": "--prompts-per-step 4 --updates-per-rollout 2",
+    "lora": "--lora-rank 8",
+}
 
 
 def flags(method: str, run_dir: Path) -> list[str]:
@@ -86,6 +90,10 @@ def compare(folder: Path, method: str) -> dict[str, float]:
     args = trl_trainer.parse(command)
     tokenizer = common.load_tokenizer(args)
     problems = []
+    for row in rows:  # FIPO's advantages are logged times its weights
+        influence = row.get("influence", [1.0] * len(row["advantage"]))
+        pairs = zip(row["advantage"], influence, strict=True)
+        row["advantage"] = [advantage / weight for advantage, weight in pairs]
     for row in rows[::G]:
         prompt = prompt_tokens(tokenizer, row["problem"])
         problems.append(common.Problem(row["problem"], row["answer"], prompt))
