@@ -216,7 +216,7 @@ def test_responses_end_at_each_stop_token_and_are_then_not_truncated(setup: Setu
 def test_further_stop_tokens(setup: Setup, kind: str, capsys: pytest.CaptureFixture):
     """They end a response, which is otherwise the same, and are printed with the model's own."""
     engine = setup.engine(kind)
-    prompts, before = sample(engine, seeds=16)
+    _, before = sample(engine, seeds=16)
     often = Counter(token for tokens, _ in before for token in tokens if token < 94)  # ASCII
     [(further, _)] = often.most_common(1)
     name = setup.tokenizer.convert_ids_to_tokens(further)
