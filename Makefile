@@ -2,6 +2,7 @@
 # make check   format, lint, requirements                             make clean   remove .venv
 # make scale-test   the tests of scale/, in .venv-scale              make soak    run the slow tests
 # make tables  measure again what is older than the code (many hours)
+# make scale-server-test   those with a vLLM server, without a GPU
 # Each sets up .venv by itself; a second call installs nothing.
 
 PYTHON ?= $(shell for v in python3 python3.13 python3.12 python3.11; do \
@@ -14,7 +15,7 @@ RESOLVE := .venv/bin/uv pip compile --quiet --no-config --no-annotate --no-heade
 	--only-binary :all: --python-platform x86_64-manylinux_2_31
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test soak tables check resolve install scale-test clean
+.PHONY: demo test soak tables check resolve install scale-test scale-server-test clean
 
 demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
@@ -60,8 +61,16 @@ install: $(INSTALLED)
 scale-test: .venv-scale/installed
 	.venv-scale/bin/python -m pytest scale/tests
 
+# TRL and what it needs beside the packages of .venv, which has vLLM's CPU build.
+SERVER := trl|accelerate|datasets|pyarrow|pandas|dill|multiprocess|xxhash|python-dateutil|tzdata
+scale-server-test: $(INSTALLED)
+	grep -E '^($(SERVER))==' requirements-scale.txt > .venv/server.txt
+	$(PIP) --no-deps --upgrade --target .venv-server -r .venv/server.txt
+	PYTHONPATH=.venv-server CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest \
+		scale/tests/test_vllm_server.py
+
 clean:
-	rm -rf .venv .venv-scale
+	rm -rf .venv .venv-scale .venv-server
 
 # torch's CPU build is not on PyPI: pip looks first where it is told to, then at PyTorch's own index.
 $(INSTALLED): $(REQUIREMENTS)

@@ -1,7 +1,7 @@
-"""Compute which model fits on which GPU, for docs/memory.md, from the models' shapes.
+"""Compute which model fits on which GPU, and on how many, from the models' shapes.
 
-    python docs/memory.py            # print the page's tables
-    python docs/memory.py --write    # write them into docs/memory.md
+    python docs/memory.py            # print the tables of docs/memory.md and docs/scale.md
+    python docs/memory.py --write    # write them into these pages
 
 Activation memory per token is the difference between two layers and one layer of the real width,
 run on fake tensors, which have shapes but no memory. Needs no GPU.
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 PAGE = Path(__file__).with_suffix(".md")
+SCALE_PAGE = PAGE.with_name("scale.md")
 MEASURED = PAGE.parents[1] / "benchmark" / "results" / "gpu.json"
 GPUS = (24, 48, 80, 141)  # GB
 TOKEN_BUDGETS = (8192, 4096, 2048)  # --token-budget: the default and smaller values
@@ -97,6 +98,11 @@ MODELS = (
     Model("3B", 2048, 36, 16, 2, 11008, 151936, tie_word_embeddings=True),
     Model("7B", 3584, 28, 28, 4, 18944),
     Model("14B", 5120, 48, 40, 8, 13824),
+)
+LARGE = (
+    *MODELS[3:],
+    Model("32B", 5120, 64, 40, 8, 27648),
+    Model("72B", 8192, 80, 64, 8, 29568),
 )
 
 
@@ -228,14 +234,192 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def filled_page() -> str:
-    """The text of docs/memory.md with new tables between the marks."""
+# Nodes of 8 H100 SXM with 80 GB each, from NVIDIA's data sheets: dense bfloat16 FLOP/s, memory
+# bandwidth in bytes/s, and NVLink's and the network's in bytes/s, GPU and direction.
+FLOPS, HBM, NVLINK, NETWORK = 989e12, 3.35e12, 450e9, 50e9
+SHARE = 0.4  # of each of these, what a step reaches: an assumption
+NODE, GPU_BYTES = 8, 80e9
+TOTALS = (4, 8, 16, 32, 64)  # GPUs
+PROMPT = 512  # tokens
+PROBLEMS = 168  # --prompts-per-step: divides over 7, 14, 28 and 56 processes as well
+CASES = ((8, 2048), (16, 8192))  # group size, tokens of a response
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A training step on `train` GPUs with FSDP2 and `serve` others with vLLM.
+
+    Full fine-tuning with a reference and gradient checkpointing. Every response has `response`
+    tokens. Sizes are in bytes, times in seconds.
+    """
+
+    model: Model
+    group_size: int
+    response: int
+    train: int
+    serve: int
+    tensor_parallel: int
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts per step."""
+        return PROBLEMS * self.group_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.rollouts * (PROMPT + self.response)
+
+    @property
+    def layer(self) -> float:
+        """Number of parameters of a layer."""
+        outside = self.model.vocab_size * self.model.hidden_size * 2
+        return (self.model.parameters - outside) / self.model.num_hidden_layers
+
+    def memory(self, micro_batch: int) -> float:
+        """Peak of a training GPU with so many rollouts per pass."""
+        model = self.model
+        tokens = micro_batch * (PROMPT + self.response)
+        # Weights, gradients, moments and the reference, all in float32.
+        sharded = 20 * model.parameters / self.train
+        # The embedding and the head in bfloat16, and the head's gradient.
+        gathered = (2 + 2 + 4) * model.vocab_size * model.hidden_size
+        # The layer at work and the next one in bfloat16, and a gradient.
+        gathered += (2 + 2 + 2) * self.layer
+        checkpoints = 4 * model.hidden_size * model.num_hidden_layers
+        kept = tokens * (checkpoints + activations(model, False)[0])
+        return sharded + gathered + kept + LOGITS + RESERVED
+
+    @property
+    def micro_batch(self) -> int:
+        """The most rollouts per pass that fit, a divisor of the process's share; 0 if none do."""
+        share = self.rollouts // self.train
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        return max((n for n in fitting if self.memory(n) <= GPU_BYTES), default=0)
+
+    @property
+    def token_cache(self) -> int:
+        """Bytes of keys and values per token."""
+        width = self.model.hidden_size // self.model.num_attention_heads
+        keys = self.model.num_hidden_layers * self.model.num_key_value_heads * width
+        return 2 * 2 * keys
+
+    @property
+    def at_once(self) -> int:
+        """The most sequences of full length in the cache of one server."""
+        cache = 0.9 * GPU_BYTES * self.tensor_parallel - 2 * self.model.parameters
+        cache -= (ENGINE + RESERVED) * self.tensor_parallel
+        return int(cache // (self.token_cache * (PROMPT + self.response)))
+
+    @property
+    def rollout(self) -> float:
+        """Decoding: each token of a batch reads all weights and the cached tokens before it."""
+        servers = self.serve // self.tensor_parallel
+        of_server = self.rollouts / servers
+        batch = min(of_server, self.at_once)
+        read = 2 * self.model.parameters
+        read += batch * self.token_cache * (PROMPT + self.response / 2)
+        computed = 2 * self.model.parameters * batch
+        a_token = max(read / HBM, computed / FLOPS) / (SHARE * self.tensor_parallel)
+        return of_server / batch * self.response * a_token
+
+    @property
+    def link(self) -> float:
+        """Bytes per second and training GPU."""
+        return SHARE * (NVLINK if self.train + self.serve <= NODE else NETWORK)
+
+    def computed(self, flops: float) -> float:
+        """Computing with so many FLOPs per token and parameter."""
+        return flops * self.model.parameters * self.tokens / self.train / (SHARE * FLOPS)
+
+    def communicated(self, passes: float, gathers: int) -> float:
+        """Gathering or reducing all weights in bfloat16, so many times per pass of each GPU."""
+        return passes * gathers * 2 * self.model.parameters / self.link
+
+    @property
+    def score(self) -> float:
+        """A forward pass of the policy and of the reference, while weights are gathered."""
+        passes = math.ceil(self.tokens / (4 * TOKEN_BUDGETS[0]) / self.train)
+        return max(self.computed(2 + 2), self.communicated(passes, gathers=2))
+
+    @property
+    def update(self) -> float:
+        """Forward, the same recomputed, backward; weights gathered twice, gradients reduced."""
+        passes = self.rollouts / self.train / self.micro_batch
+        return max(self.computed(2 + 2 + 4), self.communicated(passes, gathers=3))
+
+    @property
+    def transfer(self) -> float:
+        """Gather the float32 weights on the first process and broadcast them to the servers."""
+        return 2 * 4 * self.model.parameters / self.link
+
+    @property
+    def step(self) -> float:
+        """TRL's phases follow one another."""
+        return self.rollout + self.score + self.update + self.transfer
+
+
+def fastest(model: Model, shape: tuple[int, int], gpus: int, servers: int) -> Cluster | None:
+    """The fastest division of so many GPUs with at most so many servers; None if none fits."""
+    found = []
+    counts = range(1, servers + 1)
+    for tensor_parallel, count, train in product((1, 2, 4, 8), counts, range(1, gpus)):
+        serve = tensor_parallel * count
+        cluster = Cluster(model, *shape, train, serve, tensor_parallel)
+        divides = PROBLEMS * shape[0] % train == model.num_attention_heads % tensor_parallel == 0
+        if not divides or train + serve > gpus:
+            continue
+        if cluster.at_once >= SEQUENCES and cluster.micro_batch:
+            found.append(cluster)
+    return min(found, key=lambda cluster: cluster.step, default=None)
+
+
+def cluster_row(name: str, cluster: Cluster) -> list[str]:
+    """A row of `cluster_table`."""
+    update = "update: network" if cluster.update > cluster.computed(8) else "update: computing"
+    phases = {"rollouts": cluster.rollout, "scoring": cluster.score, update: cluster.update}
+    phases["weights"] = cluster.transfer
+    slowest = max(phases, key=phases.get)
+    per_gpu = cluster.rollouts * cluster.response / cluster.rollout / cluster.serve
+    row = [cluster.model.name, f"{cluster.group_size} × {cluster.response:,}", name]
+    servers = cluster.serve // cluster.tensor_parallel
+    row.append(f"{cluster.train} + {servers} × {cluster.tensor_parallel}")
+    row.append(str(cluster.micro_batch))
+    row += [f"{seconds:,.0f}" for seconds in phases.values()]
+    row += [f"{slowest}, {phases[slowest] / cluster.step:.0%}", f"{per_gpu:,.0f}"]
+    return row
+
+
+def cluster_table() -> str:
+    """Per model and case: the fewest GPUs, and up to 64 with one server or with more."""
+    head = ["model", "group × response", "GPUs", "training + vLLM", "`--micro-batch`"]
+    head += ["rollouts, s", "scoring, s", "update, s", "weights, s", "bound by"]
+    head.append("tokens/s per vLLM GPU")
+    rows = [head]
+    for model, case in product(LARGE, CASES):
+        by_size = [fastest(model, case, gpus, servers=1) for gpus in TOTALS]
+        fewest = next(filter(None, by_size))
+        many = fastest(model, case, TOTALS[-1], servers=NODE)
+        named = (("fewest", fewest), ("64, one server", by_size[-1]), ("64, more servers", many))
+        names: dict[Cluster, str] = {}
+        for name, cluster in named:
+            names.setdefault(cluster, name)  # where two are equal, the first name
+        rows += [cluster_row(name, cluster) for cluster, name in names.items()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def filled_page(page: Path = PAGE) -> str:
+    """The text of docs/memory.md or docs/scale.md with new tables between the marks."""
+    results = tables() if page == PAGE else cluster_table()
     marks = r"(<!-- results:memory -->\n).*?(<!-- /results -->)"
-    text = PAGE.read_text(encoding="utf-8")
-    return re.sub(marks, lambda m: f"{m[1]}{tables()}\n{m[2]}", text, flags=re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    return re.sub(marks, lambda m: f"{m[1]}{results}\n{m[2]}", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        PAGE.write_text(filled_page(), encoding="utf-8")
-    print(tables())
+    for page in (PAGE, SCALE_PAGE):
+        if "--write" in sys.argv:
+            page.write_text(filled_page(page), encoding="utf-8")
+    print(tables(), cluster_table(), sep="\n\n")

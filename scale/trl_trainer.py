@@ -126,8 +126,10 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         max_completion_length=args.max_new_tokens - (args.method == "reft"),
         shuffle_dataset=False,
         use_vllm=bool(args.vllm_server),
+        vllm_mode="server",  # the default, "colocate", ignores the server
         vllm_server_base_url=args.vllm_server,
         vllm_importance_sampling_correction=False,  # --importance-cap does it
+        use_bias_correction_kl=False,  # --kl weighs the k3 estimate itself
         per_device_train_batch_size=micro_batch,
         steps_per_generation=rows // micro_batch,
         gradient_accumulation_steps=rows // updates // micro_batch,

@@ -1,4 +1,5 @@
-"""docs/memory.md is what docs/memory.py computes, and that is what models and runs really hold."""
+"""docs/memory.md and the table of docs/scale.md are what docs/memory.py computes, and the bytes are
+what models and runs really hold."""
 
 import itertools
 import json
@@ -13,11 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 import memory
-from memory import GPUS, KINDS, MODELS, Model, Settings
+from memory import CASES, GPUS, KINDS, LARGE, MODELS, Cluster, Model, Settings
 
 from infra.models import Reference
 
-SHAPES = {model.name: model for model in MODELS}
+SHAPES = {model.name: model for model in (*MODELS, *LARGE)}
 
 
 def on_cpu(model: Model, lora: bool) -> torch.nn.Module:
@@ -27,15 +28,23 @@ def on_cpu(model: Model, lora: bool) -> torch.nn.Module:
     return policy
 
 
-def test_the_page_shows_what_the_script_computes():
-    assert memory.PAGE.read_text(encoding="utf-8") == memory.filled_page(), (
-        "docs/memory.md is stale: python docs/memory.py --write"
-    )
+@pytest.mark.parametrize("page", [memory.PAGE, memory.SCALE_PAGE], ids=lambda page: page.name)
+def test_the_page_shows_what_the_script_computes(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- results:memory -->") == 1
+    assert text == memory.filled_page(page), "stale: python docs/memory.py --write"
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("0.5B", 494032768), ("1.5B", 1543714304), ("3B", 3085938688), ("7B", 7615616512)],
+    [
+        ("0.5B", 494032768),
+        ("1.5B", 1543714304),
+        ("3B", 3085938688),
+        ("7B", 7615616512),
+        ("32B", 32763876352),
+        ("72B", 72706203648),
+    ],
 )
 def test_parameters_are_those_of_the_published_models(name: str, count: int):
     assert SHAPES[name].parameters == count
@@ -106,6 +115,60 @@ def test_the_main_case_fits_with_room():
     settings = Settings(SHAPES["1.5B"], "reference")
     assert settings.flags(80) == "as it is"
     assert settings.update < 66e9
+
+
+def test_a_step_of_72b_on_64_gpus():
+    """Worked by hand: 168 x 8 rollouts of 512 + 2,048 tokens, 56 GPUs train, 8 serve."""
+    weights, tokens = 72706203648, 3440640
+    step = Cluster(SHAPES["72B"], 8, 2048, train=56, serve=8, tensor_parallel=8)
+    assert (step.rollouts, step.tokens) == (1344, tokens)
+    assert step.token_cache == 327680  # 80 layers, 8 heads of 128, keys and values in bfloat16
+    # 576 GB of cache and weights, of which 145.4 are weights and 32 are workspace.
+    assert step.at_once == (576e9 - 2 * weights - 32e9) // (327680 * 2560) == 475
+    # 2,048 decoding steps per batch of 475, each reads the weights and 1,536 tokens per sequence.
+    read = 2 * weights + 475 * 327680 * 1536
+    rollout = 1344 / 475 * 2048 * read / (0.4 * 8 * 3.35e12)
+    assert step.rollout == pytest.approx(rollout) == pytest.approx(208, abs=1)
+    assert step.micro_batch == 4
+    # Six passes of four rollouts gather the weights twice and reduce the gradients.
+    communicated = 6 * 3 * 2 * weights / (0.4 * 50e9)
+    computed = 8 * weights * tokens / (56 * 0.4 * 989e12)
+    assert computed < communicated
+    assert step.update == pytest.approx(communicated) == pytest.approx(131, abs=1)
+    assert step.transfer == pytest.approx(8 * weights / (0.4 * 50e9))
+    assert step.step == step.rollout + step.score + step.update + step.transfer
+
+
+def test_a_training_gpu_holds_its_share_and_what_is_gathered():
+    """20 bytes per parameter are sharded; a pass adds the same on every number of GPUs."""
+    half, whole = (Cluster(SHAPES["7B"], 8, 2048, n, 1, 1).memory(1) for n in (8, 4))
+    assert whole - half == pytest.approx(20 * 7615616512 * (1 / 4 - 1 / 8))
+    one, two = (Cluster(SHAPES["7B"], 8, 2048, 4, 1, 1).memory(n) for n in (1, 2))
+    per_token = (two - one) / 2560
+    assert per_token > 4 * 3584 * 28  # every layer's input, and a layer that is recomputed
+    embedding = 152064 * 3584
+    layer = (7615616512 - 2 * embedding) / 28
+    gathered = 8 * embedding + 6 * layer
+    rest = one - 20 * 7615616512 / 4 - 2560 * per_token - memory.LOGITS - memory.RESERVED
+    assert rest == pytest.approx(gathered)
+
+
+@pytest.mark.parametrize(("model", "case"), [*itertools.product(LARGE, CASES)])
+def test_what_is_said_to_fit_on_a_cluster_fits(model: Model, case: tuple[int, int]):
+    smaller = 0
+    for gpus in memory.TOTALS:
+        cluster = memory.fastest(model, case, gpus, servers=memory.NODE)
+        if cluster is None:
+            assert not smaller  # what fits on fewer GPUs fits on more
+            continue
+        assert cluster.train + cluster.serve <= gpus
+        assert cluster.memory(cluster.micro_batch) <= memory.GPU_BYTES
+        assert cluster.rollouts % (cluster.train * cluster.micro_batch) == 0
+        assert 2 * model.parameters < 0.9 * memory.GPU_BYTES * cluster.tensor_parallel
+        assert model.num_attention_heads % cluster.tensor_parallel == 0
+        assert not smaller or cluster.step <= smaller
+        smaller = cluster.step
+    assert smaller  # 64 are enough for each
 
 
 def test_what_a_gpu_has_measured_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
