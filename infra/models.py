@@ -93,14 +93,16 @@ def load_policy(args: Any) -> nn.Module:
 
 def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
     """The weights of `args.model` on the CPU. Rejects missing weights, and ones not finite."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(args.model, **trust)
+        disable_dropout(config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            args.model, **options, output_loading_info=True
+            args.model, config=config, dtype=dtype, output_loading_info=True, **trust
         )
     except Exception as error:
         if out_of_memory(error):
@@ -114,6 +116,18 @@ def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Modul
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     return model
+
+
+def disable_dropout(config: Any) -> None:
+    """Set every dropout and noise rate of a configuration, and of those nested in it, to 0.
+
+    Otherwise the policy that is updated is not the one that sampled: the ratio is not 1.
+    """
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            disable_dropout(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
 
 
 def check_model(policy: nn.Module, args: Any) -> None:
@@ -176,13 +190,6 @@ def is_recurrent(policy: nn.Module) -> bool:
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     recurrent = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}
     return model._is_stateful or not recurrent.isdisjoint(layer_types)
-
-
-def uses_dropout(model: nn.Module, args: Any) -> bool:
-    """Whether the forward pass is random in training, by the model's own dropout or LoRA's."""
-    config = base_model(model).config.get_text_config().to_dict()
-    rates = [rate for name, rate in config.items() if "drop" in name]
-    return any([args.lora_dropout, *rates])
 
 
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:

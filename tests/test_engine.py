@@ -532,11 +532,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GROUPED = SIZES | {"num_key_value_heads": 1}
 EXPERTS = GROUPED | {"num_experts_per_tok": 2}
-NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 GEMMA = {"head_dim": 32, "final_logit_softcapping": 3.0, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256} | NO_DROPOUT),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}),
     "gpt_neox": ("GPTNeoX", SIZES),  # vLLM runs transformers' own class, as for the next two
     "olmo2": ("Olmo2", GROUPED),
     "smollm3": ("SmolLM3", GROUPED),
