@@ -148,7 +148,7 @@ def check_model(policy: nn.Module, args: Any) -> None:
 
 
 def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
-    """The policy with LoRA adapters on every linear layer, initialised from --seed."""
+    """The policy with LoRA adapters on every linear layer and expert, initialised from --seed."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed_for(args.seed, "lora"))
@@ -167,9 +167,20 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
     merged_names = [name for name, _ in merged_weights(policy)]
     why = f"cannot be merged into {args.model}"
     require(names == merged_names, "--lora-rank", args.lora_rank, why)
+    freeze_routers(policy)
     if Path(args.model).is_dir():  # so that the adapter can be loaded from any working directory
         config.base_model_name_or_path = str(Path(args.model).resolve())
     return policy
+
+
+def freeze_routers(policy: nn.Module) -> None:
+    """Do not train the adapters of routers, which choose experts: they stay 0.
+
+    peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
+    """
+    for name, weight in policy.named_parameters():
+        if {"gate", "router"} & set(name.split(".")):
+            weight.requires_grad_(False)
 
 
 # ------------------------------------------------------------------ properties

@@ -192,7 +192,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
 
 
 def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: list[Any]) -> Engine:
-    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets."""
+    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets.
+
+    Sets `args.engine` to the engine's name, so that the run's args.json records it.
+    """
     lengths = [len(problem.prompt) for problems in problem_sets for problem in problems]
     context = max(lengths) + args.max_new_tokens
     limit = getattr(base_model(policy).config, "max_position_embeddings", context)
@@ -211,7 +214,10 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
         why_not = why_not_vllm(args, policy)
         require(args.engine == "auto" or not why_not, "--engine", args.engine, why_not)
         if not why_not:
+            args.engine = "vllm"
             return VLLMEngine(args, policy, tokenizer, context)
+        print(f"--engine auto: transformers is used, because {why_not}", file=sys.stderr)
+    args.engine = "transformers"
     from infra.hf_engine import HFEngine
 
     return HFEngine(args, policy, tokenizer, context)
