@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def load_policy(args: Any) -> nn.Module:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are NaN at some lengths
     policy = load_model(args, precision(args) if args.lora_rank else torch.float32)
     check_model(policy, args)
+    report_multimodal(policy, args)
 
     policy.to(device(args))
     try:
@@ -145,6 +147,19 @@ def check_model(policy: nn.Module, args: Any) -> None:
     tolerance = 0.1 * theirs.abs().max().item()
     same = torch.allclose(ours, theirs, rtol=0.1, atol=tolerance)
     require(same, "--model", args.model, "computes its logits in a way that is not supported")
+
+
+def report_multimodal(policy: nn.Module, args: Any) -> None:
+    """Print which part of a multimodal folder is trained and saved."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if config.get_text_config() is config:
+        return
+    saved = "only its text part is loaded, trained and saved"
+    if type(policy.config) is type(config):
+        saved = "its text part is trained, and the whole model is saved"
+    print(f"--model {args.model} is multimodal: {saved}", file=sys.stderr)
 
 
 def add_adapters(policy: nn.Module, args: Any) -> nn.Module:

@@ -179,6 +179,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     """The reason why vLLM cannot roll out this policy, or an empty text."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; see README.md"
+    config = base_model(policy).config
+    is_multimodal = config.get_text_config() is not config
+    if is_multimodal and importlib.util.find_spec("torchvision") is None:
+        return "the model is multimodal, for which vLLM needs torchvision: pip install torchvision"
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, whose logits differ in vLLM after a sync"
     if is_recurrent(policy):
