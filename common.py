@@ -36,7 +36,6 @@ from infra.models import (
     load_tokenizer,
     precision,
     seed_for,
-    uses_dropout,
 )
 from infra.run import Run
 from infra.vllm_engine import Engine, make_engine
@@ -403,10 +402,10 @@ def score_rollouts(
 def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> bool:
     """Whether the update's forward pass cannot also score the rollouts.
 
-    It can if the policy is the one that sampled, if it has no dropout, and if every group fits into
+    It can if the policy is the one that sampled, without dropout, and if every group fits into
     a micro-batch.
     """
-    if args.updates_per_rollout > 1 or uses_dropout(policy, args):
+    if args.updates_per_rollout > 1 or args.lora_dropout:
         return True
     everything, group_size = torch.arange(len(rollouts.problems)), rollouts.mask.shape[1]
     can_share = can_share_prompts(policy, args)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWER, is_prose, last_boxed, plain_number
+from grading.answers import BARE_BOX, NO_ANSWER, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -300,6 +300,7 @@ def as_chat(value: Any) -> list[Row]:
 # ------------------------------------------------------------------ reference answers
 
 THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
+BOX = re.compile(r"\\(?:boxed|fbox)")
 # A text that is JSON: "1\/2"
 QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
 # The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
@@ -360,8 +361,9 @@ def reference_answer(value: Any) -> str:
     if isinstance(value, dict):
         return ""
     text = THOUGHTS.sub("", as_text(value)).strip()
-    boxes = [last_boxed("\\boxed" + rest) for rest in text.split("\\boxed")[1:]]
+    boxes = [last_boxed("\\boxed" + rest) for rest in BOX.split(text)[1:]]
     boxes = [box for box in dict.fromkeys(boxes) if box is not None]  # None: never closed
+    boxes = boxes or BARE_BOX.findall(text)[-1:]
     stated = STATED.search(text)
     if "####" in text:
         text = STATED.sub("", text.rpartition("####")[2]).strip()

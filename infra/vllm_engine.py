@@ -193,6 +193,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     """The reason why vLLM cannot roll out this policy, or an empty text."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; see README.md"
+    config = base_model(policy).config
+    is_multimodal = config.get_text_config() is not config
+    if is_multimodal and importlib.util.find_spec("torchvision") is None:
+        return "the model is multimodal, for which vLLM needs torchvision: pip install torchvision"
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, whose logits differ in vLLM after a sync"
     if is_recurrent(policy):
@@ -206,7 +210,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
 
 
 def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: list[Any]) -> Engine:
-    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets."""
+    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets.
+
+    Sets `args.engine` to the engine's name, so that the run's args.json records it.
+    """
     lengths = [len(problem.prompt) for problems in problem_sets for problem in problems]
     context = max(lengths) + args.max_new_tokens
     limit = getattr(base_model(policy).config, "max_position_embeddings", context)
@@ -225,7 +232,10 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
         why_not = why_not_vllm(args, policy)
         require(args.engine == "auto" or not why_not, "--engine", args.engine, why_not)
         if not why_not:
+            args.engine = "vllm"
             return VLLMEngine(args, policy, tokenizer, context)
+        print(f"--engine auto: transformers is used, because {why_not}", file=sys.stderr)
+    args.engine = "transformers"
     from infra.hf_engine import HFEngine
 
     return HFEngine(args, policy, tokenizer, context)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -586,11 +588,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GROUPED = SIZES | {"num_key_value_heads": 1}
 EXPERTS = GROUPED | {"num_experts_per_tok": 2}
-NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 GEMMA = {"head_dim": 32, "final_logit_softcapping": 3.0, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256} | NO_DROPOUT),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}),
     "gpt_neox": ("GPTNeoX", SIZES),  # vLLM runs transformers' own class, as for the next two
     "olmo2": ("Olmo2", GROUPED),
     "smollm3": ("SmolLM3", GROUPED),
@@ -603,11 +604,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 32, "num_experts": 4}),
     "mixtral": ("Mixtral", EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
 }
+ROUTER = re.compile(r"\.(gate|router)\.weight")
+MULTIMODAL = {
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 258},
+    "qwen3_5": {"image_token_id": 258, "video_token_id": 258},
+}
 REJECTED = {
     "phi": ("Phi", SIZES),  # a bias in its LM head
     "hyperclovax": ("HyperCLOVAX", GROUPED | {"logits_scaling": 0.3}),  # multiplies by it
     "recurrent_gemma": ("RecurrentGemma", GROUPED | {"lru_width": 64, "logits_soft_cap": 3.0}),
 }
+OTHERS = {"phimoe": ("Phimoe", EXPERTS | {"num_local_experts": 4})}
 RECURRENT = ("lfm2", "falcon_h1", "mamba")
 NO_LORA = {("falcon_h1", 4), ("mamba", 4)}
 WITHOUT_VLLM = {
@@ -623,7 +630,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     @functools.cache
     def build(family: str) -> Path:
         folder = tmp_path_factory.mktemp("families") / family
-        name, sizes = (FAMILIES | REJECTED)[family]
+        name, sizes = (FAMILIES | REJECTED | OTHERS)[family]
         tokenizer = byte_tokenizer("<|endoftext|>")
         ends = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
         config = getattr(transformers, f"{name}Config")
@@ -634,6 +641,23 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return folder
 
     return build
+
+
+def multimodal_folder(family: str, parent: Path) -> Path:
+    """A random model with a text and a vision part."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vocabulary = {"vocab_size": 259, "eos_token_id": 256, "pad_token_id": 257}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text = GROUPED | {"head_dim": 32, "num_hidden_layers": 4} | linear | vocabulary
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2}
+    vision |= {"num_hidden_layers": 1, "depth": 1, "image_size": 28, "patch_size": 14}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    parts = {"text_config": text, "vision_config": vision}
+    config = AutoConfig.for_model(family, **parts, **MULTIMODAL[family])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(parent / family)
+    byte_tokenizer("<|endoftext|>").save_pretrained(parent / family)
+    return parent / family
 
 
 @pytest.mark.parametrize(
@@ -673,6 +697,65 @@ def test_a_family_is_rolled_out_synced_and_saved(
     models.load_weights(fresh, tmp_path / "checkpoint")
     saved = policy.state_dict()
     assert all(torch.equal(weight, saved[name]) for name, weight in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "phimoe"])
+def test_lora_leaves_routers_alone(family: str, family_folder: Callable):
+    """It adapts attention, and experts that peft knows; Phi's router is an ordinary linear layer."""
+    policy = load_policy(settings(family_folder(family), lora_rank=4))
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert any("q_proj" in name for name in trained)
+    assert any(".experts." in name for name in trained) == (family != "phimoe")
+    perturb(policy)
+    before = load_policy(settings(family_folder(family))).state_dict()
+    routers = {name: weight for name, weight in merged_weights(policy) if ROUTER.search(name)}
+    assert len(routers) == 2
+    assert all(weight.equal(before[name]) for name, weight in routers.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "saved", "printed"),
+    [
+        (
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            "its text part is trained, and the whole model is saved",
+        ),
+        ("qwen3_5", "Qwen3_5ForCausalLM", "only its text part is loaded, trained and saved"),
+    ],
+)
+def test_a_multimodal_folder(
+    family: str, saved: str, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The part that is printed is saved."""
+    folder = multimodal_folder(family, tmp_path)
+    args = settings(folder, max_new_tokens=8)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    assert f"--model {folder} is multimodal: {printed}" in capsys.readouterr().err.splitlines()
+    save_model(policy, tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architectures"] == [saved]
+
+
+@needs_vllm
+@pytest.mark.skipif(importlib.util.find_spec("torchvision"), reason="torchvision is installed")
+@pytest.mark.parametrize(
+    ("family", "why"), [("gemma3", "for which vLLM needs torchvision"), ("qwen3_5", "recurrent")]
+)
+def test_auto_prints_why_it_does_not_use_vllm(
+    family: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    args = settings(multimodal_folder(family, tmp_path), max_new_tokens=8)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    problems = [Problem("", "", [1])]
+    capsys.readouterr()
+    assert isinstance(make_engine(args, policy, tokenizer, problems), HFEngine)
+    printed = capsys.readouterr().err
+    assert printed.startswith("--engine auto: transformers is used, because ") and why in printed
+    assert printed.count("\n") == 1 and args.engine == "transformers"
+    args.engine = "vllm"
+    line = rejected(capsys, lambda: make_engine(args, policy, tokenizer, problems))
+    assert line.startswith("error: --engine vllm: ") and why in line
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1", "gpt2"])

@@ -533,6 +533,7 @@ def test_cases_3(load, grader, tokenizer):
         return [problem.answer for problem in load(CASES_3 / name, **settings)]
 
     assert answers("solution_then_answer_is.jsonl") == ["12", "12", "9"]
+    assert answers("fbox_gold.jsonl") == ["7", "12"]
     assert answers("orz_pairs.json") == ["17", "3", "10", r"\frac{1}{2}"]
     named = {"question_column": "conversations"}
     assert answers("sharegpt_system.jsonl", **named) == ["17", "3", "10", r"\frac{1}{2}"]
@@ -629,6 +630,8 @@ def test_duplicates_are_kept_and_counted(load_rows, capsys):
         (r"\boxed{1} or \boxed{\{2, 3\}}, \boxed{4", r"1, \{2, 3\}"),
         (r"\boxed{2} as above, so \boxed{2}", "2"),
         (r"\boxed{\boxed{2}}", "2"),
+        (r"The sum of the two numbers is $\fbox{7}$.", "7"),
+        (r"There are $4 \cdot 3 = \boxed 12$ ways, of which 5 are odd.", "12"),
         (r"\boxed{never closed", r"\boxed{never closed"),
         *((18, "18"), (18.0, "18"), (0.5, "0.5"), (-0.1, "-0.1"), (True, "True"), (["2"], "2")),
         *((1e-05, "0.00001"), (2.5e-07, "0.00000025"), (1e16, "10000000000000000")),
