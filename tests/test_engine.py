@@ -701,7 +701,7 @@ def test_a_family_is_rolled_out_synced_and_saved(
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "phimoe"])
 def test_lora_leaves_routers_alone(family: str, family_folder: Callable):
-    """It adapts attention, and experts that peft knows; Phi's router is an ordinary linear layer."""
+    """It adapts attention and experts that peft knows. Phi's router is a plain linear layer."""
     policy = load_policy(settings(family_folder(family), lora_rank=4))
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert any("q_proj" in name for name in trained)
