@@ -35,7 +35,7 @@ from unittest import mock
 import shared
 import torch
 import tyro
-from shared import RESULTS, ROOT, markdown, read_json, write_json
+from shared import RESULTS, ROOT, markdown, read_json, write_json, write_text
 
 import common
 import grpo
@@ -121,7 +121,10 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def remove_eos(folder: Path) -> None:
-    """Remove the end-of-sequence token of a model, so that every response has the same length."""
+    """Remove what stops a response, so that every response has the same length.
+
+    That is the EOS token, and the token that ends an assistant's turn in the chat template.
+    """
     for file, name in (
         ("config.json", "eos_token_id"),
         ("generation_config.json", "eos_token_id"),
@@ -130,6 +133,9 @@ def remove_eos(folder: Path) -> None:
         settings = read_json(folder / file)
         settings[name] = None
         write_json(folder / file, settings)
+    template = folder / "chat_template.jinja"
+    users = "{% for message in messages if message.role == 'user' %}"
+    write_text(template, template.read_text().replace("{% for message in messages %}", users))
 
 
 def problem_file(shape: Shape, folder: Path) -> Path:

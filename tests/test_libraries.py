@@ -21,8 +21,11 @@ def test_rows_are_complete_and_sorted_by_library():
 
 
 def test_versions_are_the_pinned_ones():
-    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    assert {tuple(row[0].split()) for row in ROWS} <= set(pins)
+    pins = set()
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        text = (ROOT / name).read_text()
+        pins.update(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    assert {tuple(row[0].split()) for row in ROWS} <= pins
 
 
 def test_tests_and_scripts_exist():

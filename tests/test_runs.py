@@ -626,7 +626,7 @@ def test_full_disk_under_the_settings(
     """There is nothing to resume."""
     monkeypatch.setattr(Path, "write_text", fail(OSError(errno.ENOSPC, "No space left on device")))
     assert start("grpo", make_args()) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert "args.json cannot be written; is the disk full?" in line
 
 
