@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 import arca
 import common
@@ -25,10 +26,23 @@ import lambda_grpo
 import reft
 import stare
 from infra.forward import padded_states
+from infra.models import disable_dropout
 
 SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
 SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
 SCRIPTS |= {"forking": forking, "lambda_grpo": lambda_grpo, "fipo": fipo, "stare": stare}
+
+
+def model_options(args: Any) -> dict[str, Any]:
+    """How TRL loads the model: its precision, and without its own dropout, as the scripts do."""
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    options = {"dtype": common.precision(args) if args.lora_rank else torch.float32}
+    rates = dict(vars(config))
+    disable_dropout(config)
+    for name, rate in rates.items():
+        if getattr(config, name) != rate:
+            options[name] = 0.0
+    return options
 
 
 def pick(args: Any, *names: str) -> dict[str, Any]:

@@ -31,12 +31,13 @@ import common
 import grpo
 import reft
 from infra.cli import flag_of, load_settings, parse_args
+from infra.models import freeze_routers
 from infra.run import atomic_write
 from scale import trl_methods as methods
 from scale.trl_methods import SCRIPTS, pick
 
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
-SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints", "stop_tokens")
+SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
 
 
 @dataclasses.dataclass
@@ -120,7 +121,7 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         output_dir=args.run_dir,
         use_cpu=common.device(args).type == "cpu",
         bf16=dtype is torch.bfloat16,
-        model_init_kwargs={"dtype": dtype if args.lora_rank else torch.float32},
+        model_init_kwargs=methods.model_options(args),
         beta=float(uses_reference),  # above 0, TRL loads a reference
         num_generations=args.group_size,
         max_completion_length=args.max_new_tokens - (args.method == "reft"),
@@ -165,6 +166,14 @@ class MethodTrainer(GRPOTrainer):
             peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
+        freeze_routers(self.model)
+        self.engine = common.Engine(args, self.model, tokenizer)
+        self.eos_token_ids = self.engine.stop_tokens
+        if args.vllm_server:
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
+        else:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
         for model in filter(None, (self.model, self.ref_model)):
             model = common.base_model(self.accelerator.unwrap_model(model))
             run_inside(model, self.is_fsdp_enabled)
@@ -183,10 +192,9 @@ class MethodTrainer(GRPOTrainer):
         if args.method != "reft" or not self.model.training:
             return generate(prompts, images, fields, copies)
         of_step = gather_object(prompts)[::copies]
-        engine = common.Engine(self.model, self.processing_class)
         seed = common.seed_for(args.seed, self.state.global_step, "openers")
         draw = torch.Generator().manual_seed(seed)
-        chosen, _ = reft.choose_openers(self.model, engine, of_step, args, draw)
+        chosen, _ = reft.choose_openers(self.model, self.engine, of_step, args, draw)
         self.model.train()
         chosen = broadcast(chosen.to(self.accelerator.device)).view(-1, len(prompts))
         first = chosen[self.accelerator.process_index].tolist()
