@@ -75,6 +75,7 @@ def kinds() -> list[str]:
     rows = ["| kind | examples |", "|---|---|"]
     for kind in KINDS:
         text, _, examples = " ".join(kind.__doc__.split()).partition(": `")
+        examples = examples.replace("|", r"\|")
         rows.append(f"| {kind.__name__}: {text[0].lower()}{text[1:]} | `{examples} |")
     return rows
 
@@ -85,7 +86,8 @@ def rules() -> list[str]:
     for (first, second), rule in RULES.items():
         if rule.__name__ != "never":
             text = " ".join((rule.__doc__ or "").split())
-            rows.append(f"| {first.__name__}, {second.__name__} | {text} |")
+            names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
+            rows.append(f"| {names} | {text} |")
     return rows
 
 
