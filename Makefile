@@ -61,12 +61,13 @@ install: $(INSTALLED)
 scale-test: .venv-scale/installed
 	.venv-scale/bin/python -m pytest scale/tests
 
-# TRL and what it needs beside the packages of .venv, which has vLLM's CPU build.
+# TRL and what it needs in addition to the packages of .venv, which has vLLM's CPU build. The folder's
+# name matters: dill, which datasets uses, pickles modules outside "site-packages" by value and fails.
 SERVER := trl|accelerate|datasets|pyarrow|pandas|dill|multiprocess|xxhash|python-dateutil|tzdata
 scale-server-test: $(INSTALLED)
 	grep -E '^($(SERVER))==' requirements-scale.txt > .venv/server.txt
-	$(PIP) --no-deps --upgrade --target .venv-server -r .venv/server.txt
-	PYTHONPATH=.venv-server CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest \
+	$(PIP) --no-deps --upgrade --target .venv-server/site-packages -r .venv/server.txt
+	PYTHONPATH=.venv-server/site-packages CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest \
 		scale/tests/test_vllm_server.py
 
 clean:
