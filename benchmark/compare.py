@@ -32,7 +32,7 @@ import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 from docs import figures
-from infra.cli import reject
+from infra.cli import first_line, reject
 from infra.run import read_lines
 
 METHODS = {
@@ -441,7 +441,12 @@ def read_results(args: Args) -> dict:
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
-    results = read_json(args.results)
+    try:
+        results = read_json(args.results)
+    except (OSError, ValueError) as error:
+        reject("--results", args.results, f"cannot be read: {first_line(error)}")
+    if "rows" not in results:
+        reject("--results", args.results, "holds no results of benchmark/compare.py")
     if args.write:
         return results
     if set(results["rates"]) < set(args.rates):

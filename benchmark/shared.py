@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 def as_json(value: Any, indent: str = "") -> str:
     """JSON with each entry of an object, and each object of a list, on a line of its own."""
     if isinstance(value, dict) and not indent:
-        lines = [f"{json.dumps(name)}: {as_json(part, ' ')}" for name, part in value.items()]
+        lines = [f"{json.dumps(str(name))}: {as_json(part, ' ')}" for name, part in value.items()]
         return "{\n " + ",\n ".join(lines) + "\n}"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         lines = [json.dumps(row, ensure_ascii=False) for row in value]

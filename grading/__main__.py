@@ -1,12 +1,14 @@
 """Grade a file: python -m grading pairs.jsonl
 
 Each line is a JSON object with the strings `reference` and `response`. It is printed again, in
-order, with `correct` added. Without a file, or with `-`, standard input is read.
+order, with `correct` added. Blank lines are skipped. Without a file, or with `-`, standard input
+is read.
 """
 
 import argparse
 import json
 import os
+import signal
 
 from grading import Grader
 
@@ -24,10 +26,13 @@ def main() -> None:
     parser.add_argument("file", nargs="?", default="-")
     name = parser.parse_args().file
 
-    pairs, responses, references = [], [], []
+    number, pairs, responses, references = 0, [], [], []
     try:
         with open({"-": 0}.get(name, name), "rb") as lines:
             for line in lines:
+                number += 1
+                if not line.strip():
+                    continue
                 pair = parse_line(line)
                 pairs.append(pair)
                 responses.append(pair["response"])
@@ -35,9 +40,10 @@ def main() -> None:
         with Grader(workers=os.cpu_count() or 1) as grader:
             verdicts = grader.grade(responses, references)
     except (ValueError, RecursionError) as error:
-        parser.exit(2, f"error: {name}, line {len(pairs) + 1}: {error}\n")
+        parser.exit(2, f"error: {name}, line {number}: {error}\n")
     except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
         parser.exit(2, f"error: {error}\n")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without an error
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))
 

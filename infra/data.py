@@ -441,12 +441,12 @@ def in_parts(chat: list[Row]) -> list[Row]:
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """The ids of the special tokens."""
+    """The ids of the special tokens, without the one for unknown text."""
     special = set()
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             special.add(number)
-    return special
+    return special - {tokenizer.unk_token_id}
 
 
 def template_tokens(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:

@@ -189,6 +189,28 @@ def test_results_are_of_one_kind(changed: dict, message: str, tmp_path: Path, ca
         assert found["rates"] == list(args.rates) and len(found["selection"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        ("{}", "holds no results of benchmark/compare.py"),
+        ("[]", "holds no results of benchmark/compare.py"),
+        (None, "cannot be read: [Errno 21] Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("write", [True, False])
+def test_another_file_as_results(
+    write: bool, text: str | None, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    results = tmp_path
+    if text is not None:
+        results = tmp_path / "other.json"
+        results.write_text(text)
+    with pytest.raises(SystemExit):
+        compare.read_results(Args(results=results, write=write))
+    assert capsys.readouterr().err.startswith(f"error: --results {results}: {cause}")
+
+
 def finished_row(job: Job, *_: Any) -> dict:
     return job._asdict() | {"code": compare.code(job.method)}
 

@@ -246,6 +246,10 @@ def test_a_model_without_a_stop_token(tied_model: Path, capsys: pytest.CaptureFi
     assert HFEngine(args, policy, tokenizer, 200).stop_tokens == []
     line = f"{tied_model}: a response stops at --max-new-tokens 9 alone"
     assert line in capsys.readouterr().err.splitlines()
+    # An id that the tokenizer lacks, as a generation config of another tokenizer has it.
+    policy.generation_config.eos_token_id = 9999
+    assert HFEngine(args, policy, tokenizer, 200).stop_tokens == [9999]
+    assert line in capsys.readouterr().err.splitlines()
 
 
 @needs_vllm

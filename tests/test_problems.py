@@ -18,6 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from grading import Grader
 from infra.data import (
@@ -31,7 +35,7 @@ from infra.data import (
     turn_ends,
 )
 from infra.data import reference_answer as reference
-from infra.models import seed_for
+from infra.models import named_stop_tokens, seed_for
 
 ROWS = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]
 PAIRS = [(row["problem"], row["answer"]) for row in ROWS]
@@ -849,6 +853,22 @@ def test_tokens_that_end_a_turn(template, template_args, ends):
     tokenizer.chat_template = template
     found = turn_ends(SimpleNamespace(template_args=template_args), tokenizer)
     assert tokenizer.convert_ids_to_tokens(sorted(found)) == ends
+
+
+def test_text_unknown_to_the_tokenizer_ends_no_turn(capsys):
+    """Its token is special too. A text of --stop-tokens that encodes to it is rejected."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "<end>": 1, "7": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    specials = {"unk_token": "<unk>", "eos_token": "<end>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **specials)
+    tokenizer.chat_template = TURNS + " .{{ eos_token }}{% endfor %}"
+    assert turn_ends(SimpleNamespace(template_args=""), tokenizer) == {1}
+
+    args = SimpleNamespace(model="words", stop_tokens=("7", "<unk>", "<end>"))
+    assert named_stop_tokens(args, tokenizer) == [2, 0, 1]
+    args.stop_tokens = ("Question:",)
+    line = rejection(capsys, named_stop_tokens, args, tokenizer)
+    assert line == "error: --stop-tokens Question:: is no token of words"
 
 
 def test_prompts_that_hold_the_templates_tokens(load_rows, capsys):

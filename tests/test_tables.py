@@ -1,6 +1,8 @@
 """benchmark/tables.py: which results are older than the code."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import compare
 import pytest
@@ -75,3 +77,16 @@ def test_older_tables_are_measured_and_written(
         f"python benchmark/compare.py --prompts 2 {files} --refresh",
         "python benchmark/compare.py --write",
     ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({}, [], [{}], {"a": [], "b": {}, "c": [[{"d": 1}]]}),
+        {"rows": [{"λ": [1, None]}, 2], "é": "é"},
+        {"steps": {"a": [{"b": True}]}, "2": [{"c": 0.5}]},
+        {1: 2},  # a name that is no text becomes one
+    ],
+)
+def test_results_are_written_as_json(value: Any):
+    assert json.loads(shared.as_json(value)) == json.loads(json.dumps(value))
