@@ -121,6 +121,8 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
+        if args.engine == "auto":  # the run's args.json has the engine that auto stood for
+            args.engine = saved.engine
         check_resume(args, saved)
     return args
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from grading import Grader
 from grading.answers import BARE_BOX, NO_ANSWER, is_prose, last_boxed, plain_number
-from infra.cli import first_line, reject
+from infra.cli import first_line, reject, require
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
 
@@ -102,6 +102,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     references = readable_references(grader, answers, args.references)
 
     problems, discarded, unreadable = Problems(), Counter(), []
+    check_system_prompt(tokenizer, args.system_prompt, for_template)
     of_template = template_tokens(tokenizer, for_template)
     for question, answer, texts in zip(questions, answers, references, strict=True):
         chat = as_chat(question)
@@ -429,6 +430,17 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
             return tokenizer.encode(prompt, add_special_tokens=False)
         failures.append("it leaves the question out")
     raise ValueError(failures[0])
+
+
+def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) -> None:
+    """Reject --system-prompt if the chat template leaves it out, as one for the question alone."""
+    if not text:
+        return
+    chat = [{"role": "system", "content": text}, {"role": "user", "content": "What is 3+4?"}]
+    with contextlib.suppress(ValueError):  # a template that fails is rejected with the problems
+        prompt = prompt_tokens(tokenizer, chat, **arguments)
+        same = prompt == prompt_tokens(tokenizer, chat[1:], **arguments)
+        require(not same, "--system-prompt", text, "the chat template leaves it out")
 
 
 def in_parts(chat: list[Row]) -> list[Row]:

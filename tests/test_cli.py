@@ -299,6 +299,12 @@ def test_settings_are_read_back(script: str, begin: Callable):
     assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
 
 
+def test_engine_auto_again_is_the_runs_engine(begin: Callable):
+    """Otherwise the command that started the run could not resume it."""
+    folder = begin(engine="transformers")
+    assert parse_args(grpo.Args, ["--resume", folder, "--engine", "auto"]).engine == "transformers"
+
+
 @pytest.mark.parametrize(
     ("flags", "started"),
     [

@@ -912,6 +912,13 @@ def test_a_template_that_fails(prompt, capsys, template, settings, why):
     assert f"--models some-model: its chat template{why}" in line
 
 
+@pytest.mark.parametrize("template_args", [CONTENT, ANOTHER])
+def test_a_template_that_leaves_the_system_prompt_out(prompt, capsys, template_args):
+    settings = {"system_prompt": "Think.", "template_args": template_args}
+    line = rejection(capsys, prompt, TRIMMED, **settings)
+    assert line == "error: --system-prompt Think.: the chat template leaves it out"
+
+
 @pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "3", "null", "{"])
 def test_template_arguments_that_are_no_object(prompt, capsys, value):
     line = rejection(capsys, prompt, TRIMMED, template_args=value)
