@@ -21,10 +21,9 @@ from infra.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
-# The code that a training run depends on, in addition to its script. Problems and verdicts of the
-# tiny tasks do not change with infra/data.py and grading/: tests hold them.
-TRAINING = ("common.py", "infra/forward.py", "infra/lm_head.py", "infra/models.py")
-TRAINING += ("infra/vllm_engine.py",)
+# The code that a training run depends on, in addition to its script. Tests hold the engines, the
+# problems and the verdicts.
+TRAINING = ("common.py", "infra/forward.py", "infra/lm_head.py")
 
 
 def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
