@@ -107,7 +107,7 @@ def transferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     def send(client: VLLMClient, metadata: list, named_params: Iterator) -> None:
         weights = {name: weight.detach().clone() for name, weight in named_params}
         assert [name for name, *_ in metadata] == [*weights]
-        # The CPU build keeps a packed copy of a tied head, which is renewed only under its own name.
+        # The CPU build keeps a packed copy of a tied head and renews it only under its own name.
         head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
         save_file(weights | head, tmp_path / "model.safetensors")
         shutil.copy(TINY / "config.json", tmp_path)
