@@ -1,6 +1,7 @@
 # make demo    train the tiny model with GRPO and write a report      make test    run the tests
 # make check   format, lint, requirements                             make clean   remove .venv
 # make scale-test   the tests of scale/, in .venv-scale              make soak    run the slow tests
+# make tables  measure again what is older than the code (many hours)
 # make scale-server-test   those with a vLLM server, without a GPU
 # Each sets up .venv by itself; a second call installs nothing.
 
@@ -14,7 +15,7 @@ RESOLVE := .venv/bin/uv pip compile --quiet --no-config --no-annotate --no-heade
 	--only-binary :all: --python-platform x86_64-manylinux_2_31
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test soak check resolve install scale-test scale-server-test clean
+.PHONY: demo test soak tables check resolve install scale-test scale-server-test clean
 
 demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
@@ -32,6 +33,10 @@ endif
 # Fifty kills of a run, and the comparison of two methods from start to end.
 soak: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -m slow
+
+# `.venv/bin/python benchmark/tables.py --check` only lists it. An interrupted call resumes.
+tables: $(INSTALLED)
+	.venv/bin/python benchmark/tables.py
 
 check: $(INSTALLED)
 	.venv/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """The parts of a training step that all methods share, in order of execution:
 
-settings, rollouts, verification, scoring, micro-batches, loss weights, metrics, evaluation.
+settings, rollouts and verification, micro-batches and scoring, statistics and loss weights,
+metrics and evaluation.
 
 Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
 width; n rollouts of a micro-batch, P' problems of an update.
@@ -35,7 +36,6 @@ from infra.models import (
     load_tokenizer,
     precision,
     seed_for,
-    uses_dropout,
 )
 from infra.run import Run
 from infra.vllm_engine import Engine, make_engine
@@ -56,7 +56,9 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
+    references: Literal["any", "all"] = (
+        "any"  # a list of reference answers: one is right, or all together
+    )
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -67,14 +69,16 @@ class RunArgs:
     # Rollouts
     prompts_per_step: int = 16  # P: problems per step
     group_size: int = 8  # G: rollouts per problem
-    max_new_tokens: int = 1024  # T: longest response
-    temperature: float = 1.0  # of sampling and of every log-probability
+    max_new_tokens: int = 1024  # limit on a response's length
+    temperature: float = 1.0  # logits are divided by it, in sampling and in scoring
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a response, in addition to the model's own
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
     generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
     overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # stop above this mean gap in nats; 0: 1e-4 (float32 on CPU) or 0.2
+    max_logp_gap: float = 0.0  # stop if engine and trainer log-probabilities differ by more nats on
+    # average; 0: 1e-4 in float32 on a CPU, 0.2 otherwise
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -101,7 +105,7 @@ class RunArgs:
     eval_problems: int = 200  # number of held-out problems used, the first ones
     eval_samples: int = 4  # samples per problem, in addition to a greedy response
     save_every: int = 50  # steps between checkpoints; 0: only after the last step
-    keep_checkpoints: int = 2  # latest checkpoints kept, next to the best by eval/accuracy
+    keep_checkpoints: int = 2  # latest checkpoints kept, in addition to the best by eval/accuracy
     log_rollouts: int = 1  # groups per step written to rollouts.jsonl
     wandb_project: str = ""  # also log to this project of Weights & Biases
 
@@ -152,7 +156,7 @@ class Rollouts:
     texts: list[list[str]]
 
     # [P, G, T] once scored, 0 outside the mask
-    old_logp: Tensor | None = None  # log-probability under the policy that sampled
+    old_logp: Tensor | None = None  # under the policy that sampled, as the trainer computes it
     entropy: Tensor | None = None  # of that policy's distribution, in nats
     ref_logp: Tensor | None = None  # log-probability under the reference, if there is one
 
@@ -233,8 +237,9 @@ def collect(
         groups += mixed if args.dynamic_sampling else new
         if len(groups) == args.prompts_per_step:
             return groups
+    # Dynamic sampling is out of rounds. The last one asked for exactly the missing groups, and its
+    # mixed ones are in `groups` already.
     equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    # The last round asked for as many groups as were missing. Its mixed ones are in `groups`.
     return groups + equal
 
 
@@ -299,12 +304,12 @@ def micro_batches(
 
     groups = []
     for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
-        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)
+        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)  # to pad little
         groups.append([(p, g) for g in by_length])
     for batch in pack(groups, fits):
         parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
         for part in parts:
-            yield tuple(torch.tensor(sorted(part)).T)
+            yield tuple(torch.tensor(sorted(part)).T)  # pairs (p, g) as two index tensors, [n]
 
 
 def pack(pieces: list[list[Any]], fits: Callable[[list[Any]], bool]) -> list[list[Any]]:
@@ -339,8 +344,9 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     can_share = can_share_prompts(model, args)
     with autocast(args):
         states = response_states(model, prompts, index[0], tokens, mask, can_share)
+    # In training the mode stays: under checkpointing, backward() computes the dropout again.
     if not torch.is_grad_enabled():
-        model.train(was_training)  # a backward pass under checkpointing computes dropout again
+        model.train(was_training)
     return states
 
 
@@ -396,30 +402,33 @@ def score_rollouts(
 def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> bool:
     """Whether the update's forward pass cannot also score the rollouts.
 
-    It can if the policy is the one that sampled, if it has no dropout, and if every group fits into
+    It can if the policy is the one that sampled, without dropout, and if every group fits into
     a micro-batch.
     """
-    if args.updates_per_rollout > 1 or uses_dropout(policy, args):
+    if args.updates_per_rollout > 1 or args.lora_dropout:
         return True
     everything, group_size = torch.arange(len(rollouts.problems)), rollouts.mask.shape[1]
     can_share = can_share_prompts(policy, args)
     batches = micro_batches(rollouts, args.token_budget, everything, can_share)
-    return any(len(problems) % group_size for problems, _ in batches)
+    return any(len(problems) % group_size for problems, _ in batches)  # holds a part of a group
 
 
 @dataclass
 class MicroBatch:
-    """The whole groups of p problems, scored. Tensors are [p, G, T], 0 outside the mask."""
+    """The whole groups of p problems, scored. Tensors are [p, G, T], 0 outside the mask.
+
+    If a group exceeds the token budget, several micro-batches hold it. Each trains some of its
+    rollouts: `trained` and `index`.
+    """
 
     problems: Tensor  # [p] their indices
     mask: Tensor  # true on response tokens
     logp: Tensor  # log-probability under the policy; has a gradient on `trained`
-    old_logp: Tensor  # log-probability under the policy that sampled
+    old_logp: Tensor  # under the policy that sampled, as the trainer computes it
     entropy: Tensor  # of that policy's distribution, in nats
     ref_logp: Tensor | None  # log-probability under the reference, if there is one
-    engine_logp: Tensor  # as of `Rollouts`
+    engine_logp: Tensor  # under the policy that sampled, as the engine computed it
 
-    # All of a group is trained at once, unless it exceeds the token budget.
     trained: Tensor  # true on response tokens that this micro-batch trains
     index: Index  # of the n rollouts with these tokens
     hidden: Tensor  # [tokens, D] the policy's hidden states that predict them, no gradient
@@ -456,10 +465,12 @@ def scored_micro_batches(
         p = index[0].unique()
         trained = torch.zeros_like(rollouts.mask)
         trained[index] = rollouts.mask[index]
+        # Rollouts of these groups that this batch does not train keep old_logp.
+        all_logp = rollouts.old_logp.index_put(index, logp)
         yield MicroBatch(
             problems=p,
             mask=rollouts.mask[p],
-            logp=rollouts.old_logp.index_put(index, logp)[p],
+            logp=all_logp[p],
             old_logp=rollouts.old_logp[p],
             entropy=rollouts.entropy[p],
             ref_logp=rollouts.ref_logp[p] if reference else None,
@@ -473,8 +484,8 @@ def scored_micro_batches(
 def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
     """How far the engine's log-probabilities are from the trainer's, mean and maximum in nats.
 
-    Raises StopRun if the mean exceeds rounding error, because then the engine sampled from another
-    policy than the one that is trained, or if a log-probability is not finite.
+    Raises StopRun if the mean exceeds --max-logp-gap, because then the engine probably sampled from
+    other weights than those being trained, or if a log-probability is not finite.
     """
     if not rollouts.old_logp[rollouts.mask].isfinite().all():
         raise StopRun("the policy's log-probabilities are not finite")

@@ -1,17 +1,19 @@
 r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
 
-grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress. The gate
-rises with the token's entropy relative to its group. Progress is the log-ratio of policy to
-reference, signed by the outcome and standardised over the group's tokens in the same bucket. K
-buckets divide a rollout by the share of its entropy that is spent up to a token. Groups with
-equal rewards still learn from progress. Equations and their sources: docs/ep_grpo.md. There and
-below, [paper] marks what the paper states and [open] our choice where it states nothing.
+grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress.
+- Gate: the sigmoid of the z-score of the token's entropy in its group.
+- Progress: log π - log π_ref of the sampled token, negated if the rollout's advantage is negative,
+  as a z-score over the group's tokens in the same bucket. Bucket k holds the tokens at which the
+  running sum of the rollout's entropy is between k/K and (k+1)/K of its total.
+In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy.
+Equations and their sources: docs/ep_grpo.md. [paper] marks what the paper states, [open] our
+choice where it states nothing.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -28,7 +30,8 @@ import common
 from common import standardize
 
 
-# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
+# equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method. Negative numbers are rejected by RunArgs."""
@@ -41,7 +44,7 @@ class Args(common.RunArgs):
     buckets: int = 10
     """K: entropy buckets in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: if all rewards of a group are equal, they count as correct above θ (paper: 0.5)"""
+    """θ: in a group of equal rewards progress is negated if they are below θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -75,21 +78,24 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 
 
 def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: float = 1e-6) -> Tensor:
-    """sigmoid(γ × z-score of the entropy in its group): 1/2 at the group's mean. [P, G, T]."""
+    """sigmoid(γ × z-score of the entropy in its group): 1/2 at the group's mean. [P, G, T].
+
+    The z-score divides by the population standard deviation (correction=0).
+    """
     return torch.sigmoid(gamma * standardize(entropy, mask, eps, correction=0))  # Eq. 16-18 [paper]
 
 
 def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     """Each token's bucket, 0 ... buckets - 1: [P, G, T].
 
-    The bucket is floor(buckets x share). The share is the part of the rollout's entropy spent up to
-    and including the token; share 1 is in the last bucket. With 3 buckets, the entropies [3, 1, 2]
-    have the shares [1/2, 2/3, 1] and are in the buckets [1, 2, 2].
+    The bucket is floor(buckets x τ), where τ is the rollout's entropy up to and including the
+    token, divided by its total; τ = 1 is in the last bucket. With 3 buckets, the entropies
+    [3, 1, 2] have τ = [1/2, 2/3, 1] and are in the buckets [1, 2, 2].
     """
-    spent = torch.where(mask, entropy, 0.0).cumsum(-1)
-    total = spent[..., -1:].clamp(min=torch.finfo(spent.dtype).tiny)  # all entropies may be 0
-    position = buckets * spent / total  # buckets x share  # Eq. 23 [paper]
-    # Share 1 is in the last bucket. Rounding can make an entropy slightly negative.
+    running = torch.where(mask, entropy, 0.0).cumsum(-1)
+    total = running[..., -1:].clamp(min=torch.finfo(running.dtype).tiny)  # all entropies may be 0
+    position = buckets * running / total  # K τ  # Eq. 23 [paper]
+    # Upper bound: τ = 1. Lower bound: rounding can make an entropy slightly negative.
     return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
 
 
@@ -112,7 +118,8 @@ def ep_grpo_advantages(
     rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
     ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ. It cancels
     in the standardisation, up to eps, so it is not a setting here.
-    Progress has mean 0 in each bucket of a group. It is 0 for a token alone in its bucket [open].
+    Progress has mean 0 in each bucket of a group. It is 0 in a bucket with one token or with equal
+    signals [open].
     """
     outcome = grpo_advantages(rewards, eps=eps)  # [P, G]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]
@@ -138,7 +145,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    All [..., T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
     there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
@@ -200,10 +207,10 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # In the update, because they need its log-probabilities and entropies.
+        # Computed in the update: before it, log-probabilities and entropies may not exist.
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -218,21 +225,20 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    group_rewards = rewards[batch.problems]
-                    advantage = ep_grpo_advantages(
-                        group_rewards,
+                    signals = (
+                        rewards[batch.problems],
                         batch.entropy,
                         batch.old_logp,
                         batch.ref_logp,
                         batch.mask,
-                        gamma=args.gamma,
-                        eta=args.eta,
-                        buckets=args.buckets,
-                        reward_threshold=args.reward_threshold,
                     )
-                    # The two terms of the advantage, for the log: gate x outcome, eta x progress.
-                    gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
-                    outcome = gate * grpo_advantages(group_rewards)[..., None]
+                    settings = {
+                        "gamma": args.gamma,
+                        "buckets": args.buckets,
+                        "reward_threshold": args.reward_threshold,
+                    }
+                    advantage = ep_grpo_advantages(*signals, eta=args.eta, **settings)
+                    outcome = ep_grpo_advantages(*signals, eta=0.0, **settings)  # for the log
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)
                     loss, clipped = clipped_loss(
                         batch.logp, batch.old_logp, advantage, args.clip_low, args.clip_high
@@ -245,7 +251,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # before the weights change
+                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -259,7 +265,7 @@ def main(args: Args) -> None:
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
         log_ratio = rollouts.old_logp - rollouts.ref_logp
-        flipped = per_token["advantage"] * per_token["outcome"] < 0
+        flipped = per_token["advantage"] * per_token["outcome"] < 0  # progress reversed the sign
         metrics |= {
             "kl_to_reference": kl_estimate(rollouts.old_logp, rollouts.ref_logp)[mask].mean(),
             "credit/outcome": per_token["outcome"][mask].abs().mean(),

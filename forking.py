@@ -9,7 +9,7 @@ below, [paper] marks what the paper states, [code] its authors' code, [open] our
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
 The paper adds this to DAPO: --dynamic-sampling and --overlong-buffer are off by default.
-Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -26,7 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
+# equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method. Negative numbers are rejected by RunArgs."""
@@ -89,7 +90,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    All [..., T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
     there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
@@ -155,7 +156,7 @@ def main(args: Args) -> None:
         kept = torch.zeros_like(mask)
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -186,7 +187,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # before the weights change
+                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -9,7 +9,7 @@ with p < 0 those that became less likely. The advantage is GRPO's. Page: docs/ho
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \boxed{}.'
 
 GSPO: --schedule constant --p-start 0; GMPO: --clip-level token as well.
-Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out of grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
 """
 
@@ -26,7 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
+# equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method. Negative numbers are rejected by RunArgs."""
@@ -175,7 +176,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    All [..., T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
     there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
@@ -244,7 +245,7 @@ def main(args: Args) -> None:
         rhos, entropies = [], []
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -277,7 +278,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # before the weights change
+                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -1,8 +1,8 @@
 r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236).
 
-grpo.py, except that the most surprising tenth of the tokens with a positive advantage counts more
-(variant O1), and with --attenuate 0.9 that of the tokens with a negative one less (C2), over the
-whole step and only while its mean entropy is below a target. Page: docs/stare.md.
+grpo.py, except that in a step whose mean entropy is below a target, the most surprising tenth of
+the tokens with a positive advantage counts more (variant O1). With --attenuate 0.9 the most
+surprising tenth with a negative advantage also counts less (C2). Page: docs/stare.md.
 
     python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -10,7 +10,7 @@ whole step and only while its mean entropy is below a target. Page: docs/stare.m
 
 The loss is averaged over all tokens and has no KL term. DeepSeekMath's own form, DAPO (arXiv
 2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
-Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -27,14 +27,15 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
+# equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method. Negative numbers are rejected by RunArgs."""
 
     # <method>
     top: float = 0.1
-    """P: share of the tokens of each sign that counts as surprising"""
+    """share of the tokens of each sign that counts as surprising (the paper's P)"""
     amplify: float = 1.1
     """W: weight of surprising tokens with a positive advantage (14B and 32B: 1.05)"""
     attenuate: float = 1.0
@@ -79,9 +80,9 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 
 
 def most_surprising(logp: Tensor, tokens: Tensor, top: float) -> Tensor:
-    """Those of some tokens whose surprisal, -logp, is at least the k-th largest; ties are in.
+    """Mask of the tokens whose surprisal, -logp, is at least the k-th largest among `tokens`.
 
-    logp, tokens: [P, G, T]; k is the share `top` of the tokens, rounded up. Returns a mask.
+    logp, tokens: [P, G, T]; k is the share `top` of the tokens, rounded up. Ties are included.
     """
     count = int(tokens.sum())
     if count == 0:
@@ -117,7 +118,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    All [..., T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
     there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
@@ -194,7 +195,7 @@ def main(args: Args) -> None:
         advantages = advantages * token_weight  # Eq. 5 [code]
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -222,7 +223,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # before the weights change
+                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

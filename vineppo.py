@@ -8,7 +8,7 @@ reward is the value there. No value network is trained; the price is tokens. Pag
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-Shapes: P problems, G rollouts of each (the group), T response tokens; n rollouts in a micro-batch.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 import common
 
 
-# Below the imports, scripts differ only in the regions between the marks <method> and </method>.
+# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
+# equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method. Negative numbers are rejected by RunArgs."""
@@ -184,7 +185,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (DeepSeekMath Eq. 3; asymmetric clip: DAPO Eq. 8).
 
-    All [n, T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
+    All [..., T]; only logp has a gradient. Returns each token's loss, and where the clip is active:
     there the minimum is the clipped term, which has no gradient.
     """
     ratio = (logp - old_logp).exp()  # w = π / π_old
@@ -253,7 +254,7 @@ def main(args: Args) -> None:
         value = values.gather(-1, steps)  # before each token's step
         # </method>
 
-        # 4. Update on one share of the problems at a time, in micro-batches of whole groups.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -283,7 +284,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # before the weights change
+                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

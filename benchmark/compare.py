@@ -13,6 +13,7 @@ describes the rules and names the command of each table.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import queue
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +32,7 @@ import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 from docs import figures
-from infra.cli import reject
+from infra.cli import first_line, reject
 from infra.run import read_lines
 
 METHODS = {
@@ -71,21 +72,28 @@ DEFAULT_METHODS = ",".join(name for name in METHODS if name != "VinePPO by token
 RATE_OF = {  # variants that use the learning rate of another method
     "EP-GRPO gate alone": "EP-GRPO",
     "EP-GRPO progress alone": "EP-GRPO",
+    "GTPO by batch": "GTPO",
     "VinePPO by token": "VinePPO",
     "STARE C2": "STARE",
 }
 
 
-class Task(NamedTuple):
+@dataclass
+class Task:
     model: str  # folder of the model, with train.jsonl and test.jsonl
     max_new_tokens: int
-    flags: dict[str, str]  # additional flags of a method
-    second_rate: dict[str, str]  # measured in addition to the selected rate, if both were close
+    flags: str = ""  # additional flags of all methods
+    method_flags: dict[str, str] = field(default_factory=dict)  # additional flags of a method
+    # Rates measured in addition to the selected rate, because both were close
+    second_rate: dict[str, str] = field(default_factory=dict)
+    validation: int = 256  # the last rows of train.jsonl; no run trains on them
 
 
 TASKS = {
-    "sums": Task("tiny", 64, {}, {"EP-GRPO": "4e-4"}),
-    "needle": Task("tiny/needle", 80, {"VinePPO": "--continuations 3"}, {}),
+    "sums": Task("tiny", 64, second_rate={"EP-GRPO": "4e-4"}),
+    "needle": Task("tiny/needle", 80, method_flags={"VinePPO": "--continuations 3"}),
+    # benchmark/real.py --make writes the folder
+    "real": Task("runs/real/model", 24, flags="--precision bfloat16", validation=96),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
@@ -93,7 +101,6 @@ RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
 SAMPLES = 8  # sampled answers to each of the 256 problems of an evaluation
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
-VALIDATION = 256  # the last rows of train.jsonl; no run trains on them
 SELECTION_SEED = 101  # of the runs that select the learning rate
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -104,7 +111,7 @@ for core in sorted(os.sched_getaffinity(0)):
 
 @dataclass
 class Args:
-    task: Literal["sums", "needle"] = "sums"  # the task in tiny/, or the task in tiny/needle
+    task: Literal["sums", "needle", "real"] = "sums"  # in tiny/, tiny/needle, or of docs/real.md
     seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)
     rates: tuple[str, ...] = RATES  # learning rates to select from; a single one is not selected
     steps: int = 40  # training steps; DAPO's runs are cut earlier, see docs/compare.md
@@ -113,15 +120,17 @@ class Args:
     jobs: int = 2  # parallel runs, each on its own core; at most the number of available cores
     results: Path = RESULTS / "compare.json"  # file of the results
     runs: Path = ROOT / "runs" / "compare"  # folder of the runs
+    refresh: bool = False  # also train the runs whose code has changed since
     write: bool = False  # only write the tables and figures from the results
 
     @property
     def settings(self) -> str:
         """Flags that all methods share."""
-        flags = f"--max-new-tokens {TASKS[self.task].max_new_tokens} --log-rollouts 0"
+        task = TASKS[self.task]
+        flags = f"--max-new-tokens {task.max_new_tokens} --log-rollouts 0 {task.flags}".strip()
         if self.task == "sums":  # its model is the default
             return flags
-        return f"--model {TASKS[self.task].model} {flags}"
+        return f"--model {task.model} {flags}"
 
 
 class Job(NamedTuple):
@@ -137,9 +146,20 @@ class Job(NamedTuple):
         return f"{name}-{self.lr}-{self.seed}"
 
 
+@functools.cache
+def code(method: str) -> str:
+    """Digest of the code that a method's runs depend on."""
+    script = METHODS[method].split()[0]
+    return shared.code_digest(script, *shared.TRAINING)
+
+
+def run_folder(job: Job, args: Args) -> Path:
+    return args.runs / code(job.method) / job.folder
+
+
 def training_command(job: Job, args: Args) -> list[str]:
     script, *flags = shlex.split(METHODS[job.method])
-    flags += shlex.split(TASKS[args.task].flags.get(job.method, ""))
+    flags += shlex.split(TASKS[args.task].method_flags.get(job.method, ""))
     flags += args.settings.split()
     flags += (NO_CURVE if job.seed == SELECTION_SEED else CURVE).split()
     if "--dynamic-sampling" in flags:
@@ -151,7 +171,7 @@ def training_command(job: Job, args: Args) -> list[str]:
     flags += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     flags += ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts)]
     flags += ["--lr", job.lr, "--seed", str(job.seed)]
-    return shared.run_command(script, flags, args.runs / job.folder)
+    return shared.run_command(script, flags, run_folder(job, args))
 
 
 def run_on_free_core(command: list[str]) -> str:
@@ -176,7 +196,7 @@ def run_on_free_core(command: list[str]) -> str:
 
 def train(job: Job, args: Args) -> str:
     """Train one run, unless it is complete. Returns the reason if the run stopped itself."""
-    folder = args.runs / job.folder
+    folder = run_folder(job, args)
     if (folder / "args.json").exists() and read_json(folder / "args.json")["steps"] != args.steps:
         reject("--steps", args.steps, f"{folder} is a run of another length")
     stopped = ""
@@ -210,24 +230,25 @@ def cut(folder: Path, args: Args) -> Cut:
     return Cut(folder / "checkpoints" / f"step-{last:06d}", last, sampled)
 
 
-def evaluate(models: list[str], problems: Path, args: Args) -> dict[str, dict[str, float]]:
+def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[str, float]]:
     """Accuracy, pass@8 and length of each model. tools/evaluate.py keeps finished evaluations."""
     output = args.runs / f"{problems.stem}-results.json"
     command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(SAMPLES)]
     command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
     command += ["--folder", str(args.runs / "evaluations"), "--output", str(output)]
-    run_on_free_core([*command, "--models", *models])
+    run_on_free_core([*command, "--models", *map(str, models)])
     columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
     evaluated = {}
     for row in read_json(output)["results"]:
         metrics = row["metrics"]
-        evaluated[row["model"]] = {name: metrics[key]["value"] for name, key in columns.items()}
+        values = {name: metrics[key]["value"] for name, key in columns.items()}
+        evaluated[ROOT / row["model"]] = values
     return evaluated
 
 
 def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> dict[str, Any]:
     """The entry of a run in the results file."""
-    metrics = read_lines(args.runs / job.folder / "metrics.jsonl")[: part.step + 1]
+    metrics = read_lines(run_folder(job, args) / "metrics.jsonl")[: part.step + 1]
     steps = metrics[1:]  # the first line is the evaluation before training
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
     tokens = part.sampled[part.step] * mean(steps, "length") + continuation_tokens
@@ -240,7 +261,8 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
     found |= {name: round(value, 4) for name, value in evaluated.items()}
     entropy = round(mean(steps[-10:], "entropy"), 4)
-    return found | {"entropy": entropy, "tokens": round(tokens), "curve": curve}
+    found |= {"entropy": entropy, "tokens": round(tokens), "curve": curve}
+    return found | {"code": code(job.method)}
 
 
 def select(rows: list[dict], **values: Any) -> list[dict]:
@@ -380,23 +402,29 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
     name: "selection" or "rows", the list of the results that the runs belong to.
     """
-    finished = {(row["method"], row["lr"], row["seed"]) for row in results[name]}
+    finished = set()
+    for row in results[name]:
+        if not args.refresh or row.get("code") == code(row["method"]):
+            finished.add(Job(row["method"], row["lr"], row["seed"]))
     jobs = [job for job in jobs if job not in finished]
     with ThreadPoolExecutor(args.jobs) as pool:
         reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
-    parts = {job: cut(args.runs / job.folder, args) for job in jobs if not reasons[job]}
-    models, start = [str(part.weights) for part in parts.values()], TASKS[args.task].model
+    parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
+    models, start = [ROOT / part.weights for part in parts.values()], ROOT / TASKS[args.task].model
     if name == "rows" and "start" not in results:
         models.append(start)
     evaluated = evaluate(models, problems, args) if models else {}
     if start in evaluated:
         results["start"] = evaluated[start]
+    rows = results[name]
+    results[name] = [row for row in rows if (row["method"], row["lr"], row["seed"]) not in reasons]
     for job, reason in reasons.items():
         if not reason:
             part = parts[job]
-            results[name].append(result_row(job, part, evaluated[str(part.weights)], args))
+            results[name].append(result_row(job, part, evaluated[ROOT / part.weights], args))
         elif name == "selection":
-            results[name].append(job._asdict() | {"accuracy": 0.0, "stopped": reason})
+            stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
+            results[name].append(job._asdict() | stopped)
     order = list(METHODS)
     results[name].sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
     write_json(args.results, results)
@@ -413,7 +441,12 @@ def read_results(args: Args) -> dict:
     fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
         return fixed | {"selection": [], "rows": []}
-    results = read_json(args.results)
+    try:
+        results = read_json(args.results)
+    except (OSError, ValueError) as error:
+        reject("--results", args.results, f"cannot be read: {first_line(error)}")
+    if "rows" not in results:
+        reject("--results", args.results, "holds no results of benchmark/compare.py")
     if args.write:
         return results
     if set(results["rates"]) < set(args.rates):
@@ -429,17 +462,20 @@ def check(args: Args) -> list[str]:
     shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
     if args.seeds > len(T_QUANTILE) + 1:
         reject("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
+    if not args.write and not (ROOT / TASKS[args.task].model / "train.jsonl").exists():
+        reject("--task", args.task, "needs its model: python benchmark/real.py --make")
     return shared.parse_names("--only", args.only, METHODS)
 
 
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Select a learning rate for each method, then measure the method at that rate."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
-    data = ROOT / TASKS[args.task].model
+    task = TASKS[args.task]
+    data = ROOT / task.model
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    shared.write_text(args.runs / "train.jsonl", "".join(lines[:-VALIDATION]))
+    shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     validation = args.runs / "validation.jsonl"
-    shared.write_text(validation, "".join(lines[-VALIDATION:]))
+    shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
     # Several commands, each for some of the methods, fill the default file.
@@ -454,7 +490,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
         jobs = []
         for method in methods:
             rate = selected_rate(results, method)
-            second_rate = TASKS[args.task].second_rate.get(method, rate)
+            second_rate = task.second_rate.get(method, rate)
             for lr in dict.fromkeys([rate, second_rate]):  # they may be equal
                 jobs.append(Job(method, lr, seed))
         run_phase("rows", jobs, data / "test.jsonl", results, args)

@@ -375,6 +375,25 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
     return summaries
 
 
+def code() -> str:
+    """Digest of the code that the results depend on."""
+    modules = (
+        arca,
+        ep_grpo,
+        erpo,
+        fipo,
+        forking,
+        grpo,
+        gtpo,
+        holderpo,
+        lambda_grpo,
+        stare,
+        vineppo,
+    )
+    scripts = [f"{module.__name__}.py" for module in modules]
+    return shared.code_digest(*scripts, "benchmark/truth.py", *shared.TRAINING)
+
+
 def main(args: Args) -> None:
     if args.write:
         results = read_json(args.results)
@@ -385,7 +404,7 @@ def main(args: Args) -> None:
     names = shared.parse_names("--policies", args.policies, POLICIES)
     summaries = measure_policies(args, names)
     command = shlex.join(["python", "benchmark/credit.py", *sys.argv[1:]])
-    results = {"command": command, **shared.environment(), "policies": summaries}
+    results = {"command": command, **shared.environment(), "code": code(), "policies": summaries}
     write_json(args.results, results)
     print(tables(results))
 

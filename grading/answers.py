@@ -3,12 +3,11 @@ r"""Find the answer in a response or in a reference: in boxes, after `####`, on 
 README.md lists the rules with examples.
 """
 
-import json
 import re
-from contextlib import suppress
 from fractions import Fraction
 
-MAX_REFERENCE = 4096  # characters; a longer reference answer is not read
+from grading.notation import rewrite
+
 FORMATS = ("boxed", "line", "auto")
 
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
@@ -26,19 +25,16 @@ BETWEEN = re.compile(
 LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
 ANSWER_LINE = re.compile(rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$")
 
-NO_ANSWERS = {
-    "",
-    r"\boxed{}",
-    "proof",
-    "notfound",
-    "not found",
-    "none",
-    "nan",
-    "null",
-    "n/a",
-    "unknown",
+# Nothing; proof, not found, None, nan; {'value': 52}; more than 4096 characters
+NO_ANSWER = re.compile(
+    r"(?i)[\s.]*(?:(?:\\boxed\{\}|proof|not ?found|none|nan|null|n/a|unknown)?[\s.]*$"
+    r"|\{\s*['\"]|(?s:.{4097}))"
+)
+JSON_LIST = {  # ["\\\\frac{1}{2}"] is \frac{1}{2}, ["1", "2"] is [1, 2]
+    r"\\\\": r"\\",
+    r'^\["([^"]*)"\]$': r"\1",
+    r'^(\[)"|"(,) *"|"(\])$': r"\1\2 \3",
 }
-DICTIONARY = r"\{\s*['\"]"  # {'value': 52}
 WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"  # "So" in "So Tom has 5 apples"
 # Begins with a word, perhaps numbered: (a) Find. Or has a second sentence: $x$ is 5. Then
 PROSE_START = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
@@ -51,7 +47,15 @@ POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{[-+]?\d{1
 GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}(?: \d{3})+"
 DECIMAL = rf"(?:{GROUPS}|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,2}}(?!\d))?|\.\d+"
 NUMBER = rf"[-+]?(?:{FRACTION}|{POWER}|{DECIMAL})"
-PLAIN_NUMBER = re.compile(rf"\s*({NUMBER})\s*", re.ASCII)
+PLAIN_NUMBER = re.compile(rf"\s*{NUMBER}\s*", re.ASCII)
+AS_FRACTION = {  # to what Python reads
+    r"[,'\s+]": "",
+    r"\\[dt]?frac\{(.*)\}\{(.*)\}": r"\1/\2",
+    r"(.*)/-": r"-\1/",
+    "--": "",
+    r"(?:\\times|\\cdot|\*)?10\^\{?(-?\d+)\}?": r"e\1",
+    "^(-?)e": r"\g<1>1e",
+}
 
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
@@ -60,17 +64,14 @@ def boxes(text: str) -> list[tuple[int, int, int]]:
     A box that is never closed (a truncated response) is ignored. The braces are read once, without
     recursion.
     """
-    open_groups = []  # where each box and its content begin, None for other groups
-    found = []
+    open_groups, found = [], []
     for token in BRACES.finditer(text):
-        if token["box"]:
-            open_groups.append(token.span())
-        elif token["open"]:
-            open_groups.append(None)
+        if token["box"] or token["open"]:
+            open_groups.append(token)
         elif token["close"] and open_groups:
-            box = open_groups.pop()
-            if box:
-                found.append((*box, token.start()))
+            opening = open_groups.pop()
+            if opening["box"]:
+                found.append((*opening.span(), token.start()))
     return sorted(found)
 
 
@@ -80,43 +81,29 @@ def last_boxed(text: str) -> str | None:
     Boxes with only separators between them make one statement: `1, 2` for `\boxed{1}` and
     `\boxed{2}`. An empty box is passed over. Of nested boxes the inner one counts.
     """
-    contents = []
-    statement_begins = len(text)
+    contents, statement_begins = [], len(text)
     for begin, start, end in reversed(boxes(text)):
-        content = text[start:end]
-        if not content.strip():
+        if not text[start:end].strip():
             continue
-        joined = end < statement_begins and BETWEEN.fullmatch(text, end + 1, statement_begins)
-        if contents and not joined:
+        if contents and not BETWEEN.fullmatch(text, end + 1, statement_begins):
             break
-        contents.append(content)
+        contents.append(text[start:end])
         statement_begins = begin
     return ", ".join(reversed(contents)) or None
 
 
 def answer_line(text: str) -> str | None:
     """Return what the last answer line of a response states: `Answer: 42` or `#### 42`."""
-    lines = ANSWER_LINE.findall(text)
-    if not lines:
-        return None
-    return last_boxed(lines[-1]) or lines[-1].strip("* ")
+    *_, line = ["", *ANSWER_LINE.findall(text)]
+    return last_boxed(line) or line.strip("* ") or None
 
 
 def find_answer(response: str, answer_format: str) -> str | None:
     """Return the answer of a response. "auto" reads the answer line where there is no box."""
-    answer = None
-    if answer_format != "line":
-        answer = last_boxed(response)
-    if answer is None and answer_format != "boxed":
-        answer = answer_line(response)
-    return answer
-
-
-def asked_format(prompt: str) -> str:
-    """The format that a prompt asks for: "boxed", "line", or "" if it names none."""
-    if re.search(r"\\?boxed", prompt):
-        return "boxed"
-    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
+    boxed = last_boxed(response)
+    if answer_format == "boxed" or (boxed and answer_format == "auto"):
+        return boxed
+    return answer_line(response)
 
 
 def reference_text(reference: str) -> str:
@@ -125,32 +112,12 @@ def reference_text(reference: str) -> str:
     The answer is what follows `####`, else what is boxed last, else what it states last, else the
     whole text.
     """
-    text = reference
-    if "####" in text:
-        text = text.rpartition("####")[2].strip().partition("\n")[0]
-    else:
-        bare = BARE_BOX.findall(text)
-        text = last_boxed(text) or (bare and bare[-1]) or answer_line(text) or text
-    text = in_list(text.strip())
-    if text.strip(" .").casefold() in NO_ANSWERS or re.match(DICTIONARY, text):
-        return ""
-    return text if len(text) <= MAX_REFERENCE else ""
-
-
-def in_list(text: str) -> str:
-    """Return the only text in a JSON list of one, `["1/2"]`, or the texts in brackets."""
+    text = BARE_BOX.sub(r"\\boxed{\1}", reference).strip()
+    boxed = "####" not in text and last_boxed(text)
+    text = boxed or answer_line(text) or text
     if text.startswith('["'):
-        with suppress(ValueError, TypeError):
-            texts = json.loads(text)
-            return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-    return text
-
-
-def in_box(text: str) -> str:
-    """Put an answer into a box, unless it has one."""
-    if "\\boxed" in text:
-        return text
-    return f"\\boxed{{{text}}}"
+        text = rewrite(text, JSON_LIST)
+    return "" if NO_ANSWER.match(text) else text
 
 
 def is_prose(text: str) -> bool:
@@ -161,10 +128,8 @@ def is_prose(text: str) -> bool:
     """
     if "\\boxed" in text:
         return False
-    if re.match(PROOF, text):
-        return True
     words = re.findall(WORD_BEFORE_WORD, text)
-    return len(words) > 3 and bool(re.match(PROSE_START, text))
+    return bool(re.match(PROOF, text) or (len(words) > 3 and re.match(PROSE_START, text)))
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -173,24 +138,9 @@ def plain_number(text: str) -> Fraction | None:
     A sign, thousands separators and surrounding spaces are allowed. The result is
     None for any other text and for texts of more than 40 characters.
     """
-    match = PLAIN_NUMBER.fullmatch(text)
-    if match is None or len(text) > 40:
-        return None
-    number = re.sub("[,' ]", "", match[1])
-    sign = 1
-    if number.startswith(("-\\", "+\\")):  # -\frac{3}{4}
-        sign = int(number[0] + "1")
-        number = number[1:]
-    if "frac" in number or "/" in number:
-        above, below = re.findall(r"[-+]?\d+", number)
-        return sign * Fraction(int(above), int(below))
-    if "10^" in number:
-        factor, _, exponent = number.partition("10^")
-        factor = re.sub(r"\\times|\\cdot|\*", "", factor)
-        if factor in ("", "-", "+"):
-            factor += "1"
-        return Fraction(factor) * Fraction(10) ** int(exponent.strip("{}"))
-    return Fraction(number)
+    if len(text) <= 40 and PLAIN_NUMBER.fullmatch(text):
+        return Fraction(rewrite(text, AS_FRACTION))
+    return None
 
 
 def too_large(text: str, digits: int) -> bool:
@@ -200,6 +150,5 @@ def too_large(text: str, digits: int) -> bool:
     """
     many = rf"\d{{{digits + 1}}}"
     tower = r"\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
-    if re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text):
-        return True
-    return bool(re.search(r"!|\\binom|[Cc]_", text) and re.search(many, text))
+    factorial = rf"(?s)(?=.*(?:!|\\binom|[Cc]_)).*{many}"
+    return bool(re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text) or re.match(factorial, text))

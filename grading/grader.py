@@ -19,25 +19,22 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
-from grading import answers
+from grading.answers import FORMATS, find_answer, is_prose, reference_text, too_large
 from grading.kinds import leaves, read
 from grading.rules import Judge, NeedsWorker
 
 MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
 START_SECONDS = 120.0  # for a worker's imports on a busy machine
-FOLDER = Path(__file__).resolve().parent
+READ_SECONDS = 60.0  # for a reference, so that it can be read on slow machines too
+WORKER = Path(__file__).resolve().with_name("worker.py")
 # gmpy2 computes in C, where only a kill stops it. The hash seed fixes the order sympy works in.
 ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
 
 
-class Request(NamedTuple):
-    """Asks a worker if an answer is right or, without an answer, if the reference is readable."""
-
-    reference: str
-    answer: str | None = None
-    strict: bool = False
+# Asks a worker if an answer is right or, without an answer, if the reference is readable:
+# (reference, answer, strict)
+Request = tuple[str, str | None, bool]
 
 
 class Worker:
@@ -48,7 +45,7 @@ class Worker:
     """
 
     def __init__(self, deadline: float, memory_mb: int) -> None:
-        command = [sys.executable, "-P", str(FOLDER / "worker.py"), str(deadline), str(memory_mb)]
+        command = [sys.executable, "-P", str(WORKER), str(deadline), str(memory_mb)]
         with tempfile.TemporaryFile() as log:  # a pipe that nobody reads could fill up
             self.process = subprocess.Popen(
                 command,
@@ -70,9 +67,7 @@ class Worker:
     def reply(self, seconds: float) -> bytes:
         """Return the next byte, or b"" if the process has died or the time is up."""
         pipe = self.process.stdout
-        if not wait([pipe], seconds):
-            return b""
-        return pipe.read(1)
+        return pipe.read(1) if wait([pipe], seconds) else b""
 
     def end(self) -> None:
         with self.process:  # closes its pipes and waits
@@ -94,8 +89,8 @@ class Grader(AbstractContextManager):
         self._idle = []
         if self.deadline <= 0:
             raise ValueError(f"deadline={self.deadline} must be above 0")
-        if self.answer_format not in answers.FORMATS:
-            raise ValueError(f"answer_format={self.answer_format} is none of {answers.FORMATS}")
+        if self.answer_format not in FORMATS:
+            raise ValueError(f"answer_format={self.answer_format} is none of {FORMATS}")
 
     def grade(self, responses: list[str], references: list[str]) -> list[bool]:
         """Whether each response has the answer of its reference. Equal pairs are graded once.
@@ -104,17 +99,14 @@ class Grader(AbstractContextManager):
             RuntimeError: a worker cannot start.
         """
         pairs = zip(responses, references, strict=True)
-        found = [self._quick_verdict(response, reference) for response, reference in pairs]
-        verdicts = self._ask_all(found)
-        return [bool(verdicts.get(item, item)) for item in found]
+        return self._ask_all([self._quick_verdict(*pair) for pair in pairs])
 
     def readable(self, references: list[str]) -> list[bool]:
         """Whether each reference is an answer. Uses workers of its own, on all processors."""
         found = [self._quick_readable(reference) for reference in references]
-        unknown = len(set(found) - {True, False})
-        with replace(self, workers=min(os.cpu_count() or 1, 1 + unknown // 50)) as reader:
-            verdicts = reader._ask_all(found)
-        return [bool(verdicts.get(item, item)) for item in found]
+        workers = min(os.cpu_count() or 1, 1 + len({*found}) // 50)
+        with replace(self, workers=workers, deadline=READ_SECONDS) as reader:
+            return reader._ask_all(found)
 
     def close(self) -> None:
         """End all workers. A later call starts new ones."""
@@ -126,37 +118,38 @@ class Grader(AbstractContextManager):
 
     def _quick_verdict(self, response: str, reference: str) -> Request | bool:
         """The verdict if no worker is needed, else the request for it."""
-        text = answers.find_answer(response, self.answer_format)
-        reference = answers.reference_text(reference)
+        text = find_answer(response, self.answer_format)
+        reference = reference_text(reference)
         if text is None or len(text) > MAX_ANSWER or not reference:
             return False
 
         expected, found = read(reference), read(text)
-        if expected is None or found is None:
+        if not expected or not found:
             return False
         try:
             return Judge(strict=self.strict).equal(expected, found)
         except NeedsWorker:
-            if any(answers.too_large(kind.text, self.digits) for kind in (expected, found)):
+            if any(too_large(kind.text, self.digits) for kind in (expected, found)):
                 return False
-            return Request(reference, text, self.strict)
+            return (reference, text, self.strict)
 
     def _quick_readable(self, reference: str) -> Request | bool:
         """Whether a reference is an answer if no worker is needed, else the request for it."""
-        text = answers.reference_text(reference)
+        text = reference_text(reference)
         kind = read(text)
-        if not text or kind is None or answers.is_prose(text):
+        if not text or not kind or is_prose(text) or too_large(text, self.digits):
             return False
-        return Request(text) if leaves(kind) else True
+        return (text, None, False) if leaves(kind) else True
 
-    def _ask_all(self, found: list[Request | bool]) -> dict[Request, bool | None]:
-        """The workers' verdicts on the requests among `found`."""
-        requests = {item: None for item in found if isinstance(item, Request)}
+    def _ask_all(self, found: list[Request | bool]) -> list[bool]:
+        """The verdicts, those of workers for requests. Equal requests are asked once."""
+        requests = dict.fromkeys(item for item in found if isinstance(item, tuple))
         with ThreadPoolExecutor(self.workers) as threads:
-            return dict(zip(requests, threads.map(self._ask, requests), strict=True))
+            verdicts = dict(zip(requests, threads.map(self._ask, requests), strict=True))
+        return [verdicts.get(item, item) for item in found]
 
-    def _ask(self, request: Request) -> bool | None:
-        """A worker's verdict; None if it exceeded the deadline or died.
+    def _ask(self, request: Request) -> bool:
+        """A worker's verdict; False if it exceeded the deadline or died.
 
         Runs in several threads. Each takes a worker of its own from the idle ones.
         """
@@ -166,8 +159,7 @@ class Grader(AbstractContextManager):
             worker = Worker(self.deadline, self.memory_mb)
 
         try:
-            line = json.dumps(request) + "\n"
-            worker.process.stdin.write(line.encode())
+            worker.process.stdin.write(json.dumps(request).encode() + b"\n")
         except BrokenPipeError:  # it died while it was idle, so this answer gets another worker
             worker.end()
             return self._ask(request)
@@ -175,6 +167,6 @@ class Grader(AbstractContextManager):
         reply = worker.reply(self.deadline)
         if reply in (b"0", b"1"):
             self._idle.append(worker)
-            return reply == b"1"
-        worker.end()
-        return None
+        else:
+            worker.end()
+        return reply == b"1"

@@ -1,26 +1,30 @@
 r"""The kinds of answers, and how a text is read as one of them.
 
 Each docstring has examples: A `reference` is `right`, `right`, not `wrong`. They are tests.
-`KINDS` is the order in which the kinds are tried. rules.py holds which kinds may be equal.
+The kinds are tried in the order in which they stand here. A kind's `pattern` must match the whole
+text; the groups are the arguments of `read`, which returns None if the text is of another kind.
+rules.py holds which kinds may be equal.
 """
 
 import functools
+import itertools
 import math
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from grading.answers import NUMBER, plain_number
-from grading.notation import rewrite, tidy
+from grading.notation import compiled, rewrite, tidy
 from grading.units import Unit, read_unit
 
 MAX_DEPTH = 24  # of brackets; a deeper text is not read
-BRACKETS = r"(?P<open>\\\{|\\langle|\\begin|[({\[])|(?P<close>\\\}|\\rangle|\\end|[)}\]])"
+BRACKETS = r"(?P<open>\\\{|\\begin|[({\[])|(?P<close>\\\}|\\end|[)}\]])"
 COMMA = r"[,;]|\\\\"
 LIST = rf"(?:{COMMA}) *(?:and|or)\b|{COMMA}|\b(?:and|or)\b"
-BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-MIXED = r"(?<![\w.^}/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}(?![\d/.^])"  # 3\frac{1}{2}
+BASES = "zero one two three four five six seven eight nine ten"
+MIXED = r"(?<![\w.^}/])(\d+) ?\\frac\{(\d+)\}\{(\d*[1-9]\d*)\}(?![\d/.^])"  # 3\frac{1}{2}
 ENVIRONMENT = r"\\(?:begin|end)\{(?:cases|aligned|align\*?|array|gathered)\}|&"
 
 LETTER = r"(?:[A-Za-z]|\\(?:(?:var)?[a-z]?eta|alpha|gamma|delta|lambda|mu|omega|phi|rho|sigma|tau))"
@@ -32,36 +36,67 @@ NAME = re.compile(
     r"|[a-z]\^\{-1\}\(\w\)|\\frac\{d\w?\}\{d\w\}|\\frac\{[A-Z]+\}\{[A-Z]+\}|\(\w(?:, ?\w)+\)"
     r"|[A-Z](?:_\{\w+\}|\w)* ?[:/] ?[A-Z](?:_\{\w+\}|\w)*"
 )
-PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|mc"  # letters, not a word
+CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
+MONEY = {
+    rf"^(-?(?:{CURRENCY}).*\d)([kKMB])$": r"\1 \2",  # \$5M
+    rf"^(-?) *({CURRENCY}) *(?=[-\d.\\(])(.*)": r"\1\3 \2",  # \$5 is 5 \$
+    r"(?<=\d) ?\\frac\{([A-Za-z]+)\}\{([A-Za-z]+(?:\^\d)?)\}$": r" \1/\2",  # \frac{m}{s^2}
+}
+# cm; m, but not in m g h; %; ^\circ
+UNIT_BEGINS = (
+    r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<!^[A-Za-z] )(?<! [A-Za-z] )(?<= )[A-Za-z](?![\w(])"
+    r"|[%€£₹元¥¢']|\^\\circ|\\[$%]"
+)
+PRODUCT = r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|[b-df-hj-np-tv-xz]{1,4}"  # no word
 WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])"
 PHRASE = {
     r"[\s.]+": " ",
     "^dne$": "does not exist",
     r"(?<=[a-z]{3})s\b|\b(?:the|an?) ": "",
-    r"(?<=[a-z])(?<!not) (?:exist|triangle|function|sequence|curve|number)$": "",
+    r"(?<=[a-z])(?<!not)(?<!^no) (?:exist|triangle|function|sequence|curve|number|solution)$": "",
 }
 # Operations that are left to do, so that an answer is not yet a number
 OPERATION = (
     r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
 )
+FOR_PARSER = {  # what the parser of math-verify reads otherwise
+    r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+    r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+    r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
+    MIXED: r"(\1+\\frac{\2}{\3})",
+    r"(?<=\d),(?=\d{3})": "",
+    r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
+    # math-verify adds 2(3)
+    r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
+}
+COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
+REALS = r"^(?:\\mathbb\{R\}|all real(?: number)?s?)$"
 AROUND = {  # what stands around an answer: a sentence, a condition
     r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*": r"\1",  # Yes, it is
     r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",
+    r"^(?:[A-Za-z]{2,} )*[A-Za-z]{2,}: *(?=[-\d\\(])": "",  # Total: 40
     r"^(?:[Tt]he )?(?:point|number|set|interval|vector) (?=[\d\\(\[])": "",
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
     r"(?<=\w) is the [a-z]+$": "",
 }
 
 
+def tokens(text: str, separator: str = "(?!)") -> Iterator[tuple[re.Match, int]]:
+    """The brackets and separators with their depth, which is 0 outside all brackets."""
+    depth = 0
+    for token in compiled(f"{BRACKETS}|{separator}").finditer(text):
+        depth += token.lastgroup == "open"
+        yield token, depth
+        depth -= token.lastgroup == "close"
+
+
 def split(text: str, separator: str) -> list[str]:
     """Split at the separators outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for token in re.finditer(f"{BRACKETS}|{separator}", text):
-        if token["open"]:
-            depth += 1
-        elif token["close"]:
-            depth -= 1
-        elif depth == 0:
+    parts, start = [], 0
+    if not compiled(separator).search(text):
+        return [text.strip()]
+    for token, depth in tokens(text, separator):
+        if depth == 0 and token.lastgroup is None:
             parts.append(text[start : token.start()].strip())
             start = token.end()
     return [*parts, text[start:].strip()]
@@ -69,29 +104,31 @@ def split(text: str, separator: str) -> list[str]:
 
 def unwrap(text: str) -> tuple[str, str, str]:
     """The bracket that encloses the whole text, what is in it, and the bracket that closes it."""
-    depth = 0
-    first = re.match(BRACKETS, text)
-    for token in re.finditer(BRACKETS, text):
-        depth += 1 if token["open"] else -1
-        if depth == 0:
-            if first and token.end() == len(text):
-                return first[0], text[first.end() : token.start()].strip(), token[0]
-            break
+    if text[-1:] not in (")", "]", "}"):
+        return "", text, ""
+    outer = [token for token, depth in tokens(text) if depth == 1]
+    if len(outer) == 2:
+        left, right = outer
+        if left.start() == 0 and right.end() == len(text):
+            return left[0], text[left.end() : right.start()].strip(), right[0]
     return "", text, ""
 
 
-kind = dataclass(frozen=True)
-
-
-@kind
+@dataclass(frozen=True)
 class Kind:
     """An answer. Kinds of equal fields are equal, whatever their text."""
 
     text: str = field(default="", compare=False, kw_only=True)
+    pattern = "(.*)"
 
-    @staticmethod
-    def read(text: str) -> "Kind | None":
-        """Read a tidy text; None if it is of another kind."""
+
+KINDS = []
+
+
+def kind(described: type) -> type[Kind]:
+    """Add a kind to the table."""
+    KINDS.append(dataclass(frozen=True)(described))
+    return KINDS[-1]
 
 
 @kind
@@ -102,10 +139,9 @@ class Number(Kind):
 
     @staticmethod
     def read(text):
-        infinity = re.fullmatch(r"([-+]?)(?:\\infty|[Ii]nfinity)", text)
-        if infinity:
-            return Number(float(f"{infinity[1]}inf"))
         value = plain_number(text)
+        if re.fullmatch(r"[-+]?\\infty", text):
+            value = float(text.replace(r"\infty", "inf"))
         if value is not None:
             return Number(value)
 
@@ -115,13 +151,12 @@ class MixedNumber(Number):
     r"""A mixed number: `\frac72` is `3\frac12`, `3 1/2`, `3 \text{ and } \frac12`, not
     `\frac32`."""
 
+    pattern = rf"(-?){MIXED}"
+
     @staticmethod
-    def read(text):
-        match = re.fullmatch(rf"(-?){MIXED}", text)
-        if match and len(text) < 60:
-            sign, whole, above, below = match.groups()
-            if int(above) < int(below):
-                return MixedNumber(Fraction(int(sign + whole)) + Fraction(f"{sign}{above}/{below}"))
+    def read(sign, whole, above, below):
+        value = int(whole) + Fraction(int(above), int(below))
+        return MixedNumber(-value if sign else value)
 
 
 @kind
@@ -129,35 +164,31 @@ class RepeatingDecimal(Number):
     r"""A repeating decimal: `\frac16` is `0.1\overline{6}`, `0.1\dot{6}`, `0.1(6)`, `0.1666\ldots`,
     not `0.16`."""
 
+    pattern = r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}"
+
     @staticmethod
-    def read(text):
-        match = re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text)
-        if match and len(text) < 60:
-            sign, whole, digits, period = match.groups()
-            once = int(f"0{whole}{digits}")
-            twice = int(f"0{whole}{digits}{period}")
-            value = Fraction(twice - once, (10 ** len(period) - 1) * 10 ** len(digits))
-            return RepeatingDecimal(-value if sign else value)
+    def read(sign, whole, digits, period):
+        once = int(f"0{whole}{digits}")
+        twice = int(f"0{whole}{digits}{period}")
+        value = Fraction(twice - once, (10 ** len(period) - 1) * 10 ** len(digits))
+        return RepeatingDecimal(-value if sign else value)
 
 
 @kind
 class BaseNumber(Kind):
     r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, `5`, not
-    `101_3`; `101_2` is `101`: the base may be left out."""
+    `101_3`; `101_2` is `101`: the base may be left out; `AF_{16}` is `af_{16}`, not `FA_{16}`."""
 
     digits: str = field(compare=False)
     value: int
+    pattern = r"\(?(\w{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?"
 
     @staticmethod
-    def read(text):
-        match = re.fullmatch(r"\(?([\dA-Z]{1,40})\)?_\{?\(?([1-9]\d?|[a-z]+)\)?\}?", text)
-        if match:
-            base = match[2]
-            if base in BASES:
-                base = 2 + BASES.index(base)
-            with suppress(ValueError):  # not a base, or not its digits
-                base = int(base)
-                return BaseNumber(match[1].lower(), int(match[1], base))
+    def read(digits, base):
+        with suppress(ValueError):  # not a base, or not its digits
+            if base in BASES.split():
+                base = BASES.split().index(base)
+            return BaseNumber(digits.lower(), int(digits, int(base)))
 
 
 @kind
@@ -167,16 +198,32 @@ class Congruence(Kind):
 
     residue: int
     modulus: int
+    pattern = (
+        r"(?:[\w ]+\\equiv)? *(-?\d{1,40}),? *\(? ?\\?[pb]?mod(?:ulo)?[ {]*([1-9]\d{0,40})[)} ]*"
+    )
+
+    @staticmethod
+    def read(residue, modulus):
+        return Congruence(int(residue) % int(modulus), int(modulus))
+
+
+@kind
+class Choice(Kind):
+    r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
+    `C`, `b`, `B \text{ or } C`; `A, C` is `AC`, `A \text{ and } C`, not `A`."""
+
+    letters: str
+    content: str = field(default="", compare=False)
+    pattern = r"(?:(?i:option|choice|answer):? )*(.*)"
 
     @staticmethod
     def read(text):
-        match = re.fullmatch(
-            r"(?:[\w ]+\\equiv)? *(-?\d{1,40}),? *\(? ?\\?[pb]?mod(?:ulo)?[ {]*(\d{1,40})[)} ]*",
-            text,
-        )
-        if match and int(match[2]):
-            modulus = int(match[2])
-            return Congruence(int(match[1]) % modulus, modulus)
+        several = re.sub(r"[ ,()&]|\band\b", "", text)
+        if re.fullmatch("(?=..)A?B?C?D?E?F?G?H?I?J?", several):
+            return Choice(several)
+        content = r"(?:(?!\b(?:or|and)\b).)*"
+        match = re.fullmatch(rf"\(?([A-Z])(?:\)?|(?<=[A-J])[).:](?: ({content}))?)", text)
+        return match and Choice(*match.groups(""))
 
 
 @kind
@@ -185,17 +232,16 @@ class Clock(Kind):
 
     minutes: int
     half: str
+    pattern = r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?"
 
     @staticmethod
-    def read(text):
-        match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?", text)
-        if match:
-            hour, half = int(match[1]), (match[3] or "").lower()
-            if half:
-                hour = hour % 12 + 12 * (half == "p")
-            elif hour > 12:
-                half = "p"
-            return Clock(60 * hour + int(match[2]), half)
+    def read(hour, minute, half):
+        hour, half = int(hour), half.lower()
+        if half:
+            hour = hour % 12 + 12 * (half == "p")
+        elif hour > 12 or hour == 0:
+            half = "ap"[hour > 0]
+        return Clock(60 * hour + int(minute), half)
 
 
 @kind
@@ -208,34 +254,16 @@ class Quantity(Kind):
 
     @staticmethod
     def read(text):
-        money = re.match(
-            r"(-?) *(\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?) *(?=[-\d.\\(])",
-            text,
-        )
-        words = ""
-        if money:
-            words = money[2].replace("US\\", "")
-            text = money[1] + re.sub(r"(?<=\d)[kKMB]$", r" \g<0>", text[money.end() :])  # $5M
-        found = re.search(
-            r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<= )[A-Za-z](?![\w(])|[%€£₹元¥¢']|\^\\circ|\\[$%]",
-            text,
-        )
-        start = found.start() if found else len(text)
-        unit = read_unit(f"{words} {text[start:]}")
-        if unit is None or not (found or money):
+        number, *words = compiled(f"(?={UNIT_BEGINS})").split(rewrite(text, MONEY), 1)
+        unit = words and read_unit(words[0])
+        if not unit or not number or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", number):
             return None
-        value = text[:start].strip()
-        if not value or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", value):
+        value = parse(number.strip())
+        if isinstance(value, Number):
+            value = Number(value.value * unit.scale)
+        elif not isinstance(value, Expression) or unit.scale != 1:
             return None
-        return with_unit(parse(value), unit)
-
-
-def with_unit(value: Kind, unit: Unit) -> Kind | None:
-    if isinstance(value, Number):
-        value = Number(value.value * unit.scale)
-    elif not isinstance(value, Expression) or unit.scale != 1:
-        return None
-    return Quantity(value, unit._replace(scale=1)) if unit.powers else value
+        return Quantity(value, unit._replace(scale=1)) if unit.powers else value
 
 
 @kind
@@ -244,19 +272,17 @@ class Compound(Quantity):
 
     @staticmethod
     def read(text):
-        parts = re.findall(rf"({NUMBER})([^\d.]+)", text[:100])
-        if len(parts) < 2 or "".join(number + words for number, words in parts) != text:
+        texts = re.findall(rf"{NUMBER}[^\d.]+", text[:100])
+        if len(texts) < 2 or "".join(texts) != text:
             return None
-        total, last = 0, None
-        for number, words in parts:
-            value, unit = plain_number(number), read_unit(re.sub(r",? *\band *$|, *$", "", words))
-            if value is None or unit is None or not unit.powers:
-                return None
-            if last and (unit.powers != last.powers or unit.size >= last.size):
-                return None
-            total += value * unit.scale * unit.size
-            last = unit
-        return Compound(Number(total / last.size), last._replace(scale=1))
+        parts = [Quantity.read(re.sub(",? *(?:and *)?$", "", part)) for part in texts]
+        if not all(isinstance(getattr(part, "value", None), Number) for part in parts):
+            return None
+        last = parts[-1].unit
+        sizes = [part.unit.size for part in parts if part.unit.powers == last.powers]
+        if sizes == sorted(set(sizes), reverse=True) and len(sizes) == len(parts):
+            total = sum(part.value.value * part.unit.size for part in parts)
+            return Compound(Number(total / last.size), last)
 
 
 @kind
@@ -268,22 +294,23 @@ class Union(Kind):
 
     @staticmethod
     def read(text):
-        without = re.fullmatch(r"(.+?)(?:\\ne(?![a-z])|\\setminus|-) *(\\\{.*\\\}|\S+)", text)
-        if without and (without[1].strip() == r"\mathbb{R}" or r"\ne" in text):
-            points = parse(without[2])
-            points = getattr(points, "items", (points,))
+        without = r"(?:\\mathbb\{R\} *(?:\\setminus|-)|.+\\ne(?![a-z])) *(?:\\\{(.*)\\\}|(\S+))"
+        without = re.fullmatch(without, text)
+        if without:
+            points = parse_all(without.groups(""))
             if all(isinstance(point, Number) for point in points):
-                ends = sorted([Interval.LOW, *points, Interval.HIGH], key=lambda end: end.value)
-                return Union(tuple(map(Interval, ends, ends[1:])))
+                ends = sorted([-math.inf, *(point.value for point in points), math.inf])
+                pairs = itertools.pairwise(map(Number, ends))
+                return Union(tuple(Interval(*pair) for pair in pairs))
         parts = split(text, r"\\cup(?![a-z])|\bor\b")
         if len(parts) < 2:
             return None
-        items = list(parse_all(parts))
+        items = parse_all(parts)
         if r"\cup" in text:
-            items = list(map(as_interval, items))
+            items = tuple(map(as_interval, items))
         sets = all(isinstance(item, Interval | Collection | Number | Union) for item in items)
         if sets and any(isinstance(item, Interval) for item in items):
-            return Union(tuple(items))
+            return Union(items)
 
 
 @kind
@@ -296,8 +323,6 @@ class Collection(Kind):
 
     @staticmethod
     def read(text):
-        if text == r"\emptyset":
-            return Collection((), True)
         bracket, inner, _ = unwrap(text)
         braces = bracket == r"\{"
         if braces:
@@ -305,77 +330,71 @@ class Collection(Kind):
             builder = split(text, r"\||:(?!=)")
             if len(builder) == 2:
                 return parse(builder[1])  # {x | x > 2}
-        signed = []
-        for part in split(re.sub(ENVIRONMENT, "", text), LIST):
-            signed += plus_and_minus(part)
-        if len(signed) < 2 and not braces:
+        parts = []
+        for part in split(compiled(ENVIRONMENT).sub("", text), LIST):
+            parts += plus_and_minus(part)
+        if len(parts) < 2 and not braces:
             return None
-        items = parse_all(signed)
+        items = parse_all(parts)
         if len(items) == 1:
             return items[0]
-        if len(items) == 2 and all(isinstance(item, Interval) for item in items):
-            both = items[0].meet(items[1])
-            if both and not braces:
-                return both
+        if len(items) == 2 and all(isinstance(item, Interval) for item in items) and not braces:
+            return items[0].meet(items[1]) or items[1].meet(items[0]) or Collection(items)
         return Collection(items, braces)
 
 
 def plus_and_minus(text: str) -> list[str]:
     r"""Both values of `1\pm 2`. Several signs change together."""
-    if "\\pm" not in text:
+    if r"\pm" not in text:
         return [text]
-    plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
-    minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
-    return [re.sub(r"(^|[=(,]) *\+ *", r"\1", plus), minus]
+    signed = []
+    for sign, other in ("+-", "-+"):
+        value = re.sub(r"\\pm *", sign, re.sub(r"\\mp *", other, text))
+        signed.append(re.sub(r"(^|[=(,]) *\+ *", r"\1", value))
+    return signed
 
 
 @kind
 class Interval(Kind):
     r"""An interval, an inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`,
     `\{x \mid x<2, x \ge 1\}`, not `[1,2]`, `1 \le x`; `x>3` is `3<x`, `(3,\infty)`, not
-    `x \ge 3`."""
+    `x \ge 3`; `[-2,2]` is `|x| \le 2`, not `x \le 2`."""
 
     low: Kind
     high: Kind
     brackets: str = "()"
     subject: str = ""
+    pattern = r"(.*(?:\\in|\\[lg]e|[<>]|\\mathbb|real).*)"
 
     @staticmethod
     def read(text):
-        if re.fullmatch(r"\\mathbb\{R\}|all real(?: number)?s?", text):
-            return Interval(Interval.LOW, Interval.HIGH)
-        _, *sets = split(text, r"\\in(?![a-z])")
-        if len(sets) == 1:
-            return as_interval(parse(sets[0]))
+        _, *sets = split(re.sub(REALS, r"x \\in (-\\infty,\\infty)", text), r"\\in(?![a-z])")
+        if sets:
+            return as_interval(parse(sets[-1]))
 
-        pattern = r"\\[lg]e(?![a-z])|[<>]"
-        terms, signs = split(text, pattern), re.findall(pattern, text)
-        upward = {">": "<", r"\ge": r"\le"}
-        if all(sign in upward for sign in signs):
-            terms.reverse()
-            signs = [upward[sign] for sign in reversed(signs)]
-        if not 1 < len(terms) < 4 or len(terms) - len(signs) != 1 or upward.keys() & signs:
+        text = re.sub(r"^\|(\w)\| *(<|\\le) *(\S+)$", r"-\3 \2 \1 \2 \3", text)
+        terms, signs = split(text, COMPARISON), re.findall(COMPARISON, text)
+        if len(terms) not in (2, 3) or len(terms) - len(signs) != 1:
             return None
-        left = "(["[signs[0] == r"\le"]
-        right = ")]"[signs[-1] == r"\le"]
-        first, last = terms[0], terms[-1]
-        if len(terms) == 3:
-            return Interval(parse(first), parse(last), left + right, terms[1])
-        if NAME.fullmatch(last) or not re.search("[A-Za-z]", first):
-            return Interval(parse(first), Interval.HIGH, left + ")", last)
-        return Interval(Interval.LOW, parse(last), "(" + right, first)
+        if {">", r"\ge"}.issuperset(signs):
+            terms.reverse()
+            signs.reverse()
+        elif not {"<", r"\le"}.issuperset(signs):
+            return None
+        if len(terms) == 2:
+            above = NAME.fullmatch(terms[1]) or not re.search("[A-Za-z]", terms[0])
+            end = 2 if above else 0
+            terms.insert(end, [r"-\infty", r"\infty"][end // 2])
+            signs.insert(end, "<")
+        low, subject, high = terms
+        brackets = "(["["e" in signs[0]] + ")]"["e" in signs[-1]]
+        return Interval(parse(low), parse(high), brackets, subject)
 
     def meet(self, other):
         """`x>1` and `x<2` are one interval."""
-        lower, upper = self, other
-        if lower.low == Interval.LOW:
-            lower, upper = other, self
-        if (lower.high, upper.low, upper.subject) == (Interval.HIGH, Interval.LOW, lower.subject):
-            brackets = lower.brackets[0] + upper.brackets[1]
-            return replace(lower, high=upper.high, brackets=brackets)
-
-
-Interval.LOW, Interval.HIGH = Number(-math.inf), Number(math.inf)
+        if (self.high, other.low, other.subject) == (INFINITY, MINUS_INFINITY, self.subject):
+            brackets = self.brackets[0] + other.brackets[1]
+            return replace(self, high=other.high, brackets=brackets)
 
 
 @kind
@@ -395,8 +414,8 @@ class Equation(Kind):
         right = others[-1]
         if NAME.fullmatch(right) and not NAME.fullmatch(left):
             left, right = right, left
-        match = NAME.fullmatch(left)
-        return Equation(match[0].replace(" ", "") if match else "", left, parse(right))
+        name = left.replace(" ", "") if NAME.fullmatch(left) else ""
+        return Equation(name, left, parse(right))
 
     @property
     def difference(self) -> str:
@@ -409,27 +428,27 @@ class Matrix(Kind):
     not `\begin{pmatrix}2&0\\0&1\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`."""
 
     items: tuple["Sequence", ...]  # rows
+    pattern = (
+        r"(.*?) ?[\[(]?\\begin\{([pb]?matrix|array)\}(?:\{[clr|]+\})?((?:(?!\\begin).)*)"
+        r"\\end\{\2\}[\])]?"
+    )
 
     @staticmethod
-    def read(text):
-        match = re.fullmatch(
-            r"(.*?) ?[\[(]?\\begin\{([pb]?matrix|array)\}(?:\{[clr|]+\})?((?:(?!\\begin).)*)"
-            r"\\end\{\2\}[\])]?",
-            text,
-        )
-        factor = match and plain_number(re.sub("^-?$", r"\g<0>1", match[1]))
+    def read(factor, environment, cells):
+        factor = plain_number(re.sub("^-?$", r"\g<0>1", factor))
         if factor is None:
             return None
         rows = []
-        for line in filter(str.strip, match[3].split(r"\\")):
+        for line in filter(str.strip, cells.split(r"\\")):
             row = parse_all(line.split("&"))
             if factor != 1:
                 row = tuple(Number(factor * getattr(item, "value", math.nan)) for item in row)
             rows.append(Sequence(row))
         if len(rows) == 1:
             return rows[0]
-        column = [row.items[0] for row in rows if len(row.items) == 1]
-        return Sequence(tuple(column)) if len(column) == len(rows) else Matrix(tuple(rows))
+        if all(len(row.items) == 1 for row in rows):  # a column vector
+            return Sequence(tuple(row.items[0] for row in rows))
+        return Matrix(tuple(rows))
 
 
 @kind
@@ -439,18 +458,19 @@ class Sequence(Kind):
 
     items: tuple[Kind, ...]
     brackets: str = "()"
+    pattern = r"(.*[)\]])(?:\^(?:T|\{T\}|\\top))?"  # transposed
 
     @staticmethod
     def read(text):
-        left, inner, right = unwrap(re.sub(r"\^(?:T|\{T\}|\\top)$", "", text))
-        if left not in ("(", "[", r"\langle"):
+        left, inner, right = unwrap(text)
+        if left not in ("(", "["):
             return None
         items = parse_all(split(inner, COMMA))
         if left == "(" and len(items) == 1:
             return items[0]
         if left + right in ("(]", "[)"):
-            return as_interval(Sequence(items, left + right))
-        return Sequence(items, (left + right).replace(r"\langle\rangle", "()"))
+            return Interval(*items, left + right) if len(items) == 2 else None
+        return Sequence(items, left + right)
 
 
 def as_interval(kind: Kind) -> Kind:
@@ -469,9 +489,7 @@ class Ratio(Kind):
     @staticmethod
     def read(text):
         parts = split(text, r":(?!=)|\bto\b")
-        if len(parts) < 2:
-            return None
-        items = parse_all(parts)
+        items = parse_all(parts) if len(parts) > 1 else ()
         if len(items) != len(parts):
             return None
         if all(isinstance(item, Number) for item in items) and items[0].value:
@@ -486,39 +504,17 @@ class Complex(Kind):
 
     real: Fraction
     imaginary: Fraction
+    pattern = "(.*i.*)"
 
     @staticmethod
     def read(text):
-        terms = re.sub(r"(?<=[\w}])([-+])", r" \1", text.replace(" ", "")).split()
-        parts = [Fraction(0), Fraction(0)]
-        if "i" not in text or len(terms) > 2:
-            return None
-        for term in terms:
-            value = plain_number(re.sub("^([-+]?)i$", r"\g<1>1i", term).removesuffix("i"))
-            if value is None:
-                return None
-            parts[term.endswith("i")] += value
-        return Complex(*parts)
-
-
-@kind
-class Choice(Kind):
-    r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
-    `C`, `b`, `B \text{ or } C`; `A, C` is `AC`, `A \text{ and } C`, not `A`."""
-
-    letters: str
-    content: str = field(default="", compare=False)
-
-    @staticmethod
-    def read(text):
-        several = re.sub(r"[ ,()&]|\band\b", "", text)
-        if re.fullmatch("[A-J]{2,}", several) and sorted({*several}) == [*several]:
-            return Choice(several)
-        text = re.sub(r"^(?i:(?:option|choice|answer):? )*(?=\(?[A-J]\b)", "", text)
-        match = re.fullmatch(r"\(?([A-Z])\)?|\(?([A-J])[).:](?: ((?:(?!\b(?:or|and)\b).)*))?", text)
+        imaginary = rf"({NUMBER}|[-+]?)i"
+        either = rf"(?:({NUMBER})(?=[-+]))?{imaginary}|{imaginary}(?=[-+])({NUMBER})"
+        match = re.fullmatch(either, text.replace(" ", ""))
         if match:
-            letter, other, content = match.groups(default="")
-            return Choice(letter + other, content)
+            first, second, third, fourth = match.groups("")
+            factor = re.sub("^[-+]?$", r"\g<0>1", second + third)
+            return Complex(plain_number(first or fourth or "0"), plain_number(factor))
 
 
 @kind
@@ -534,9 +530,8 @@ class Words(Kind):
         words = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
         if " " not in text and not re.fullmatch("(?i)no|on|so|up|we", text):
             words = [word for word in words if len(word) > 2]
-        if not words and not re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
-            return None
-        return Words(rewrite(text.casefold(), PHRASE).strip() or text)
+        if words or re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
+            return Words(rewrite(text.casefold(), PHRASE).strip() or text)
 
 
 @kind
@@ -548,38 +543,29 @@ class Expression(Kind):
 
     @staticmethod
     def read(text):
-        rules = {
-            r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
-            MIXED: r"(\1+\\frac{\2}{\3})",
-            r"(?<=\d),(?=\d{3})": "",
-            r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-            # math-verify adds 2(3)
-            r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
-        }
-        return Expression(rewrite(text, rules))
+        return Expression(rewrite(text, FOR_PARSER))
 
     @property
     def unevaluated(self) -> bool:
         return re.search(OPERATION, self.text) is not None
 
 
-KINDS = (
-    Choice, Clock, Number, MixedNumber, RepeatingDecimal, BaseNumber, Congruence, Compound,
-    Quantity, Union, Collection, Interval, Equation, Matrix, Sequence, Ratio, Complex, Words,
-    Expression,
-)  # fmt: skip
+INFINITY, MINUS_INFINITY = Number(math.inf), Number(-math.inf)
 
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Kind:
     """Read a tidy text as the first kind that it can be. An expression is any text."""
     for kind in KINDS:
-        found = kind.read(text)
+        match = compiled(kind.pattern).fullmatch(text)
+        found = match and kind.read(*match.groups(""))
         if found:
-            return found if found.text else replace(found, text=text)
+            if not found.text:
+                object.__setattr__(found, "text", text)  # faster than dataclasses.replace
+            return found
 
 
-def parse_all(texts: list[str]) -> tuple[Kind, ...]:
+def parse_all(texts: Iterable[str]) -> tuple[Kind, ...]:
     """Read the items of a list. A list in a list is part of it."""
     items = []
     for text in filter(None, map(str.strip, texts)):
@@ -592,13 +578,11 @@ def parse_all(texts: list[str]) -> tuple[Kind, ...]:
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Kind | None:
     """Read an answer; None if it has too many brackets."""
+    if plain_number(text) is not None:
+        return parse(text.strip())
     text = tidy(text)
-    depth = 0
-    for token in re.finditer(BRACKETS, text):
-        depth += 1 if token["open"] else -1
-        if depth > MAX_DEPTH:
-            return None
-    return parse(rewrite(text, AROUND).strip() or text)
+    if all(depth <= MAX_DEPTH for _, depth in tokens(text)):
+        return parse(rewrite(text, AROUND).strip() or text)
 
 
 def leaves(kind: Kind) -> list[Expression]:

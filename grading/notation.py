@@ -3,40 +3,27 @@ r"""One notation for what LaTeX, Unicode and models write in many ways.
 `tidy(r"\mathbf{\dfrac12}\,\text{ cm}")` is `\frac{1}{2} cm`.
 """
 
+import functools
 import re
 import unicodedata
 
-# What each command becomes, and its names
-COMMANDS = {
-    r"\frac": "dfrac tfrac cfrac",
-    r"\binom": "dbinom tbinom",
-    r"\le": "leq leqslant",
-    r"\ge": "geq geqslant",
-    r"\ne": "neq",
-    r"\approx": "sim",
-    r"\setminus": "backslash",
-    r"\tan": "tg",
-    r"\cot": "ctg cotg",
-    r"\log_{10}": "lg",
-    r"\ldots": "cdots dots dotsc",
-    r"\emptyset": "varnothing",
-    r"\overline": "bar",
-    r"\{": "lbrace",
-    r"\}": "rbrace",
-    r"\text": "textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed",
-    r"\math": "mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname",
-    "<": "lt",
-    ">": "gt",
-    ":": "colon",
-    "|": "mid vert lvert rvert",
-    " and ": "land wedge",
-    " or ": "lor vee",
-    r"^\circ ": "degree",
-    " ": "qquad quad bf rm it sf tt em bfseries itshape Large large",
-    "£": "pounds",
-    "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits",
-}
-COMMAND = {name: command for command, names in COMMANDS.items() for name in names.split()}
+# The names of commands, and what they become
+COMMANDS = r"""dfrac tfrac cfrac -> \frac, dbinom tbinom -> \binom, leq leqslant -> \le,
+geq geqslant -> \ge, neq -> \ne, sim -> \approx, backslash -> \setminus, tg -> \tan,
+ctg cotg -> \cot, lg -> \log_{10}, cdots dots dotsc -> \ldots, langle -> (, rangle -> ),
+uppi -> \pi, emptyset varnothing -> \{\}, bar -> \overline,
+lbrace -> \{, rbrace -> \}, lt -> <, gt -> >,
+colon -> :,
+textbf textit textrm textsf texttt textnormal textsc mbox fbox emph underline boxed -> \text,
+mathbf mathit mathrm mathsf mathtt mathcal mathnormal boldsymbol bm operatorname -> \math,
+land wedge -> ~and~, lor vee -> ~or~, degree -> ^\circ~, pounds -> £,
+qquad quad bf rm it sf tt em bfseries itshape Large large -> ~,
+mid vert lvert rvert -> |,
+left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits -> """
+COMMAND = {}
+for line in re.split(r",\s+", COMMANDS):
+    names, _, command = line.partition(" -> ")
+    COMMAND.update(dict.fromkeys(names.split(), command))
 CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
 ≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
 CHARACTER = {ord(key): f"{value} " for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
@@ -49,21 +36,25 @@ FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
 # In this order. No pattern repeats a group that itself repeats the same characters, so each takes
 # linear time.
 LATEX = {
+    r"^((?:[^$\\]|\\.)*)\$((?:[^$\\]|\\.)*)$": r"\1\\$\2",  # a single dollar is a currency
+    r"(?<!\\)\$|~": " ",
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
     r"\\operatorname *\{(c?tg)\}": r"\\\1",
     r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
-    r"\\! *|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"\\! *|\\[hv]?phantom(?: *\{[^{}]*\})?|\\checkmark": "",
+    r"\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
     r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
 }
 BRACES = {
     r"\\math *\{ *([A-Za-z])? *\}": r"\1",  # \mathrm{e}
-    r"\\(?:text|math) *\{([^{}]*)\}": r" \1 ",  # \text{ cm}
+    r"\\(?:text|math) *\{((?:[^{}\\]|\\.)*)\}": r" \1 ",  # \text{ cm}
     r"\\(?:text|math) *(?=\{|$)": "",  # \mathbf{3\sqrt{2}}
     r"\{ *([^{}]*)\\over(?![a-z])([^{}]*?) *\}": r"\\frac{\1}{\2}",
     r"(\\(?:frac|sqrt|binom)) +(?=\{)|(?<=\}) +(?=\{)": r"\1",
     r"\\frac *(\d|\\pi|[a-z](?=[\d{]))": r"\\frac{\1}",
     r"(\\frac *\{[^{}]*\}) *(\d|[a-z](?![a-z]))": r"\1{\2}",
     r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",
+    r"\\log_(\w)": r"\\log_{\1}",
     r"\^ *\{? *\\(circ|prime)(?![a-z]) *\}?": r"^\\\1 ",
     r"\^\\prime": "'",
     r"\{([,:])\}": r"\1",  # 1{,}234
@@ -72,8 +63,11 @@ BRACES = {
 }
 PLAIN = {
     "[−–]": "-",
+    r"(?<![\\\w])[Ii]nfinity\b": r"\\infty",
     "[′’]": "'",
     "″|”": "''",
+    r"(?<=\d) squared$": "^2",
+    r"(?<=\d) cubed$": "^3",
     r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
     r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
     r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}
@@ -81,30 +75,31 @@ PLAIN = {
     r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
     r"\\overline *(\d)": r"\\overline{\1}",
     r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
+    r"(?<=\d) *: *(?=\d)": ":",
+    # A row is a column
+    r"(\\begin\{.?matrix\}(?:(?!\\\\).)*\\end\{.?matrix\})\^(?:T|\{T\}|\\top)": r"\1",
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     r"\.\.\.": r"\\ldots",
+    "<=|=<": r"\\le ",
+    ">=": r"\\ge ",
+    "!=": r"\\ne ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
-    r"\((?:approx|round|about|estimat|since|because|as)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
+    r"\((?:approx|round|about|estimat|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
     r"^(?:\\approx|approx(?:imately|\.)?|about|roughly)(?=[- \d.\\])": "",  # about 18
 }
 
 
+compiled = functools.cache(re.compile)
+
+
 def rewrite(text: str, rules: dict[str, str]) -> str:
+    """Replace each pattern, in order. To search first is faster, since most are not there."""
     for pattern, replacement in rules.items():
-        text = re.sub(pattern, replacement, text)
+        if compiled(pattern).search(text):
+            text = compiled(pattern).sub(replacement, text)
     return text
-
-
-def rename(command: re.Match) -> str:
-    return COMMAND.get(command[1], command[0])
-
-
-def without_dollars(text: str) -> str:
-    r"""Drop the dollar signs around mathematics. A single one is a currency: `\$`."""
-    bare = re.findall(r"(?<!\\)\$", text)
-    return re.sub(r"(?<!\\)\$", r"\\$" if len(bare) == 1 else " ", text)
 
 
 def tidy(text: str) -> str:
@@ -112,17 +107,13 @@ def tidy(text: str) -> str:
     text = " ".join(text.split())
     if not text.isascii():
         text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
-    if "$" in text:
-        text = without_dollars(text)
     for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
         before = text
-        if "\\" in text:
+        if re.search(r"[\\{$~]", text):
             text = rewrite(text, LATEX)
-            text = re.sub(r"\\([A-Za-z]+)", rename, text)
-        if "\\" in text or "{" in text:
-            text = rewrite(text, BRACES)
-        text = " ".join(text.replace("~", " ").split())
+            text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
+            text = " ".join(rewrite(text, BRACES).replace("~", " ").split())
         text = rewrite(text.strip(" *`"), PLAIN).strip()
-        if text == before or not re.search(r"\\(?:text|math)(?![a-z])", text):
+        if text == before or not re.search(r"\\(?:text|math)(?!bb)", text):
             break
     return text

@@ -4,6 +4,8 @@ Answers with equal fields are equal. Else `RULES` is the table; a pair of kinds 
 never equal. math-verify decides only about the expressions at the leaves.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ from grading.kinds import (
     Clock,
     Collection,
     Complex,
-    Compound,
     Equation,
     Expression,
     Interval,
@@ -29,6 +30,7 @@ from grading.kinds import (
     Union,
     Words,
     as_interval,
+    parse,
     parse_all,
 )  # fmt: skip
 
@@ -57,12 +59,11 @@ class Judge:
     def equal(self, reference: Kind, answer: Kind) -> bool:
         if reference == answer:
             return True
-        for left in type(reference).__mro__:
-            for right in type(answer).__mro__:
-                if (left, right) in RULES:
-                    return RULES[left, right](self, reference, answer)
-                if (right, left) in RULES:
-                    return RULES[right, left](self, answer, reference)
+        for left, right in itertools.product(type(reference).__mro__, type(answer).__mro__):
+            if (left, right) in RULES:
+                return RULES[left, right](self, reference, answer)
+            if (right, left) in RULES:
+                return RULES[right, left](self, answer, reference)
         return False
 
     def all_equal(self, items: tuple, others: tuple) -> bool:
@@ -81,51 +82,43 @@ class Judge:
 
 def same_number(judge, a, b):
     """Equal, or a decimal that agrees to six places and to five digits."""
-    if a.value == b.value:
-        return True
-    difference = abs(a.value - b.value)
-    return difference < Fraction(1, 10**6) and difference * 10**5 < max(abs(a.value), abs(b.value))
+    largest = max(abs(a.value), abs(b.value))
+    return abs(a.value - b.value) <= min(1e-6, largest / 10**5)
 
 
 def number_and_expression(judge, number, answer):
-    if judge.strict and answer.unevaluated:
-        return False
-    return expression_and_number(judge, answer, number)
-
-
-def expression_and_number(judge, expression, number):
-    """math-verify reads the digits of a number, or a fraction."""
-    latex = number.text
-    if isinstance(number.value, float):
-        return False  # infinity
-    if not re.fullmatch(r"-?\d+(\.\d+)?", latex):
-        latex = rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-    return judge.expressions(expression.latex, latex)
+    return not (judge.strict and answer.unevaluated) and same_expression(judge, number, answer)
 
 
 def same_expression(judge, a, b):
-    return judge.expressions(a.latex, b.latex)
+    return judge.expressions(latex(a), latex(b))
 
 
-def complex_and_expression(judge, a, b):
-    return judge.expressions(a.text, b.latex)
+def latex(leaf):
+    """What math-verify reads: the digits of a number, or a fraction."""
+    value = number_value(leaf)
+    if isinstance(value, Fraction) and not re.fullmatch(r"-?\d+(\.\d+)?", leaf.text):
+        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return getattr(leaf, "latex", leaf.text)
 
 
 def same_quantity(judge, a, b):
-    if a.unit.powers != b.unit.powers:
-        return False
-    if isinstance(a.value, Number) and isinstance(b.value, Number):
-        ratio = a.unit.size / b.unit.size
-        return same_number(judge, Number(a.value.value * ratio), b.value)
-    return a.unit == b.unit and judge.equal(a.value, b.value)
+    if a.unit == b.unit:
+        return judge.equal(a.value, b.value)
+    values = [number_value(quantity.value) * quantity.unit.size for quantity in (a, b)]
+    return a.unit.powers == b.unit.powers and same_number(judge, *map(Number, values))
+
+
+def number_value(kind):
+    return getattr(kind, "value", math.nan)
 
 
 def without_unit(judge, quantity, plain):
-    """A unit may be left out; p% is p and p/100."""
-    value = quantity.value
-    if quantity.unit.powers == PERCENT and isinstance(value, Number):
-        return judge.equal(value, plain) or judge.equal(Number(value.value / 100), plain)
-    return judge.equal(value, plain)
+    """A unit may be left out, except in 5 feet 3 inches; p% is p and p/100."""
+    if type(quantity) is Quantity and judge.equal(quantity.value, plain):
+        return True
+    percent = quantity.unit.powers == PERCENT and isinstance(quantity.value, Number)
+    return percent and judge.equal(Number(quantity.value.value / 100), plain)
 
 
 def without_base(judge, a, b):
@@ -133,11 +126,8 @@ def without_base(judge, a, b):
 
 
 def ratio_and_number(judge, a, b):
-    """The first term of a ratio of numbers is 1."""
-    first, second, *others = a.items
-    if others or not isinstance(second, Number) or not second.value:
-        return False
-    return judge.equal(first, Number(b.value * second.value))
+    values = [number_value(item) for item in a.items]
+    return len(values) == 2 and values[0] == values[1] * b.value
 
 
 def clock_and_number(judge, a, b):
@@ -164,25 +154,23 @@ def same_items(judge, a, b):
 
 def same_collection(judge, a, b):
     """If one side names its values, each by a name of its own, and the other none, order counts."""
-    for named, plain in ((a, b), (b, a)):
-        values = named_values(named)
-        if values and not any(isinstance(item, Equation) for item in plain.items):
-            return judge.all_equal(values, plain.items)
+    first, second = values(a), values(b)
+    if (first is a.items) != (second is b.items):
+        return judge.all_equal(first, second)
     return same_items(judge, a, b)
 
 
-def named_values(collection):
-    """The values of a=1, b=2; none if a name repeats, as in x=1, x=2 and in x_1=1, x_2=2."""
-    equations = [item for item in collection.items if isinstance(item, Equation) and item.name]
-    names = {item.name.partition("_")[0] for item in equations}
-    if len(names) < len(collection.items):
-        return ()
-    return tuple(item.right for item in equations)
+def values(collection):
+    """The values of a=1, b=2, but the items if a name repeats, as in x=1, x=2 and x_1=1, x_2=2."""
+    names = {getattr(item, "name", "").partition("_")[0] for item in collection.items}
+    if "" in names or len(names) < len(collection.items):
+        return collection.items
+    return tuple(item.right for item in collection.items)
 
 
 def tuple_and_list(judge, a, b):
     """A tuple is not a set, but a list without braces may be a tuple without brackets."""
-    return not b.braces and judge.all_equal(a.items, named_values(b) or b.items)
+    return not b.braces and judge.all_equal(a.items, values(b))
 
 
 def same_order(judge, a, b):
@@ -196,27 +184,20 @@ def same_tuple(judge, a, b):
 
 def list_and_number(judge, a, b):
     """`0,5` is also a decimal, and `100,200` also a list. `3\\frac12, 3.5` is one number twice."""
-    texts = {item.text for item in a.items}
-    if len(texts) == len(a.items) > 1 and judge.all_equal(a.items, (b,) * len(texts)):
+    if plain_number(a.text.replace(",", ".")) == b.value:
         return True
-    if re.fullmatch(r"-?\d+,\d+", a.text):
-        return plain_number(a.text.replace(",", ".")) == b.value
-    numbers = parse_all(b.text.split(","))
-    return len(numbers) > 1 and same_items(judge, a, Collection(numbers))
-
-
-def list_and_named_tuple(judge, a, b):
-    """`x=1, y=2` is `(x,y)=(1,2)`."""
-    names = b.name.strip("()").split(",")
-    values = getattr(b.right, "items", ())
-    return same_items(judge, a, Collection(tuple(map(Equation, names, names, values))))
+    if "," in b.text:
+        return same_items(judge, a, Collection(parse_all(b.text.split(","))))
+    texts = {item.text for item in a.items}
+    return len(texts) > 1 and judge.all_equal(a.items, (b,) * len(texts))
 
 
 def same_interval(judge, a, b):
     """The name of the variable may be left out."""
-    if a.brackets != b.brackets or (a.subject and b.subject and a.subject != b.subject):
+    names = {a.subject, b.subject} - {""}
+    if a.brackets != b.brackets or len(names) > 1:
         return False
-    return judge.equal(a.low, b.low) and judge.equal(a.high, b.high)
+    return judge.all_equal((a.low, a.high), (b.low, b.high))
 
 
 def interval_and_pair(judge, a, b):
@@ -230,10 +211,8 @@ def same_equation(judge, a, b):
     """Equal values of one name, or proportional differences of the sides. `2x=6` is not solved."""
     if a.name and a.name == b.name:
         return judge.equal(a.right, b.right)
-    for equation in (a, b):
-        if equation.name and isinstance(equation.right, Number):
-            return False
-    return judge.expressions(a.difference, b.difference, relation="proportional")
+    solved = any(side.name and isinstance(side.right, Number) for side in (a, b))
+    return not solved and judge.expressions(a.difference, b.difference, "proportional")
 
 
 def named_value(judge, a, b):
@@ -246,17 +225,11 @@ def stated_value(judge, reference, answer):
 
 
 def choice_and_content(judge, a, b):
-    if a.content:
-        return judge.equal(parse_all([a.content])[0], b)
-    return isinstance(b, Expression) and judge.expressions(a.letters, b.latex)
+    return bool(a.content) and not isinstance(b, Choice) and judge.equal(parse(a.content), b)
 
 
 def no_solution(judge, a, b):
     return not b.items and re.match(r"(?:no|empty) \w+", a.phrase) is not None
-
-
-def never(judge, a, b):
-    return False
 
 
 # (kind of the reference, kind of the answer): the rule. A pair also stands for the swapped pair,
@@ -264,13 +237,12 @@ def never(judge, a, b):
 RULES = {
     (Number, Number): same_number,
     (Number, Expression): number_and_expression,
-    (Expression, Number): expression_and_number,
+    (Expression, Number): same_expression,
     (Expression, Expression): same_expression,
-    (Complex, Expression): complex_and_expression,
+    (Complex, Expression): same_expression,
     (Quantity, Quantity): same_quantity,
     (Quantity, Number): without_unit,
     (Quantity, Expression): without_unit,
-    (Compound, Number): never,
     (BaseNumber, Number): without_base,
     (Ratio, Ratio): same_order,
     (Ratio, Number): ratio_and_number,
@@ -280,14 +252,12 @@ RULES = {
     (Matrix, Matrix): same_order,
     (Collection, Collection): same_collection,
     (Collection, Number): list_and_number,
-    (Collection, Equation): list_and_named_tuple,
     (Interval, Interval): same_interval,
     (Interval, Sequence): interval_and_pair,
     (Union, Union): same_items,
     (Equation, Equation): same_equation,
     (Equation, Kind): named_value,
     (Kind, Equation): stated_value,
-    (Choice, Choice): never,
     (Choice, Kind): choice_and_content,
     (Words, Collection): no_solution,
 }

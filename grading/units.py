@@ -1,5 +1,6 @@
 r"""Units, and the words after a number that change it: `5 km` is `5000 m`, `5 million` is not 5."""
 
+import functools
 import re
 from collections import Counter
 from fractions import Fraction
@@ -23,7 +24,10 @@ UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0
 |calorie cal 1 cal|ev 1 ev|erg 1 erg|angstrom 1 angstrom|knot 1 knot|hundred 100 #
 |thousand k K 1000 #|lakh 100000 #|million M 1000000 #|crore 10000000 #|billion B 1000000000 #
 |trillion 1000000000000 #|dozen 12 #|score 20 #|gross 144 #|half halve 1/2 #|third 1/3 #
-|quarter fourth 1/4 #|fifth 1/5 #|tenth 1/10 #|hundredth 1/100 #|thousandth 1/1000 #"""
+|quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
+|ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
+|hundredth 1/100 #|thousandth 1/1000 #
+|different more distinct possible total unique whole extra of in all each real integer 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
 pen pencil marble ball card coin ticket toy box bag bottle stamp sticker shirt flower tree cat dog
@@ -41,8 +45,6 @@ marker notebook paper sheet photo picture painting song movie video episode mess
 post vote share sale order item product gift present doll balloon ribbon button dress shoe sock
 hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
 function sequence string code password region intersection handshake committee"""
-# Words around a unit that change nothing
-FILLERS = "different more distinct possible total unique whole extra of in all each real integer"
 SPELLINGS = {
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
@@ -56,18 +58,19 @@ SPELLINGS = {
     r"\bk(?:mp?|p)h\b": "km/h",
     r"\bpercentage points?\b": "",
     r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
+    r"\b(?:dollars?|USD|US)(?= .*\$)": "",  # 5 dollars $
     r"\bper\b": "/",
     r"(\$.*)(?:dollars?|USD|\$)": r"\1",  # $5 dollars
 }
 # An optional slash, a name, an optional power: / s^2
 FACTOR = re.compile(r"(/)? *([A-Za-z]+|''?|[%$€£₹元¥¢])(?: *\^ *(-?\d))? *")
 
-UNIT = {}  # size and base unit by name
-for line in UNITS.split("|"):
+UNIT = {}  # size and base unit by name, in the plural too
+for line in UNITS.split("|") + [f"{noun} 1 {noun}" for noun in NOUNS.split()]:
     *names, size, base = line.split()
-    UNIT.update(dict.fromkeys(names, (Fraction(size), base)))
-for noun in NOUNS.split():
-    UNIT.setdefault(noun, (Fraction(1), noun))
+    for name in names:
+        for ending in ("", "s", "es"):
+            UNIT.setdefault(name + ending, (Fraction(size), base))
 
 
 class Unit(NamedTuple):
@@ -78,36 +81,24 @@ class Unit(NamedTuple):
     scale: Fraction = Fraction(1)
 
 
-def find_unit(word: str) -> tuple[Fraction, str]:
-    """The size and base of a unit, in the plural or in capitals too; () if it is unknown."""
-    names = [word, word.lower()]
-    for ending in ("s", "es"):
-        names.append(names[1].removesuffix(ending))
-    return next((UNIT[name] for name in names if name in UNIT), ())
-
-
+@functools.lru_cache
 def read_unit(text: str) -> Unit | None:
     """Read all words after a number; None if one of them is unknown."""
     text = rewrite(text, SPELLINGS).strip()
-    shorter = text.removesuffix("below zero")
-    size, scale = Fraction(1), Fraction(-1 if shorter != text else 1)
+    size = scale = Fraction(1)
     powers = Counter()
-    position = 0
-    while position < len(shorter):
-        factor = FACTOR.match(shorter, position)
-        if factor is None:
+    if text.endswith("below zero"):
+        text, scale = text.removesuffix("below zero"), -scale
+    while text:
+        factor = FACTOR.match(text)
+        unit = factor and (UNIT.get(factor[2]) or UNIT.get(factor[2].lower()))
+        if not unit:
             return None
-        position = factor.end()
-        divided, word, exponent = factor.groups()
-        power = int(exponent or 1)
-        if divided:
-            power = -power
-        found = find_unit(word)
-        if found and found[1] == "#":
-            scale *= found[0]
-        elif found:
-            powers[found[1]] += power
-            size *= found[0] ** power
-        elif word.lower() not in FILLERS.split():
-            return None
+        power = int(factor[3] or 1) * (-1) ** bool(factor[1])
+        if unit[1] == "#":
+            scale *= unit[0]
+        else:
+            size *= unit[0] ** power
+            powers[unit[1]] += power
+        text = text[factor.end() :]
     return Unit(size, tuple(sorted(powers.items())), scale)

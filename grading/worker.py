@@ -43,17 +43,13 @@ def expression(latex: str) -> Any:
     """Read LaTeX with math-verify's parser. Letters keep their case, and i is the unit."""
     config = ConversionConfig(lowercase_symbols=False)
     value = latex2sympy(latex, None, True, True, None, config)
-    imaginary = Symbol("i", real=True)
-    if imaginary in getattr(value, "free_symbols", ()):
-        value = value.subs(imaginary, I)
-    return value
+    return value.xreplace({Symbol("i", real=True): I})
 
 
 def positive(value: Any) -> Any:
     """Take letters as positive, so that log(x^2) is 2 log(x)."""
-    return value.xreplace(
-        {letter: Symbol(letter.name, positive=True) for letter in value.free_symbols}
-    )
+    letters = {letter: Symbol(letter.name, positive=True) for letter in value.free_symbols}
+    return value.xreplace(letters)
 
 
 def agree(first: Any, second: Any) -> bool:
@@ -62,27 +58,27 @@ def agree(first: Any, second: Any) -> bool:
     math-verify rounds to six decimal places and so equates 1e-9 and 2e-9. Anything that is not a
     number agrees.
     """
+    if not (first.is_number and second.is_number):
+        return True
     for value, other in ((first, second), (second, first)):
-        if not getattr(value, "is_number", False):
-            return True
         decimal = value.has(Float) and not value.has(Pow)
         if decimal and not other.has(Float) and other.doit().is_rational is False:
             return False  # 3.14159265 is not pi
-    difference = abs(N(first) - N(second))
-    return bool(difference <= abs(N(first)) / 10**5)
+    value = N(first)
+    return bool(abs(value - N(second)) <= abs(value) / 10**5)
 
 
 def ask(relation: str, first: str, second: str) -> bool:
     """Whether two expressions are "equal", or "proportional" by a number that is not 0."""
     left, right = expression(first), expression(second)
-    if not left.has(Abs) and not right.has(Abs):
+    if not any(side.has(Abs) for side in (left, right)):
         left, right = positive(left), positive(right)
     if left == right:
         return True
     if relation == "proportional":
         ratio = cancel(expand(left) / expand(right))
         return bool(ratio.is_number and ratio.is_finite and ratio != 0)
-    if isinstance(left, Symbol) or isinstance(right, Symbol):  # math-verify ignores their case
+    if Symbol in (type(left), type(right)):  # math-verify ignores their case
         return simplify(left - right) == 0
     return verify([left], [right], timeout_seconds=None) and agree(left, right)
 
@@ -90,22 +86,21 @@ def ask(relation: str, first: str, second: str) -> bool:
 def is_right(reference: str, answer: str | None, strict: bool) -> bool:
     """Whether an answer is right. Without an answer: whether the reference can be read."""
     expected = read(reference)
-    if answer is None:
-        for leaf in leaves(expected):
-            expression(leaf.latex)
-        return True
-    return Judge(ask, strict).equal(expected, read(answer))
+    if answer is not None:
+        return Judge(ask, strict).equal(expected, read(answer))
+    for leaf in leaves(expected):
+        expression(leaf.latex)
+    return True
 
 
 def serve(deadline: float) -> None:
     for line in sys.stdin.buffer:
         signal.alarm(int(deadline) + 2)  # ends the worker if its caller is gone
-        try:
+        right = False
+        with suppress(Exception):  # among others RecursionError and MemoryError
             right = is_right(*json.loads(line))
-        except Exception:  # among others RecursionError and MemoryError
-            right = False
         signal.alarm(0)
-        os.write(REPLIES, b"1" if right else b"0")
+        os.write(REPLIES, b"%d" % right)
 
 
 def main() -> None:

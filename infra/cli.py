@@ -69,9 +69,17 @@ def check_numbers(args: Any) -> None:
             require(value < 1 or name not in BELOW_ONE, flag, value, "must be below 1")
 
 
+def check_temperature(args: Any) -> None:
+    """Reject temperatures that vLLM rejects, or changes without an error, if it may be used."""
+    if args.engine != "transformers" and importlib.util.find_spec("vllm"):
+        why = "vLLM takes 0.01 to 2; --engine transformers takes any"
+        require(0.01 <= args.temperature <= 2, "--temperature", args.temperature, why)
+
+
 def check_settings(args: Any) -> None:
     """Reject settings of common.RunArgs that cannot work, before anything heavy is loaded."""
     check_numbers(args)
+    check_temperature(args)
 
     def must(condition: Any, name: str, why: str) -> None:
         require(condition, flag_of(name), getattr(args, name), why)
@@ -113,6 +121,8 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
+        if args.engine == "auto":  # the run's args.json has the engine that auto stood for
+            args.engine = saved.engine
         check_resume(args, saved)
     return args
 

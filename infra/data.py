@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import NO_ANSWERS, asked_format, is_prose, last_boxed, plain_number
-from infra.cli import first_line, reject
+from grading.answers import BARE_BOX, NO_ANSWER, is_prose, last_boxed, plain_number
+from infra.cli import first_line, reject, require
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
 
@@ -101,19 +101,21 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     column, questions, answers = read_columns(args, flag)
     references = readable_references(grader, answers, args.references)
 
-    problems, discarded, asked = Problems(), Counter(), Counter()
-    unreadable = []
+    problems, discarded, unreadable = Problems(), Counter(), []
+    check_system_prompt(tokenizer, args.system_prompt, for_template)
+    of_template = template_tokens(tokenizer, for_template)
     for question, answer, texts in zip(questions, answers, references, strict=True):
         chat = as_chat(question)
         if not chat:
             discarded[f"problems have no text in {column!r}"] += 1
+        elif holds_any(chat, of_template):
+            discarded[f"prompts hold {' or '.join(of_template)}, {TEMPLATED}"] += 1
         elif not texts:
             unreadable.append(repr(answer)[:40])
         else:
             problem = make_problem(chat, texts, tokenizer, args, for_template)
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
-                asked[asked_format(problem.text + args.instruction)] += 1
             else:
                 discarded[f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens}"] += 1
     if unreadable:
@@ -127,14 +129,22 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         print(f"{flag} {name}: discarded {count} of {rows}: {reason}", file=sys.stderr)
     if not problems:
         reject(flag, name, f"all {rows} problems were discarded")
+    print_notes(problems, f"{flag} {name}", grader.answer_format, args.instruction)
+    return problems
+
+
+def print_notes(problems: Problems, source: str, answer_format: str, instruction: str) -> None:
+    """Print whether most prompts ask for another answer format, and how many are repeated."""
+    asked = Counter()
+    for problem in problems:
+        asked[asked_format(problem.text + instruction)] += 1
     wanted, count = asked.most_common(1)[0]
-    if wanted and grader.answer_format not in (wanted, "auto"):
+    if wanted and answer_format not in (wanted, "auto"):
         why = f"{count} of {len(problems)} prompts ask for another --answer-format: {wanted}"
-        print(f"{flag} {name}: {why}", file=sys.stderr)
+        print(f"{source}: {why}", file=sys.stderr)
     repeated = len(problems) - len({tuple(problem.prompt) for problem in problems})
     if repeated:
-        print(f"{flag} {name}: {repeated} problems repeat another and are kept", file=sys.stderr)
-    return problems
+        print(f"{source}: {repeated} problems repeat another and are kept", file=sys.stderr)
 
 
 def dataset_name(args: Any, flag: str) -> str:
@@ -291,6 +301,7 @@ def as_chat(value: Any) -> list[Row]:
 # ------------------------------------------------------------------ reference answers
 
 THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
+BOX = re.compile(r"\\(?:boxed|fbox)")
 # A text that is JSON: "1\/2"
 QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
 # The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
@@ -300,6 +311,13 @@ STATED = re.compile(
     r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
     r"[*_ ]*(\S.*?)[.*_\s]*\Z"
 )
+
+
+def asked_format(prompt: str) -> str:
+    """The answer format that a prompt asks for: "boxed", "line", or "" if it names none."""
+    if "boxed" in prompt:
+        return "boxed"
+    return "line" if re.search(r"(?i)\banswer:|####", prompt) else ""
 
 
 def readable_references(grader: Grader, answers: list[Any], mode: str) -> list[list[str]]:
@@ -344,8 +362,9 @@ def reference_answer(value: Any) -> str:
     if isinstance(value, dict):
         return ""
     text = THOUGHTS.sub("", as_text(value)).strip()
-    boxes = [last_boxed("\\boxed" + rest) for rest in text.split("\\boxed")[1:]]
+    boxes = [last_boxed("\\boxed" + rest) for rest in BOX.split(text)[1:]]
     boxes = [box for box in dict.fromkeys(boxes) if box is not None]  # None: never closed
+    boxes = boxes or BARE_BOX.findall(text)[-1:]
     stated = STATED.search(text)
     if "####" in text:
         text = STATED.sub("", text.rpartition("####")[2]).strip()
@@ -354,7 +373,7 @@ def reference_answer(value: Any) -> str:
     elif stated:
         text = stated[1]
     is_answer = boxes or not is_prose(text)
-    if is_answer and text.strip(" .").casefold() not in NO_ANSWERS:
+    if is_answer and not NO_ANSWER.match(text):
         return text
     return ""
 
@@ -373,6 +392,11 @@ def as_text(value: Any) -> str:
 
 # ------------------------------------------------------------------ chat templates
 
+TEMPLATED = (
+    "which the chat template writes too; --template-args "
+    """'{"chat_template": "{{ messages[-1].content }}"}' takes prompts as they are"""
+)
+
 
 def template_arguments(args: Any) -> dict[str, Any]:
     """--template-args, and a fixed date, because prompts must not change from day to day."""
@@ -389,16 +413,12 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
     Raises ValueError if the template fails or leaves the question out.
     """
     chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    if not tokenizer.chat_template:
+    if not arguments.get("chat_template", tokenizer.chat_template):
         return tokenizer.encode("\n\n".join(message["content"] for message in chat))
 
-    in_parts = []  # some templates want content as a list of parts
-    for message in chat:
-        part = {"type": "text", "text": message["content"]}
-        in_parts.append(message | {"content": [part]})
     wanted = without_space(chat[-1]["content"])
     failures = []
-    for messages in (chat, in_parts):
+    for messages in (chat, in_parts(chat)):
         try:
             prompt = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **arguments
@@ -410,6 +430,82 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
             return tokenizer.encode(prompt, add_special_tokens=False)
         failures.append("it leaves the question out")
     raise ValueError(failures[0])
+
+
+def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) -> None:
+    """Reject --system-prompt if the chat template leaves it out, as one for the question alone."""
+    if not text:
+        return
+    chat = [{"role": "system", "content": text}, {"role": "user", "content": "What is 3+4?"}]
+    with contextlib.suppress(ValueError):  # a template that fails is rejected with the problems
+        prompt = prompt_tokens(tokenizer, chat, **arguments)
+        same = prompt == prompt_tokens(tokenizer, chat[1:], **arguments)
+        require(not same, "--system-prompt", text, "the chat template leaves it out")
+
+
+def in_parts(chat: list[Row]) -> list[Row]:
+    """The messages with each content as a list of parts, as some templates want it."""
+    messages = []
+    for message in chat:
+        part = {"type": "text", "text": message["content"]}
+        messages.append(message | {"content": [part]})
+    return messages
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """The ids of the special tokens, without the one for unknown text."""
+    special = set()
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special.add(number)
+    return special - {tokenizer.unk_token_id}
+
+
+def template_tokens(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
+    """The special tokens that the chat template writes into a prompt, as texts."""
+    if not arguments.get("chat_template", tokenizer.chat_template):
+        return []
+    try:
+        prompt = prompt_tokens(tokenizer, "What is 3+4?", **arguments)
+    except ValueError:  # for example without a system message
+        return []
+    return tokenizer.convert_ids_to_tokens(sorted(special_tokens(tokenizer).intersection(prompt)))
+
+
+def holds_any(chat: list[Row], tokens: list[str]) -> bool:
+    """Whether a message contains one of these tokens as text."""
+    for message in chat:
+        for token in tokens:
+            if token in message["content"]:
+                return True
+    return False
+
+
+def turn_ends(args: Any, tokenizer: Any) -> set[int]:
+    """The ids of special tokens that end an assistant's turn: the first after its content.
+
+    In the model's chat template and in that of --template-args. A template for prompts alone has
+    none.
+    """
+    question, answer = "What is 3+4?", "It is 7."
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    arguments = {"chat_template": None} | template_arguments(args)  # None: the model's
+    texts = []
+    for template in (None, arguments.pop("chat_template")):
+        for messages in (chat, in_parts(chat)):
+            with contextlib.suppress(Exception):  # a template can raise anything
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, chat_template=template, **arguments
+                )
+                texts.append(text)
+
+    special, ends = special_tokens(tokenizer), set()
+    for text in texts:
+        before, _, after = text.rpartition(answer)
+        if question in before:
+            ids = tokenizer.encode(after, add_special_tokens=False)
+            ends.update([number for number in ids if number in special][:1])
+    return ends
 
 
 def without_space(text: str) -> str:

@@ -20,7 +20,7 @@ class HFEngine(Engine):
     """A decode loop over the policy's forward pass."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
-        super().__init__(policy, tokenizer)
+        super().__init__(args, policy, tokenizer)
         self.args, self.policy = args, policy
         self.batch_size = args.prompts_per_step * args.group_size
 

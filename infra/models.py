@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def load_tokenizer(args: Any, flag: str = "--model") -> Any:
 
     # Without tokenizer files transformers returns an empty tokenizer and no error.
     require(tokenizer.encode("1"), flag, args.model, "has no tokenizer")
+    named_stop_tokens(args, tokenizer)  # rejects what is no token
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = dict(quantization).get("quant_method", "unknown")
@@ -78,6 +80,7 @@ def load_policy(args: Any) -> nn.Module:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are NaN at some lengths
     policy = load_model(args, precision(args) if args.lora_rank else torch.float32)
     check_model(policy, args)
+    report_multimodal(policy, args)
 
     policy.to(device(args))
     try:
@@ -93,14 +96,16 @@ def load_policy(args: Any) -> nn.Module:
 
 def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
     """The weights of `args.model` on the CPU. Rejects missing weights, and ones not finite."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(args.model, **trust)
+        disable_dropout(config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            args.model, **options, output_loading_info=True
+            args.model, config=config, dtype=dtype, output_loading_info=True, **trust
         )
     except Exception as error:
         if out_of_memory(error):
@@ -114,6 +119,18 @@ def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Modul
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # Gemma 2: the faster ones leave the cap out
     return model
+
+
+def disable_dropout(config: Any) -> None:
+    """Set every dropout and noise rate of a configuration, and of those nested in it, to 0.
+
+    Otherwise the policy that is updated is not the one that sampled: the ratio is not 1.
+    """
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            disable_dropout(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
 
 
 def check_model(policy: nn.Module, args: Any) -> None:
@@ -133,8 +150,21 @@ def check_model(policy: nn.Module, args: Any) -> None:
     require(same, "--model", args.model, "computes its logits in a way that is not supported")
 
 
+def report_multimodal(policy: nn.Module, args: Any) -> None:
+    """Print which part of a multimodal folder is trained and saved."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if config.get_text_config() is config:
+        return
+    saved = "only its text part is loaded, trained and saved"
+    if type(policy.config) is type(config):
+        saved = "its text part is trained, and the whole model is saved"
+    print(f"--model {args.model} is multimodal: {saved}", file=sys.stderr)
+
+
 def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
-    """The policy with LoRA adapters on every linear layer, initialised from --seed."""
+    """The policy with LoRA adapters on every linear layer and expert, initialised from --seed."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed_for(args.seed, "lora"))
@@ -153,9 +183,20 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
     merged_names = [name for name, _ in merged_weights(policy)]
     why = f"cannot be merged into {args.model}"
     require(names == merged_names, "--lora-rank", args.lora_rank, why)
+    freeze_routers(policy)
     if Path(args.model).is_dir():  # so that the adapter can be loaded from any working directory
         config.base_model_name_or_path = str(Path(args.model).resolve())
     return policy
+
+
+def freeze_routers(policy: nn.Module) -> None:
+    """Do not train the adapters of routers, which choose experts: they stay 0.
+
+    peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
+    """
+    for name, weight in policy.named_parameters():
+        if {"gate", "router"} & set(name.split(".")):
+            weight.requires_grad_(False)
 
 
 # ------------------------------------------------------------------ properties
@@ -178,20 +219,26 @@ def is_recurrent(policy: nn.Module) -> bool:
     return model._is_stateful or not recurrent.isdisjoint(layer_types)
 
 
-def uses_dropout(model: nn.Module, args: Any) -> bool:
-    """Whether the forward pass is random in training, by the model's own dropout or LoRA's."""
-    config = base_model(model).config.get_text_config().to_dict()
-    rates = [rate for name, rate in config.items() if "drop" in name]
-    return any([args.lora_dropout, *rates])
-
-
 def eos_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token id that ends a response: the generation config's and the tokenizer's."""
+    """The EOS token ids of the generation config and of the tokenizer."""
     of_config = base_model(policy).generation_config.eos_token_id
     if not isinstance(of_config, list):
         of_config = [of_config]
     ids = {*of_config, tokenizer.eos_token_id}
     return sorted(ids - {None})
+
+
+def named_stop_tokens(args: Any, tokenizer: Any) -> list[int]:
+    """The ids of --stop-tokens. Rejects a text that is not exactly one token."""
+    ids = []
+    for text in args.stop_tokens:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        why = f"must be one token of {args.model}, and is {len(tokens)}"
+        require(len(tokens) == 1, "--stop-tokens", text, why)
+        unknown = tokens == [tokenizer.unk_token_id] and text != tokenizer.unk_token
+        require(not unknown, "--stop-tokens", text, f"is no token of {args.model}")
+        ids += tokens
+    return ids
 
 
 # ------------------------------------------------------------------ weights

@@ -113,7 +113,7 @@ class Run:
         script = Path(inspect.getfile(type(args))).stem
         args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
         self.args, self.folder = args, Path(args.run_dir)
-        self.settings = {"script": script, **vars(args), "resume": ""}
+        self.script = script
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
         self.lock = lock_folder(self.folder, "--run-dir")
@@ -258,8 +258,9 @@ class Run:
         """Write args.json, discard what was logged after the checkpoint, start TensorBoard."""
         from torch.utils.tensorboard import SummaryWriter
 
+        settings = {"script": self.script, **vars(self.args), "resume": ""}
         with atomic_write(self.folder / "args.json") as partial:
-            partial.write_text(json.dumps(self.settings, indent=1))
+            partial.write_text(json.dumps(settings, indent=1))
         first = self.step + 1 if self.step else 0  # the evaluation before training is step 0
         for path in (self.metrics_file, self.rollouts_file):
             rows = [row for row in read_lines(path) if row["step"] < first]
@@ -273,7 +274,7 @@ class Run:
                 project=self.args.wandb_project,
                 id=self.folder.resolve().name,  # so that a resumed run continues there
                 resume="allow",
-                config=self.settings,
+                config=settings,
                 sync_tensorboard=True,
             )
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=first)

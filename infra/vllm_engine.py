@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from infra.cli import StopRun, progress_bar, reject, require
+from infra.data import turn_ends
 from infra.models import (
     TokenIds,
     base_model,
@@ -22,7 +23,9 @@ from infra.models import (
     eos_ids,
     is_recurrent,
     merged_weights,
+    named_stop_tokens,
     precision,
+    seed_for,
 )
 
 Response = tuple[TokenIds, list[float]]  # token ids, and their log-probabilities
@@ -36,10 +39,24 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 class Engine:
     """Rolls out the policy. VLLMEngine and HFEngine add sync and generate."""
 
-    def __init__(self, policy: nn.Module, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.stop_tokens = eos_ids(policy, tokenizer)
+    def __init__(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
+        self.set_tokenizer(args, policy, tokenizer)
         self.vocab_size = base_model(policy).config.get_text_config().vocab_size
+
+    def set_tokenizer(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
+        """Set the tokenizer and the ids of all tokens that end a response, and print these.
+
+        A base model's own EOS token may not be the one that its chat template writes.
+        """
+        ids = turn_ends(args, tokenizer)
+        ids.update(eos_ids(policy, tokenizer), named_stop_tokens(args, tokenizer))
+        self.tokenizer, self.stop_tokens = tokenizer, sorted(ids)
+        tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)  # None: beyond the tokenizer
+        names = (
+            " or ".join(map(str, filter(None, tokens)))
+            or f"--max-new-tokens {args.max_new_tokens} alone"
+        )
+        print(f"{args.model}: a response stops at {names}", file=sys.stderr)
 
     def decode(self, responses: list[TokenIds]) -> list[str]:
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -55,7 +72,7 @@ class VLLMEngine(Engine):
     """vLLM in this process, so that weights pass by reference."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
-        super().__init__(policy, tokenizer)
+        super().__init__(args, policy, tokenizer)
         on_cuda = device(args).type == "cuda"
         if precision(args) is torch.float32:  # otherwise Triton's attention computes in TF32
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -79,7 +96,7 @@ class VLLMEngine(Engine):
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
             trust_remote_code=args.trust_remote_code,
-            seed=args.seed,
+            seed=seed_for(args.seed, "engine"),  # vLLM takes 32 bits
             **self.device_options(args, context),
         )
         # vLLM runs transformers' class for a model that it has no class for, and patches that
@@ -179,6 +196,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     """The reason why vLLM cannot roll out this policy, or an empty text."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; see README.md"
+    config = base_model(policy).config
+    is_multimodal = config.get_text_config() is not config
+    if is_multimodal and importlib.util.find_spec("torchvision") is None:
+        return "the model is multimodal, for which vLLM needs torchvision: pip install torchvision"
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, whose logits differ in vLLM after a sync"
     if is_recurrent(policy):
@@ -192,7 +213,10 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
 
 
 def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: list[Any]) -> Engine:
-    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets."""
+    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets.
+
+    Sets `args.engine` to the engine's name, so that the run's args.json records it.
+    """
     lengths = [len(problem.prompt) for problems in problem_sets for problem in problems]
     context = max(lengths) + args.max_new_tokens
     limit = getattr(base_model(policy).config, "max_position_embeddings", context)
@@ -211,7 +235,10 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
         why_not = why_not_vllm(args, policy)
         require(args.engine == "auto" or not why_not, "--engine", args.engine, why_not)
         if not why_not:
+            args.engine = "vllm"
             return VLLMEngine(args, policy, tokenizer, context)
+        print(f"--engine auto: transformers is used, because {why_not}", file=sys.stderr)
+    args.engine = "transformers"
     from infra.hf_engine import HFEngine
 
     return HFEngine(args, policy, tokenizer, context)

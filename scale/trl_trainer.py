@@ -7,38 +7,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import arca
 import common
-import ep_grpo
-import erpo
-import forking
 import grpo
-import gtpo
-import holderpo
-import lambda_grpo
 import reft
-from infra.cli import flag_of
+from infra.cli import flag_of, load_settings, parse_args
+from infra.models import freeze_routers
+from infra.run import atomic_write
+from scale import trl_methods as methods
+from scale.trl_methods import SCRIPTS, pick
 
-SCRIPTS = {"grpo": grpo, "ep_grpo": ep_grpo, "erpo": erpo, "gtpo": gtpo, "grpo_s": gtpo}
-SCRIPTS |= {"holderpo": holderpo, "arca": arca, "reft": reft}
-SCRIPTS |= {"forking": forking, "lambda_grpo": lambda_grpo}
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
 SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
 
@@ -48,23 +45,42 @@ class ScaleArgs:
     method: Literal[tuple(SCRIPTS)] = "grpo"  # grpo_s is gtpo with --level sequence
     micro_batch: int = 4  # most rollouts per process in one pass of the update
     vllm_server: str = ""  # such as http://localhost:8000; empty: the policy generates
-    resume: bool = False  # from the last checkpoint in --run-dir, with the same settings
 
 
 def parse(command: list[str]) -> Any:
-    """The settings of the method's script, and ScaleArgs."""
-    only_method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_method.add_argument("--method", default="grpo")
-    method = only_method.parse_known_args(command)[0].method
+    """The settings of the method's script, and ScaleArgs. With --resume, those of the run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default="grpo")
+    first.add_argument("--resume")
+    asked = first.parse_known_args(command)[0]
+    method, folder = asked.method, asked.resume
+    why = "runs only as vineppo.py: its continuations need an engine of their own"
+    common.require(method != "vineppo", "--method", method, why)
+    if folder:
+        method = load_settings(lambda method, **_: method, Path(__file__).stem, folder)
     script = SCRIPTS.get(method, grpo)
     settings = dataclasses.make_dataclass("Args", [], bases=(ScaleArgs, script.Args))
-    args = tyro.cli(settings, description=__doc__, args=command)
+    settings.__module__ = __name__  # its file names the script in args.json
+    args = parse_args(settings, command)
     args.run_dir = args.run_dir or f"runs/{args.method}-{args.seed}-scale"
     return dataclasses.replace(args, level="sequence") if method == "grpo_s" else args
 
 
+def last_checkpoint(args: Any) -> Path | None:
+    """The newest complete checkpoint of the run: trainer_state.json is written last."""
+    complete = Path(args.run_dir).glob("checkpoint-*/trainer_state.json")
+    folders = [file.parent for file in complete]
+    return max(folders, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
 def check_layout(args: Any, processes: int) -> None:
-    """Reject what only the scripts do, and groups that do not divide over the processes."""
+    """Reject processes that did not join, what only the scripts do, and groups that do not divide.
+
+    processes: the number of those that joined.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    why = f"only {processes} joined, so each would train alone"
+    common.require(processes == launched, "--num_processes", launched, why)
     for setting in dataclasses.fields(args):
         value = getattr(args, setting.name)
         served = setting.name not in SCRIPTS_ONLY or value == setting.default
@@ -73,52 +89,9 @@ def check_layout(args: Any, processes: int) -> None:
     divides = args.prompts_per_step * args.group_size % (processes * updates) == 0
     why = f"groups do not divide evenly over {processes} processes and {updates} updates"
     common.require(divides, "--group-size", args.group_size, why)
-    found = any(Path(args.run_dir).glob("checkpoint-*"))
-    why = f"{args.run_dir} has {'a' if found else 'no'} checkpoint"
-    common.require(args.resume == found, "--resume", args.resume, why)
-
-
-def pick(args: Any, *names: str) -> dict[str, Any]:
-    """The named settings, as keyword arguments."""
-    return {name: getattr(args, name) for name in names}
-
-
-def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
-    """The advantage of each token, [P, G, T], as the method's script computes it."""
-    mask, lengths = step.mask, step.mask.sum(-1)
-    signals = step.rewards, step.entropy, step.logp, step.ref_logp, mask
-    match args.method:
-        case "ep_grpo":
-            flags = pick(args, "gamma", "eta", "buckets", "reward_threshold")
-            return ep_grpo.ep_grpo_advantages(*signals, **flags)
-        case "erpo":
-            flags = pick(args, "gamma", "eta", "buckets", "sigma_target")
-            return erpo.erpo_advantages(*signals, **flags)
-        case "gtpo" | "grpo_s":
-            return gtpo.token_advantages(step, args)
-    advantages = grpo.grpo_advantages(step.rewards, scale=args.scale_rewards)[..., None] * mask
-    if args.method == "arca":
-        credit = arca.credit_weights(step.residual, mask, sharpening=args.sharpening)
-        advantages = advantages * credit * lengths[..., None]
-    return advantages
-
-
-def method_loss(args: Any, step: common.Rollouts, logp: Tensor, index: common.Index) -> Tensor:
-    """The losses of n rollouts before weighting: [n, T], or [n, 1] if each response has one."""
-    mask, old_logp, advantages = step.mask[index], step.logp[index], step.advantages[index]
-    if args.method == "arca":
-        return -advantages * logp
-    if args.method == "holderpo":
-        p = holderpo.anneal_p(step.number, args.steps, **pick(args, "p_start", "p_end", "schedule"))
-        responses = logp, old_logp, mask, advantages[:, 0]  # the same on every token
-        clips = pick(args, "clip", "clip_level")
-        return holderpo.holder_surrogate(*responses, p, **clips)[0][:, None]
-    sequence = getattr(args, "level", "token") == "sequence"
-    new_logp = gtpo.rollout_logp(logp, old_logp, mask) if sequence else logp
-    loss, _ = grpo.clipped_loss(new_logp, old_logp, advantages, args.clip_low, args.clip_high)
-    if args.kl:
-        loss = loss + args.kl * grpo.kl_estimate(logp, step.ref_logp[index])
-    return loss
+    is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint-*"))
+    why = f"holds a run; resume it with --resume {args.run_dir}"
+    common.require(is_new, "--run-dir", args.run_dir, why)
 
 
 def run_inside(model: nn.Module, sharded: bool) -> None:
@@ -142,12 +115,13 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
     uses_reference = args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
     dtype = common.precision(args)
     return GRPOConfig(
-        **pick(args, "temperature", "seed", "max_grad_norm", "weight_decay"),
+        **pick(args, "temperature", "max_grad_norm", "weight_decay"),
         **pick(args, "gradient_checkpointing", "trust_remote_code"),
+        seed=args.seed % 2**32,  # NumPy takes 32 bits
         output_dir=args.run_dir,
         use_cpu=common.device(args).type == "cpu",
         bf16=dtype is torch.bfloat16,
-        model_init_kwargs={"dtype": dtype if args.lora_rank else torch.float32},
+        model_init_kwargs=methods.model_options(args),
         beta=float(uses_reference),  # above 0, TRL loads a reference
         num_generations=args.group_size,
         max_completion_length=args.max_new_tokens - (args.method == "reft"),
@@ -167,7 +141,7 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         per_device_eval_batch_size=samples * math.gcd(held_out // processes, rows // samples or 1),
         num_generations_eval=samples,
         eval_strategy="steps",
-        eval_on_start=not args.resume,
+        eval_on_start=last_checkpoint(args) is None,
         eval_steps=(args.eval_every or args.steps) * updates,
         save_steps=(args.save_every or args.steps) * updates,
         logging_steps=1,
@@ -192,9 +166,25 @@ class MethodTrainer(GRPOTrainer):
             peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
+        freeze_routers(self.model)
+        self.engine = common.Engine(args, self.model, tokenizer)
+        self.eos_token_ids = self.engine.stop_tokens
+        if args.vllm_server:
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
+        else:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
         for model in filter(None, (self.model, self.ref_model)):
             model = common.base_model(self.accelerator.unwrap_model(model))
             run_inside(model, self.is_fsdp_enabled)
+
+    def _prepare_for_training(self, *args: Any) -> tuple:
+        prepared = super()._prepare_for_training(*args)
+        sharded = all(isinstance(weight, DTensor) for weight in self.model.parameters())
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false")
+        why = "the parameters are whole: FSDP2 did not shard them (fsdp_version 2, on GPUs)"
+        common.require(sharded or asked != "true", "ACCELERATE_USE_FSDP", asked, why)
+        return prepared
 
     def _generate_single_turn(self, prompts: list, images: Any, fields: Any, copies: int) -> tuple:
         """With REFT, rollouts begin with the first tokens that its script chooses for the step."""
@@ -202,10 +192,9 @@ class MethodTrainer(GRPOTrainer):
         if args.method != "reft" or not self.model.training:
             return generate(prompts, images, fields, copies)
         of_step = gather_object(prompts)[::copies]
-        engine = common.Engine(self.model, self.processing_class)
         seed = common.seed_for(args.seed, self.state.global_step, "openers")
         draw = torch.Generator().manual_seed(seed)
-        chosen, _ = reft.choose_openers(self.model, engine, of_step, args, draw)
+        chosen, _ = reft.choose_openers(self.model, self.engine, of_step, args, draw)
         self.model.train()
         chosen = broadcast(chosen.to(self.accelerator.device)).view(-1, len(prompts))
         first = chosen[self.accelerator.process_index].tolist()
@@ -238,14 +227,15 @@ class MethodTrainer(GRPOTrainer):
         """logp, entropy, ref_logp and ARCA's residual of all rollouts: [4, P, G, T]."""
         args, mask, processes = self.settings, rollouts.mask, self.accelerator.num_processes
         adapter_off = self.model.disable_adapter if args.lora_rank else nullcontext
-        # Processes share the micro-batches of `common.score`: the values have the script's bits.
-        batches = [*common.micro_batches(rollouts, 4 * args.token_budget, torch.arange(len(mask)))]
+        problems = torch.arange(len(mask))  # processes share the micro-batches
+        batches = [*common.micro_batches(rollouts, 4 * args.token_budget, problems, False)]
+        self.model.eval()
         scores = torch.zeros(4, *mask.shape, device=mask.device)
         for first in range(0, len(batches), processes):
             place = first + self.accelerator.process_index
             index = batches[place % len(batches)]  # every process runs equally many passes
-            tokens = common.token_logp, rollouts, index, args
-            states = common.hidden_states, rollouts, index, args
+            tokens = methods.token_logp, rollouts, index, args
+            states = methods.hidden_states, rollouts, index, args
             found = torch.zeros(4, *mask[index].shape, device=mask.device)
             found[0], found[1] = self.model(run=tokens)
             if self.beta:
@@ -271,43 +261,49 @@ class MethodTrainer(GRPOTrainer):
         step.logp, step.entropy, step.ref_logp, step.residual = self.score(step)
         penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.rewards = step.correct + penalty
-        step.advantages = method_advantages(args, step)
-        # Each of several updates has a part of the rollouts, and of the whole step's weights.
-        average = args.loss_average, args.max_new_tokens
-        kept = mask
-        if args.method == "forking":
-            kept = forking.forking_mask(step.entropy, mask, top=args.top)
-        weights = common.token_weights(kept, torch.arange(len(groups)), *average)
-        if args.method == "lambda_grpo":
-            weights = weights * lambda_grpo.lambda_weights(step.tokens, mask)
-        importance = common.importance_weights(step.logp, step.engine_logp, args.importance_cap)
-        step.weights = weights * importance * args.updates_per_rollout
-        step.weights[..., 0] *= not getattr(args, "mask_opener", False)
+        step.advantages = methods.method_advantages(args, step)
         self._metrics["train"]["entropy"].append(step.entropy[mask].mean().item())
-        order = torch.arange(lengths.numel(), device=mask.device).view(-1, len(rows))
-        return {"rollout": order[self.accelerator.process_index]}
+        seed = common.seed_for(args.seed, step.number, "updates")
+        shares = common.shuffled_shares(len(groups), args.updates_per_rollout, seed)
+        step.weights = sum(methods.update_weights(args, step, share) for share in shares)
+        # Processes divide the rollouts of each update: [updates, processes, rollouts].
+        order = torch.arange(lengths.numel()).view(lengths.shape)[torch.cat(shares)]
+        order = order.view(len(shares), self.accelerator.num_processes, -1)
+        own = order[:, self.accelerator.process_index].to(mask.device)
+        step.batches = own.reshape(self.args.steps_per_generation, -1)
+        return {"rollout": own.flatten()}  # TRL shuffles it, which `batches` are not
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         args, step = self.settings, self.step
-        index = torch.unravel_index(inputs["rollout"], step.correct.shape)
-        logp, _ = model(run=(common.token_logp, step, index, args))
-        loss = method_loss(args, step, logp, index) * step.weights[index]
+        rollouts = step.batches[self._step % len(step.batches)]
+        index = torch.unravel_index(rollouts, step.correct.shape)
+        logp, _ = model(run=(methods.token_logp, step, index, args))
+        loss = methods.method_loss(args, step, logp, index) * step.weights[index]
         return loss.sum() * self.accelerator.num_processes  # DDP and FSDP average gradients
 
 
 def make_trainer(args: Any) -> MethodTrainer:
-    processes = PartialState(cpu=common.device(args).type == "cpu").num_processes
+    state = PartialState(cpu=common.device(args).type == "cpu")
+    processes = state.num_processes
     check_layout(args, processes)
     grader, tokenizer = common.Grader(args.answer_format), common.load_tokenizer(args)
     train = common.load_problems(args, "--dataset", tokenizer, grader)
     train = train.take(args.steps * args.prompts_per_step, args.seed)  # in the script's order
     held_out = common.load_problems(args, "--eval-dataset", tokenizer, grader)
     count = min(len(held_out), args.eval_problems) // processes * processes
+    if state.is_main_process:
+        settings = {"script": Path(__file__).stem, **vars(args), "resume": ""}
+        with atomic_write(Path(args.run_dir) / "args.json") as partial:
+            partial.write_text(json.dumps(settings, indent=1))
     return MethodTrainer(args, train, held_out[:count], grader, tokenizer)
 
 
-if __name__ == "__main__":
-    trainer = make_trainer(parse(sys.argv[1:]))
-    trainer.train(resume_from_checkpoint=trainer.settings.resume or None)
+def main(command: list[str]) -> MethodTrainer:
+    trainer = make_trainer(parse(command))
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.settings))
     trainer.save_model(f"{trainer.settings.run_dir}/model")
-    trainer.accelerator.end_training()
+    return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:]).accelerator.end_training()

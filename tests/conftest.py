@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +110,20 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         top_p=0.8,
         repetition_penalty=1.1,
     )
+
+
+@pytest.fixture(scope="session")
+def base_model(untied_model: Path) -> Path:
+    """That model as a base model: only its chat template names <|im_end|>, which ends a turn."""
+    folder = shutil.copytree(untied_model, untied_model.parent / "base")
+    for name, key, value in [
+        ("generation_config.json", "eos_token_id", 257),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("config.json", "eos_token_id", 257),
+    ]:
+        settings = json.loads((folder / name).read_text()) | {key: value}
+        (folder / name).write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_help_shows_every_setting_with_its_text(
     assert stop.value.code == 0
     printed = capsys.readouterr()
     assert not printed.err
-    assert len(printed.out.splitlines()) <= 110
+    assert len(printed.out.splitlines()) <= 112
     shown = re.sub(r"[\s│]", "", printed.out)
     assert args.__module__ == script and f"{script}.py" in shown
     described = texts(ROOT / "common.py", "RunArgs") | texts(ROOT / f"{script}.py", "Args")
@@ -185,6 +185,23 @@ def test_rejected_in_a_real_process():
     assert done.stderr == "error: --group-size 1: must be at least 2\n"
 
 
+@pytest.mark.parametrize("temperature", [0.001, 0.0099, 2.01, 100.0])
+def test_temperatures_that_vllm_would_change(
+    rejection: Callable, temperature: float, monkeypatch: MonkeyPatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # vLLM is installed
+    flags = ["--temperature", str(temperature)]
+    for engine in ("auto", "vllm"):
+        line = rejection("grpo", *flags, "--engine", engine)
+        why = "vLLM takes 0.01 to 2; --engine transformers takes any"
+        assert line == f"--temperature {temperature}: {why}"
+    assert parse_args(grpo.Args, [*flags, "--engine", "transformers"]).temperature == temperature
+    for edge in ("0.01", "2.0"):
+        parse_args(grpo.Args, ["--temperature", edge])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    parse_args(grpo.Args, flags)
+
+
 def test_values_at_the_edge_are_accepted():
     flags = "--kl 0 --clip-low 0 --eval-every 0 --overlong-buffer 1024 --generation-rounds 3"
     flags += " --dynamic-sampling --lora-rank 2 --lora-dropout 0.5 --seed 0"
@@ -220,6 +237,14 @@ def test_missing_model_or_problems(
     why = {"model": "cannot be loaded: "}.get(name, "no such file or folder")
     line = rejection("grpo", *command(**{name: missing}))
     assert line.startswith(f"{flag_of(name)} {missing}: {why}")
+
+
+@pytest.mark.parametrize(("text", "count"), [("</answer>", 9), ("", 0)])
+def test_a_stop_token_that_is_not_one_token(
+    text: str, count: int, rejection: Callable, command: Callable, tied_model: Path
+):
+    line = rejection("grpo", *command(), "--stop-tokens", "a", text)
+    assert line == f"--stop-tokens {text}: must be one token of {tied_model}, and is {count}"
 
 
 def test_prompts_longer_than_the_context(
@@ -267,11 +292,17 @@ def begin(tmp_path: Path, monkeypatch: MonkeyPatch) -> Callable[..., str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_settings_are_read_back(script: str, begin: Callable):
     """The saved ones count, even if the defaults have changed since."""
-    settings = {"lr": 1e-7, "dynamic_sampling": True}
+    settings = {"lr": 1e-7, "dynamic_sampling": True, "stop_tokens": ("<|im_end|>", "a")}
     folder = begin(script, **settings)
     args = importlib.import_module(script).Args
     again = parse_args(args, ["--resume", folder, "--dynamic-sampling"])  # given again
     assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
+
+
+def test_engine_auto_again_is_the_runs_engine(begin: Callable):
+    """Otherwise the command that started the run could not resume it."""
+    folder = begin(engine="transformers")
+    assert parse_args(grpo.Args, ["--resume", folder, "--engine", "auto"]).engine == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_flags_of_a_run(method: str):
     sums, needle = Args(prompts=2), Args(task="needle", runs=Path("r"))
     flags = flags_of(method, sums)
     assert flags["--prompts-per-step"] == "2" and flags["--max-new-tokens"] == "64"
-    assert flags["--save-every"] == ("1" if method == "DAPO" else "0")
+    resamples = "--dynamic-sampling" in compare.METHODS[method]
+    assert flags["--save-every"] == ("1" if resamples else "0")
     assert not {"--model", "--continuations"} & set(flags)
     flags = flags_of(method, needle)
     assert (flags["--model"], flags["--max-new-tokens"]) == ("tiny/needle", "80")
@@ -118,10 +119,10 @@ def test_flags_of_a_run(method: str):
 
 
 def test_a_task_has_a_model_and_problems():
-    for task in compare.TASKS.values():
+    for task in (compare.TASKS["sums"], compare.TASKS["needle"]):
         folder = ROOT / task.model
         assert all((folder / name).exists() for name in ("config.json", "test.jsonl"))
-        assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * compare.VALIDATION
+        assert len((folder / "train.jsonl").read_text().splitlines()) > 2 * task.validation
 
 
 @pytest.mark.parametrize(("selected", "measured"), [("4e-4", ["4e-4"]), ("8e-4", ["8e-4", "4e-4"])])
@@ -151,6 +152,16 @@ def test_a_mistake_is_one_line(settings: dict, message: str, capsys: pytest.Capt
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+def test_a_task_without_its_model_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        compare.check(Args(task="real"))
+    message = "error: --task real: needs its model: python benchmark/real.py --make\n"
+    assert capsys.readouterr().err == message
+
+
 # ------------------------------------------------------------------------------- what is kept
 
 
@@ -159,6 +170,7 @@ def test_a_mistake_is_one_line(settings: dict, message: str, capsys: pytest.Capt
     [
         ({"steps": 41}, "--steps 41"),
         ({"task": "needle"}, "--settings --model tiny/needle"),
+        ({"task": "real"}, "--settings --model runs/real/model"),
         ({"rates": ("1e-4", "2e-4")}, "--rates"),  # without 4e-4, which has runs
         ({"rates": ("1e-4", "2e-4", "4e-4")}, ""),  # a wider grid keeps what was measured
     ],
@@ -177,24 +189,56 @@ def test_results_are_of_one_kind(changed: dict, message: str, tmp_path: Path, ca
         assert found["rates"] == list(args.rates) and len(found["selection"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        ("{}", "holds no results of benchmark/compare.py"),
+        ("[]", "holds no results of benchmark/compare.py"),
+        (None, "cannot be read: [Errno 21] Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("write", [True, False])
+def test_another_file_as_results(
+    write: bool, text: str | None, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    results = tmp_path
+    if text is not None:
+        results = tmp_path / "other.json"
+        results.write_text(text)
+    with pytest.raises(SystemExit):
+        compare.read_results(Args(results=results, write=write))
+    assert capsys.readouterr().err.startswith(f"error: --results {results}: {cause}")
+
+
+def finished_row(job: Job, *_: Any) -> dict:
+    return job._asdict() | {"code": compare.code(job.method)}
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Seed 1 has a row and seed 2 a model; seed 3 was interrupted."""
     args = Args(results=tmp_path / "compare.json", runs=tmp_path / "runs", steps=2, jobs=1)
     jobs = [Job("GRPO", "2e-4", seed) for seed in (1, 2, 3)]
     for job in jobs[1:]:
-        (args.runs / job.folder).mkdir(parents=True)
-        (args.runs / job.folder / "args.json").write_text('{"steps": 2}')
-    (args.runs / jobs[1].folder / "model").mkdir()
-    (args.runs / jobs[2].folder / "model.unfinished").mkdir()
+        compare.run_folder(job, args).mkdir(parents=True)
+        (compare.run_folder(job, args) / "args.json").write_text('{"steps": 2}')
+    (compare.run_folder(jobs[1], args) / "model").mkdir()
+    (compare.run_folder(jobs[2], args) / "model.unfinished").mkdir()
     started = []
     monkeypatch.setattr(compare, "run_on_free_core", lambda c: started.append(c[-2:]) or "")
     monkeypatch.setattr(compare, "cut", lambda folder, args: compare.Cut(folder, 2, {}))
     monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
-    monkeypatch.setattr(compare, "result_row", lambda job, *_: job._asdict())
+    monkeypatch.setattr(compare, "result_row", finished_row)
     results = compare.read_results(args) | {"rows": [jobs[0]._asdict()]}
     compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
-    assert started == [["--resume", str(args.runs / jobs[2].folder)]]
+    assert started == [["--resume", str(compare.run_folder(jobs[2], args))]]
     assert [row["seed"] for row in shared.read_json(args.results)["rows"]] == [1, 2, 3]
+    args.refresh, started[:] = True, []  # seed 1 has another code now, the others have this one
+    results["rows"][0]["code"] = "other"
+    compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
+    assert [command[-1] for command in started] == [str(compare.run_folder(jobs[0], args))]
+    assert [row["seed"] for row in results["rows"]] == [1, 2, 3]
+    assert {row["code"] for row in results["rows"]} == {compare.code("GRPO")}
     with pytest.raises(SystemExit):  # a run of another length
         compare.train(jobs[1], Args(runs=args.runs, steps=3))
 
@@ -244,12 +288,16 @@ def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
 
 def test_the_page_states_the_settings():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    trained = len((ROOT / "tiny" / "train.jsonl").read_text().splitlines()) - compare.VALIDATION
+    trained = (
+        len((ROOT / "tiny" / "train.jsonl").read_text().splitlines())
+        - compare.TASKS["sums"].validation
+    )
     rollouts = Args.steps * Args.prompts * compare.GROUP
     for text in (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts"):
         assert text in page
     for command in compare.METHODS.values():
-        assert command.removeprefix("arca.py --credit ") in page
+        if " " in command:  # a variant; the other methods are scripts with their defaults
+            assert command.removeprefix("arca.py --credit ") in page
 
 
 # ------------------------------------------------------------------------------- start to end

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +55,9 @@ class Setup:
     """A model with its engines, made on first use. Each test leaves the weights as they were."""
 
     def __init__(self, folder: Path, precision: str) -> None:
-        self.args = settings(folder, precision=precision, max_new_tokens=20, temperature=0.8)
+        shape = {"max_new_tokens": 20, "temperature": 0.8}
+        seed = 20261128203000  # more than 32 bits
+        self.args = settings(folder, precision=precision, seed=seed, **shape)
         self.policy, self.tokenizer = load_policy(self.args), load_tokenizer(self.args)
         self.weights = {name: w.clone() for name, w in self.policy.state_dict().items()}
         self.engines: dict[str, Engine] = {}
@@ -183,11 +187,14 @@ def test_samples_follow_the_distribution(setup: Setup, kind: str):
 
 
 @both_engines
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind: str):
-    ends = models.eos_ids(setup.policy, setup.tokenizer)
-    assert len(ends) == {"tied": 1, "untied": 2}[Path(setup.args.model).name]
-    prompts, responses = sample(setup.engine(kind), seeds=16)
+@pytest.mark.parametrize("name", ["tied", "untied", "base"])
+def test_responses_end_at_each_stop_token_and_are_then_not_truncated(setup: Setup, kind: str):
+    engine, model = setup.engine(kind), Path(setup.args.model).name
+    named = {"tied": [256], "untied": [256, 257], "base": [257]}  # <|im_end|>, <|endoftext|>
+    assert models.eos_ids(setup.policy, setup.tokenizer) == named[model]
+    ends = engine.stop_tokens
+    assert ends == {"base": [256, 257]}.get(model, named[model])
+    prompts, responses = sample(engine, seeds=16)
     seen = Counter()
     for tokens, logp in responses:
         assert len(tokens) == len(logp)
@@ -204,6 +211,58 @@ def test_responses_end_at_each_eos_and_are_then_not_truncated(setup: Setup, kind
     assert rollouts.truncated.sum() == seen["truncated"]
     for p, (tokens, _) in enumerate(responses):
         assert rollouts.tokens[p, 0][rollouts.mask[p, 0]].tolist() == tokens  # EOS included
+
+
+@both_engines
+@tied
+def test_further_stop_tokens(setup: Setup, kind: str, capsys: pytest.CaptureFixture):
+    """They end a response, which is otherwise the same, and are printed with the model's own."""
+    engine = setup.engine(kind)
+    _, before = sample(engine, seeds=16)
+    often = Counter(token for tokens, _ in before for token in tokens if token < 94)  # ASCII
+    [(further, _)] = often.most_common(1)
+    name = setup.tokenizer.convert_ids_to_tokens(further)
+    text = setup.tokenizer.decode([further])
+    capsys.readouterr()
+    args = dataclasses.replace(setup.args, stop_tokens=(text,))
+    engine.set_tokenizer(args, setup.policy, setup.tokenizer)
+    try:
+        assert (
+            capsys.readouterr().err == f"{args.model}: a response stops at {name} or <|im_end|>\n"
+        )
+        after = sample(engine, seeds=16)[1]
+    finally:
+        engine.set_tokenizer(setup.args, setup.policy, setup.tokenizer)
+    assert engine.stop_tokens == [256]
+    for (tokens, _), (complete, _) in zip(after, before, strict=True):
+        end = complete.index(further) + 1 if further in complete else len(complete)
+        assert tokens == complete[:end]
+
+
+def test_a_model_without_a_stop_token(tied_model: Path, capsys: pytest.CaptureFixture):
+    args = settings(tied_model, max_new_tokens=9)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    policy.generation_config.eos_token_id = tokenizer.eos_token = tokenizer.chat_template = None
+    assert HFEngine(args, policy, tokenizer, 200).stop_tokens == []
+    line = f"{tied_model}: a response stops at --max-new-tokens 9 alone"
+    assert line in capsys.readouterr().err.splitlines()
+    # An id that the tokenizer lacks, as a generation config of another tokenizer has it.
+    policy.generation_config.eos_token_id = 9999
+    assert HFEngine(args, policy, tokenizer, 200).stop_tokens == [9999]
+    assert line in capsys.readouterr().err.splitlines()
+
+
+@needs_vllm
+def test_temperatures_that_vllm_takes():
+    """infra.cli rejects all others before anything is loaded."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for temperature in (0.01, 1.0, 2.0):
+        assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=0.0099).temperature == 0.01
+    with pytest.raises(VLLMValidationError):
+        SamplingParams(temperature=2.01)
 
 
 @both_engines
@@ -457,7 +516,8 @@ def test_one_weight_that_did_not_arrive_is_called_stale(
 @needs_vllm
 @pytest.mark.parametrize("name", ["tiny", "tied", "tied_bfloat16"])
 def test_a_tied_head_is_part_of_each_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    """`named_parameters` leaves it out, and the CPU build multiplies by a copy of its own."""
+    """`named_parameters` leaves it out. The CPU build multiplies by a copy of its own in float32;
+    in bfloat16 that depends on the processor."""
     vllm = setup.engine("vllm")
     assert "lm_head.weight" not in dict(setup.policy.named_parameters())
     for _ in range(2):
@@ -466,7 +526,7 @@ def test_a_tied_head_is_part_of_each_sync(setup: Setup, monkeypatch: pytest.Monk
         assert handed["lm_head.weight"].equal(setup.policy.get_input_embeddings().weight)
         vllm.sync(setup.policy)
         assert not setup.check.stale(setup.policy)
-    if not torch.cuda.is_available():  # which has no copy
+    if not torch.cuda.is_available() and setup.args.precision == "float32":
         perturb(setup.policy)
         monkeypatch.setattr(vllm, "not_in_vllm", {"lm_head.weight"})
         vllm.sync(setup.policy)
@@ -532,11 +592,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GROUPED = SIZES | {"num_key_value_heads": 1}
 EXPERTS = GROUPED | {"num_experts_per_tok": 2}
-NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 GEMMA = {"head_dim": 32, "final_logit_softcapping": 3.0, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256} | NO_DROPOUT),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}),
     "gpt_neox": ("GPTNeoX", SIZES),  # vLLM runs transformers' own class, as for the next two
     "olmo2": ("Olmo2", GROUPED),
     "smollm3": ("SmolLM3", GROUPED),
@@ -549,11 +608,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 32, "num_experts": 4}),
     "mixtral": ("Mixtral", EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
 }
+ROUTER = re.compile(r"\.(gate|router)\.weight")
+MULTIMODAL = {
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 258},
+    "qwen3_5": {"image_token_id": 258, "video_token_id": 258},
+}
 REJECTED = {
     "phi": ("Phi", SIZES),  # a bias in its LM head
     "hyperclovax": ("HyperCLOVAX", GROUPED | {"logits_scaling": 0.3}),  # multiplies by it
     "recurrent_gemma": ("RecurrentGemma", GROUPED | {"lru_width": 64, "logits_soft_cap": 3.0}),
 }
+OTHERS = {"phimoe": ("Phimoe", EXPERTS | {"num_local_experts": 4})}
 RECURRENT = ("lfm2", "falcon_h1", "mamba")
 NO_LORA = {("falcon_h1", 4), ("mamba", 4)}
 WITHOUT_VLLM = {
@@ -569,7 +634,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     @functools.cache
     def build(family: str) -> Path:
         folder = tmp_path_factory.mktemp("families") / family
-        name, sizes = (FAMILIES | REJECTED)[family]
+        name, sizes = (FAMILIES | REJECTED | OTHERS)[family]
         tokenizer = byte_tokenizer("<|endoftext|>")
         ends = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
         config = getattr(transformers, f"{name}Config")
@@ -580,6 +645,23 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return folder
 
     return build
+
+
+def multimodal_folder(family: str, parent: Path) -> Path:
+    """A random model with a text and a vision part."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vocabulary = {"vocab_size": 259, "eos_token_id": 256, "pad_token_id": 257}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text = GROUPED | {"head_dim": 32, "num_hidden_layers": 4} | linear | vocabulary
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2}
+    vision |= {"num_hidden_layers": 1, "depth": 1, "image_size": 28, "patch_size": 14}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    parts = {"text_config": text, "vision_config": vision}
+    config = AutoConfig.for_model(family, **parts, **MULTIMODAL[family])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(parent / family)
+    byte_tokenizer("<|endoftext|>").save_pretrained(parent / family)
+    return parent / family
 
 
 @pytest.mark.parametrize(
@@ -619,6 +701,65 @@ def test_a_family_is_rolled_out_synced_and_saved(
     models.load_weights(fresh, tmp_path / "checkpoint")
     saved = policy.state_dict()
     assert all(torch.equal(weight, saved[name]) for name, weight in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "phimoe"])
+def test_lora_leaves_routers_alone(family: str, family_folder: Callable):
+    """It adapts attention and experts that peft knows. Phi's router is a plain linear layer."""
+    policy = load_policy(settings(family_folder(family), lora_rank=4))
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert any("q_proj" in name for name in trained)
+    assert any(".experts." in name for name in trained) == (family != "phimoe")
+    perturb(policy)
+    before = load_policy(settings(family_folder(family))).state_dict()
+    routers = {name: weight for name, weight in merged_weights(policy) if ROUTER.search(name)}
+    assert len(routers) == 2
+    assert all(weight.equal(before[name]) for name, weight in routers.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "saved", "printed"),
+    [
+        (
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            "its text part is trained, and the whole model is saved",
+        ),
+        ("qwen3_5", "Qwen3_5ForCausalLM", "only its text part is loaded, trained and saved"),
+    ],
+)
+def test_a_multimodal_folder(
+    family: str, saved: str, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The part that is printed is saved."""
+    folder = multimodal_folder(family, tmp_path)
+    args = settings(folder, max_new_tokens=8)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    assert f"--model {folder} is multimodal: {printed}" in capsys.readouterr().err.splitlines()
+    save_model(policy, tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architectures"] == [saved]
+
+
+@needs_vllm
+@pytest.mark.skipif(importlib.util.find_spec("torchvision"), reason="torchvision is installed")
+@pytest.mark.parametrize(
+    ("family", "why"), [("gemma3", "for which vLLM needs torchvision"), ("qwen3_5", "recurrent")]
+)
+def test_auto_prints_why_it_does_not_use_vllm(
+    family: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    args = settings(multimodal_folder(family, tmp_path), max_new_tokens=8)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    problems = [Problem("", "", [1])]
+    capsys.readouterr()
+    assert isinstance(make_engine(args, policy, tokenizer, problems), HFEngine)
+    printed, stops = capsys.readouterr().err.splitlines()
+    assert printed.startswith("--engine auto: transformers is used, because ") and why in printed
+    assert "a response stops at" in stops and args.engine == "transformers"
+    args.engine = "vllm"
+    line = rejected(capsys, lambda: make_engine(args, policy, tokenizer, problems))
+    assert line.startswith("error: --engine vllm: ") and why in line
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1", "gpt2"])

@@ -274,8 +274,10 @@ def test_settings_that_differ_from_the_saved_ones(
         ("temperature", 0.5, 1.0),
         ("seed", 2, 1),
         ("precision", "float32", "auto"),
+        ("stop_tokens", ("a",), []),
     ]:
         line = rejection(run, **mine | {name: value})
+        value = list(value) if isinstance(value, tuple) else value
         assert line.startswith(f"error: --{name.replace('_', '-')} {value}: ")
         assert f"was made with {was}; choose another --folder" in line
 
@@ -385,10 +387,12 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
         ("--output .", "--output .: is a folder; name a file"),
         ("--problems -1", "--problems -1: must be at least 0"),
         ("--temperature 0", "--temperature 0.0: must be above 0"),
+        pytest.param("--temperature 3", "--temperature 3.0: vLLM takes", marks=needs_vllm),
         ("--models", "--models : name at least one"),
         ("--datasets", "--datasets : name at least one"),
         ("--models no/such/folder", "--models no/such/folder: cannot be loaded: "),
         ("--datasets none.jsonl", "--datasets none.jsonl: no such file"),
+        ("--stop-tokens </think>", "--stop-tokens </think>: must be one token of tiny, and is "),
         ("--max-new-tokens 4096", "--max-new-tokens 4096: leaves no room in the model"),
     ],
 )
@@ -428,6 +432,21 @@ def test_models_of_two_architectures(run, tied_model, untied_model, tmp_path):
     assert [row["model"] for row in together["results"]] == list(both)
     for model, row in zip(both, together["results"], strict=True):
         assert run(models=(model,), folder=str(tmp_path / "one"))["results"] == [row]
+
+
+def test_base_models_in_one_engine(run, untied_model, base_model, tmp_path):
+    """A base model stops at the end of a turn in its chat template, as the same weights do whose
+    settings name that token. Each model has its own stop tokens."""
+    without = shutil.copytree(base_model, tmp_path / "without")
+    (without / "chat_template.jinja").unlink()
+    models = (str(base_model), str(without))
+    report = run(models=models, max_new_tokens=40)
+    named, alone = str(untied_model), str(tmp_path / "alone")
+    expected = run(models=(named,), max_new_tokens=40, folder=alone)["results"][0]["metrics"]
+    [own, without_template] = (row["metrics"] for row in report["results"])
+    assert own == expected
+    again = run(models=models[1:], max_new_tokens=40, folder=alone)["results"][0]["metrics"]
+    assert without_template == again
 
 
 def test_a_lora_checkpoint(run, make_args, tmp_path, untied_model, rejection):

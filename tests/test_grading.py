@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grading_targets import LATEX, make_pairs
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
 from grading.answers import plain_number
-from grading.benchmark import LATEX, make_pairs
 from grading.grader import Worker
 from grading.kinds import read
 
@@ -245,6 +246,9 @@ RULES = {
     "grouping": [
         ("1234567", [r"1\,234\,567", "1{,}234{,}567", r"1,\!234,\!567", "1 234 567",
          "1~234~567"], [r"1\,234", r"1\,234\,56", "1, 234, 567"]),
+    ],
+    "neighbours": [
+        ("x+6", ["x+2(3)", "x+(2)(3)"], ["x+5"]),
     ],
     "currency": [
         ("18", [r"\$18", "€18", "£ 18", "USD 18", "US$18", "18 USD", "18元", "Rs. 18", "18 €",
@@ -633,7 +637,7 @@ def test_a_missing_math_verify_is_one_line(stand_in: Callable, tmp_path: Path) -
 def test_a_copy_of_grading_grades_a_file(arguments: list[str], tmp_path: Path) -> None:
     pairs = [{"reference": reference, "response": r, "id": r} for r, reference, _ in ORDINARY]
     pairs += [{"reference": "²√\ud800", "response": "no box"}]
-    text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    text = "\n" + "".join(json.dumps(pair) + "\n\n" for pair in pairs)  # with blank lines
     (tmp_path / "pairs.jsonl").write_text(text)
     done = grade_file(tmp_path, *arguments, text=text)
     assert (done.returncode, done.stderr) == (0, "")
@@ -642,10 +646,19 @@ def test_a_copy_of_grading_grades_a_file(arguments: list[str], tmp_path: Path) -
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 
 
+def test_a_reader_that_closes_the_output(tmp_path: Path) -> None:
+    """As `| head` does. More output than a pipe holds."""
+    (tmp_path / "pairs.jsonl").write_text('{"reference": "1", "response": "1"}\n' * 20000)
+    command = f"{shlex.quote(sys.executable)} -m grading {tmp_path / 'pairs.jsonl'} | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
         ("{", "line 2: Expecting property name"),
+        ("\n{", "line 3: Expecting property name"),
         ("[1]", "line 2: "),
         ('{"response": "1"}', "line 2: no string `reference`"),
         ('{"reference": "1"}', "line 2: no string `response`"),

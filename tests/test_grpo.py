@@ -1,7 +1,9 @@
 """GRPO: its functions by hand, its gradient against a plain computation, and short runs."""
 
 import functools
+import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -324,6 +326,22 @@ def test_lora_run(record: Callable, untied_model: Path, untied: bool):
     folder = Path(recording.args.run_dir) / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder)
     assert not any("lora" in name for name in trained.state_dict())
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+def test_the_update_has_no_dropout_but_loras(
+    record: Callable, tied_model: Path, tmp_path: Path, lora_dropout: float
+):
+    """Not the model's own: the first update's ratio is 1, and the engine computes the same."""
+    model = shutil.copytree(tied_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (model / "config.json").write_text(json.dumps(config))
+    lora = {"lora_rank": 4, "lora_dropout": lora_dropout, "lr": 1e-2}
+    metrics = record(grpo, model=str(model), steps=2, **lora).metrics
+    assert metrics[1]["kl_to_old"] == 0  # an adapter that is 0 at the start
+    assert (metrics[2]["kl_to_old"] > 1e-6) == bool(lora_dropout)
+    assert (metrics[2]["kl_to_old"] == 0) == (not lora_dropout)
+    assert metrics[2]["logp_gap/max"] < 1e-5
 
 
 def test_updates_per_rollout(record: Callable):

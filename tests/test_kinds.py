@@ -116,7 +116,7 @@ def test_deep_brackets_are_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("name", "off", "accepted"),
-    [("verifier_pairs", 12, 7), ("verifier_pairs_3", 2, 0)],
+    [("verifier_pairs", 12, 7), ("verifier_pairs_3", 0, 0)],
 )
 def test_shared_pairs(name: str, off: int, accepted: int, grader: Grader) -> None:
     """Those that differ are arguable, see grading/README.md, or references in a text."""
@@ -126,6 +126,44 @@ def test_shared_pairs(name: str, off: int, accepted: int, grader: Grader) -> Non
     others = [p for p, verdict in zip(pairs, verdicts, strict=True) if p["want"] != verdict]
     assert len(others) <= off, others
     assert sum(not pair["want"] for pair in others) <= accepted, others
+
+
+# (reference, answer): arguable, see grading/README.md
+ARGUABLE = {
+    ("5", r"\text{about } 5"), ("7", r"\text{approximately } 7"), ("12", r"\text{twelve}"),
+    ("0.25", r"\text{one quarter}"), ("2102_3", "65"), ("A", r"\text{a}"), ("1,200", "1, 200"),
+    (r"\text{ab}", r"\text{ba}"),
+    (r"\langle 1,-2,3\rangle", r"\mathbf{i}-2\mathbf{j}+3\mathbf{k}"),
+}  # fmt: skip
+
+
+def test_pairs_by_kind(grader: Grader) -> None:
+    """Pairs with the verdict of a careful teacher, written without looking at the rules."""
+    lines = Path(__file__).with_name("grading_pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    references = [pair["reference"] for pair in pairs]
+    verdicts = grader.grade(boxed([pair["answer"] for pair in pairs]), references)
+    others = {
+        (pair["reference"], pair["answer"])
+        for pair, verdict in zip(pairs, verdicts, strict=True)
+        if pair["right"] != verdict
+    }
+    assert len(pairs) > 290 and others == ARGUABLE
+
+
+def test_large_numbers_reach_no_worker() -> None:
+    """At the edge of a lowered limit: two digits are asked about, three are wrong."""
+    small = ["x^{99}", "99!", r"\binom{99}{2}", "C_{99}^{2}", "x^{y+99}"]
+    large = [text.replace("99", "100") for text in small]
+    large += ["x^{y^2}", "x^y^2", "(x^{2})^{3}y!!", "(5!)!"]
+    grader = Grader(digits=2, strict=False)
+    for text in small:
+        assert isinstance(grader._quick_verdict(rf"\boxed{{{text}}}", "z+1"), tuple)
+        assert isinstance(grader._quick_readable(text), tuple)
+    for text in large:
+        assert grader.grade([rf"\boxed{{{text}}}", r"\boxed{z+1}"], ["z+1", text]) == [False] * 2
+        assert grader.readable([text]) == [False]
+    assert not grader._idle
 
 
 def test_shared_responses(grader: Grader) -> None:

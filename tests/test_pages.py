@@ -69,3 +69,12 @@ def test_every_logged_metric_is_explained():
     named = re.findall(r"`([a-z_/…]+)`", (DOCS / "metrics.md").read_text(encoding="utf-8"))
     for name in SICK["healthy"]["logged"]:
         assert name in named or f"{name.split('/')[0]}/…" in named, f"{name} is not in metrics.md"
+
+
+def test_no_page_has_a_placeholder():
+    """A page says what was measured, or that it was not."""
+    for page in [ROOT / "README.md", ROOT / "grading" / "README.md", *DOCS.glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for comment in re.findall(r"<!--.*?-->", text, re.DOTALL):
+            assert re.fullmatch(r"<!-- (results:[\w-]+|/results) -->", comment), (page, comment)
+        assert not re.search(r"\b(TODO|BENCH|NEEDLE|XXX)\b", text), page

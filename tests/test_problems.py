@@ -17,7 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, byte_tokenizer
+from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from grading import Grader
 from infra.data import (
@@ -28,9 +32,10 @@ from infra.data import (
     load_problems,
     prompt_tokens,
     reference_answers,
+    turn_ends,
 )
 from infra.data import reference_answer as reference
-from infra.models import seed_for
+from infra.models import named_stop_tokens, seed_for
 
 ROWS = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]
 PAIRS = [(row["problem"], row["answer"]) for row in ROWS]
@@ -195,8 +200,8 @@ def test_a_single_row_with_a_list_of_objects(load, tmp_path):
 
 def test_a_folder_may_have_the_name_of_a_loader(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "json" / "train.jsonl", ROWS)
-    (tmp_path / "broken.json").write_text("{")
+    write_jsonl(tmp_path / "json" / "problems.jsonl", ROWS)
+    write_jsonl(tmp_path / "others.jsonl", ROWS)  # `datasets` would read these too
     assert pairs(load("json")) == PAIRS
 
 
@@ -532,6 +537,7 @@ def test_cases_3(load, grader, tokenizer):
         return [problem.answer for problem in load(CASES_3 / name, **settings)]
 
     assert answers("solution_then_answer_is.jsonl") == ["12", "12", "9"]
+    assert answers("fbox_gold.jsonl") == ["7", "12"]
     assert answers("orz_pairs.json") == ["17", "3", "10", r"\frac{1}{2}"]
     named = {"question_column": "conversations"}
     assert answers("sharegpt_system.jsonl", **named) == ["17", "3", "10", r"\frac{1}{2}"]
@@ -541,6 +547,10 @@ def test_cases_3(load, grader, tokenizer):
     assert verdicts(grader, problem, "1/2", "0.5", r"50\%", "2") == [1, 1, 1, 0]
     [problem] = load(CASES_3 / "list_of_pairs.jsonl")
     assert verdicts(grader, problem, "(1,2),(3,4)", "1,2,3,4") == [1, 0]
+    templated = {"template_args": '{"chat_template": "{{ messages[-1].content }}"}'}
+    problem = load(CASES_3 / "pre_templated.jsonl", **templated)[0]
+    assert tokenizer.decode(problem.prompt) == problem.text
+    assert problem.text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_bytes(load, tmp_path):
@@ -624,6 +634,8 @@ def test_duplicates_are_kept_and_counted(load_rows, capsys):
         (r"\boxed{1} or \boxed{\{2, 3\}}, \boxed{4", r"1, \{2, 3\}"),
         (r"\boxed{2} as above, so \boxed{2}", "2"),
         (r"\boxed{\boxed{2}}", "2"),
+        (r"The sum of the two numbers is $\fbox{7}$.", "7"),
+        (r"There are $4 \cdot 3 = \boxed 12$ ways, of which 5 are odd.", "12"),
         (r"\boxed{never closed", r"\boxed{never closed"),
         *((18, "18"), (18.0, "18"), (0.5, "0.5"), (-0.1, "-0.1"), (True, "True"), (["2"], "2")),
         *((1e-05, "0.00001"), (2.5e-07, "0.00000025"), (1e16, "10000000000000000")),
@@ -787,6 +799,8 @@ THINKING = TRIMMED + "{% if enable_thinking is defined and not enable_thinking %
 DATED = "{{ strftime_now('%d %b %Y %H:%M') }} " + TRIMMED
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 OWN = {"prompt": CHAT, "answer": "2"}
+ANOTHER = json.dumps({"chat_template": "Question: {{ messages[-1].content }}\nAnswer:"})
+CONTENT = json.dumps({"chat_template": "{{ messages[-1].content }}"})
 
 
 @pytest.mark.parametrize(
@@ -802,10 +816,75 @@ OWN = {"prompt": CHAT, "answer": "2"}
         ("{{ messages[0].content[0]['text'].strip() }}", None, {}, "1+1"),
         ({"default": TRIMMED, "tool_use": "x"}, None, {}, "[user]1+1"),  # named templates
         (DATED, None, {}, "01 Jan 2025 00:00 [user]1+1"),
+        # another template than the model's, and where the model has none
+        (TRIMMED, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
+        (None, OWN, {"template_args": ANOTHER}, "Question: 1+1\nAnswer:"),
+        (TRIMMED, None, {"template_args": CONTENT}, " 1+1 "),
+        (TRIMMED, OWN, {"template_args": '{"chat_template": null}'}, "Think.\n\n1+1"),
     ],
 )
 def test_templates(prompt, template, row, settings, expected):
     assert prompt(template, row, **settings) == expected
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.content }}"
+UNTRIMMED = TURNS + " {% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+IN_PARTS = TURNS.replace("content", "content[0]['text'].strip()") + "\n<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "template_args", "ends"),
+    [
+        (CHAT_TEMPLATE, "", ["<|im_end|>"]),
+        (UNTRIMMED, "", ["<|endoftext|>"]),
+        (TURNS + "{% endfor %}", "", []),
+        (IN_PARTS, "", ["<|im_end|>"]),
+        (TRIMMED, "", []),  # no special token
+        (None, "", []),
+        ("{{ raise_exception('no') }}", "", []),
+        ("{{ messages[0].content }}<|im_end|>", "", []),  # no assistant's turn
+        (None, json.dumps({"chat_template": CHAT_TEMPLATE}), ["<|im_end|>"]),
+        (CHAT_TEMPLATE, ANOTHER, ["<|im_end|>"]),  # the model's own still ends a turn
+        (CHAT_TEMPLATE, json.dumps({"chat_template": UNTRIMMED}), ["<|im_end|>", "<|endoftext|>"]),
+    ],
+)
+def test_tokens_that_end_a_turn(template, template_args, ends):
+    tokenizer = byte_tokenizer("<|endoftext|>")
+    tokenizer.chat_template = template
+    found = turn_ends(SimpleNamespace(template_args=template_args), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sorted(found)) == ends
+
+
+def test_text_unknown_to_the_tokenizer_ends_no_turn(capsys):
+    """Its token is special too. A text of --stop-tokens that encodes to it is rejected."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "<end>": 1, "7": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    specials = {"unk_token": "<unk>", "eos_token": "<end>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **specials)
+    tokenizer.chat_template = TURNS + " .{{ eos_token }}{% endfor %}"
+    assert turn_ends(SimpleNamespace(template_args=""), tokenizer) == {1}
+
+    args = SimpleNamespace(model="words", stop_tokens=("7", "<unk>", "<end>"))
+    assert named_stop_tokens(args, tokenizer) == [2, 0, 1]
+    args.stop_tokens = ("Question:",)
+    line = rejection(capsys, named_stop_tokens, args, tokenizer)
+    assert line == "error: --stop-tokens Question:: is no token of words"
+
+
+def test_prompts_that_hold_the_templates_tokens(load_rows, capsys):
+    """They are discarded, because the template would write these tokens a second time."""
+    plain = {"prompt": "1+1<|endoftext|>", "answer": "2"}  # which the template does not write
+    templated = {"prompt": "<|im_start|>user\n1+1<|im_end|>\n", "answer": "2"}
+    advice = f"--template-args '{CONTENT}' takes prompts as they are"
+    why = f"prompts hold <|im_end|> or <|im_start|>, which the chat template writes too; {advice}"
+    line = rejection(capsys, load_rows, [templated] * 3)
+    assert line.endswith(f": 3 of 3 {why}")
+    assert pairs(load_rows([plain, templated])) == [(plain["prompt"], "2")]
+    assert capsys.readouterr().err.endswith(f": discarded 1 of 2: {why}\n")
+    earlier = [{"role": "system", "content": "<|im_end|>"}, {"role": "user", "content": "1+1"}]
+    assert len(load_rows([{"messages": earlier, "answer": "2"}, plain])) == 1
+    for problem in load_rows([templated], template_args=CONTENT):
+        assert problem.prompt[0] == 258 and problem.prompt.count(258) == 1  # <|im_start|>
 
 
 def test_a_question_as_a_text_without_a_chat_template():
@@ -831,6 +910,13 @@ def test_a_template_that_fails(prompt, capsys, template, settings, why):
     assert f"--model some-model: its chat template{why}" in line
     line = rejection(capsys, prompt, template, of_tool=True, **settings)
     assert f"--models some-model: its chat template{why}" in line
+
+
+@pytest.mark.parametrize("template_args", [CONTENT, ANOTHER])
+def test_a_template_that_leaves_the_system_prompt_out(prompt, capsys, template_args):
+    settings = {"system_prompt": "Think.", "template_args": template_args}
+    line = rejection(capsys, prompt, TRIMMED, **settings)
+    assert line == "error: --system-prompt Think.: the chat template leaves it out"
 
 
 @pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "3", "null", "{"])

@@ -45,7 +45,7 @@ def test_a_problem_by_hand():
 
 def test_held_out_problems_are_not_trained_on(tmp_path: Path):
     real.write_problems(tmp_path)
-    files = [tmp_path / f"{name}.jsonl" for name in ("held-out", "train")]
+    files = [tmp_path / f"{name}.jsonl" for name in ("test", "train")]
     held_out, train = (set(file.read_text().splitlines()) for file in files)
     assert (len(held_out), len(train)) == (100, 296) and not held_out & train
 
@@ -53,10 +53,12 @@ def test_held_out_problems_are_not_trained_on(tmp_path: Path):
 def test_a_run_starts_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "fake.py").write_text(SCRIPT)
     monkeypatch.setattr(real, "ROOT", tmp_path)
+    monkeypatch.setattr(real, "METHODS", {"Fake": "fake"})
+    monkeypatch.setattr(real, "code", lambda _: "abc")
     args = real.Args(runs=tmp_path / "runs", steps=2)
-    assert real.train(args, "fake", tmp_path / "model") > 0
-    real.train(args, "fake", tmp_path / "model")
-    folder = tmp_path / "runs" / "fake"
+    assert real.train(args, "Fake", tmp_path / "model") > 0
+    real.train(args, "Fake", tmp_path / "model")
+    folder = tmp_path / "runs" / "abc" / "fake"
     first, second = (folder / "args.json").read_text().splitlines()
     assert first.startswith(f"fake.py {real.SETTINGS} --model {tmp_path / 'model'} ")
     assert second == f"fake.py --resume {folder} --steps 2"

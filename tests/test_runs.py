@@ -26,7 +26,7 @@ from torch import nn
 
 import common
 import grpo
-from infra import cli, run
+from infra import cli, run, vllm_engine
 from infra.cli import StopRun
 
 SCRIPTS = (
@@ -219,13 +219,10 @@ def test_more_steps_after_the_last(make_args: Callable, tmp_path: Path, monkeypa
 
 
 def test_killed_before_the_first_checkpoint(
-    make_args: Callable, tied_model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+    make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
 ):
-    """Steps 0 and 1 are written again, with the same random numbers for the model's dropout."""
-    model = shutil.copytree(tied_model, tmp_path / "with_dropout")
-    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
-    (model / "config.json").write_text(json.dumps(config))
-    changes = {"steps": 2, "save_every": 2, "model": str(model)}
+    """Steps 0 and 1 are written again, with the same random numbers for dropout."""
+    changes = {"steps": 2, "save_every": 2} | LORA
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert start("grpo", make_args(**changes, run_dir=str(alone))) == 0
     with monkeypatch.context() as patch:
@@ -235,6 +232,21 @@ def test_killed_before_the_first_checkpoint(
     assert resume(killed) == 0
     assert_same(alone, killed, "step-000002")
     assert scalars(killed, "eval/accuracy") == [0, 2]
+
+
+def test_the_engine_of_auto_is_recorded(
+    make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
+):
+    """In args.json, so that a resumed run has the same engine. The reason is printed once."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_engine, "why_not_vllm", lambda *_: "of a test")
+        assert start("grpo", make_args(engine="auto", steps=1)) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("--engine auto: transformers is used, because of a test\n") == 1
+    assert json.loads((folder / "args.json").read_text())["engine"] == "transformers"
+    assert resume(folder, "--steps", "2") == 0
+    assert "--engine" not in capsys.readouterr().err
 
 
 def test_finished_run(finished: Callable, tmp_path: Path, capsys: CaptureFixture):
@@ -614,7 +626,7 @@ def test_full_disk_under_the_settings(
     """There is nothing to resume."""
     monkeypatch.setattr(Path, "write_text", fail(OSError(errno.ENOSPC, "No space left on device")))
     assert start("grpo", make_args()) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert "args.json cannot be written; is the disk full?" in line
 
 
@@ -769,7 +781,7 @@ def test_printed_command_is_a_shell_command(
     """With a relative folder that has a space and a quote, and from another working directory."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "score", fail(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(common, "collect", fail(OSError(errno.ENOSPC, "No space left on device")))
         assert start("grpo", make_args(run_dir="it's a folder")) == 1
     what, how = capsys.readouterr().err.splitlines()[-2:]
     assert what == "stopped: [Errno 28] No space left on device"

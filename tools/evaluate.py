@@ -33,10 +33,19 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grading import MAX_ANSWER, Grader, find_answer
-from infra.cli import StopRun, check_numbers, first_line, flag_of, progress_bar, reject, require
+from infra.cli import (
+    StopRun,
+    check_numbers,
+    check_temperature,
+    first_line,
+    flag_of,
+    progress_bar,
+    reject,
+    require,
+)
 from infra.data import Problems, grade, load_problems
 from infra.hf_engine import HFEngine
-from infra.models import device, eos_ids, load_model, load_tokenizer, precision, seed_for
+from infra.models import device, load_model, load_tokenizer, precision, seed_for
 from infra.run import atomic_write, lock_folder, read_lines
 from infra.vllm_engine import Engine, make_engine
 from tools.metrics import Record, difference, majority, summary, table
@@ -54,7 +63,7 @@ KNOWN = {
 # The settings that change a response. All others may differ when an evaluation is resumed.
 FIXED = [
     *("samples", "max_new_tokens", "temperature", "seed", "engine", "precision"),
-    *("instruction", "system_prompt", "template_args", "answer_format"),
+    *("instruction", "system_prompt", "template_args", "answer_format", "stop_tokens"),
 ]
 
 
@@ -67,6 +76,7 @@ class Args:
     problems: int = 0  # problems used of each dataset, the first ones; 0: all
     max_new_tokens: int = 1024  # longest response
     temperature: float = 1.0  # of sampling
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a response, next to the model's own
     question_column: str = ""  # column of the problem, text or messages; empty: a usual name
     answer_column: str = ""  # column of the reference answer; empty: a usual name
     references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
@@ -270,6 +280,7 @@ class Results:
         self.path = folder / f"{file_name(dataset)}.jsonl"
         prompts = [(row.prompt, row.answer, *row.alternatives) for row in problems]
         settings = {name: getattr(args, name) for name in FIXED}
+        settings["stop_tokens"] = list(args.stop_tokens)  # JSON has no tuples
         settings["models"] = f"{model} ({weights_digest(model)})"
         settings["datasets"] = f"{dataset} ({digest(prompts)})"
 
@@ -320,11 +331,11 @@ def evaluate_all(args: Args, models: list[str]) -> dict[tuple[str, str], list[Re
             if engine is None:
                 of_all = [results.problems for results in every_result]
                 engine = make_engine(settings, policy, tokenizer, *of_all)
+            else:
+                engine.set_tokenizer(settings, policy, tokenizer)
             if isinstance(engine, HFEngine):
                 policy.to(device(settings))
             engine.sync(policy)
-            engine.tokenizer = tokenizer
-            engine.stop_tokens = eos_ids(policy, tokenizer)
             for results in unfinished:
                 finish(results, engine, grader, args)
 
@@ -348,6 +359,7 @@ def finish(results: Results, engine: Engine, grader: Grader, args: Args) -> None
 def check(args: Args) -> None:
     """Reject values that cannot work, before anything heavy is loaded. Set --k if it is empty."""
     check_numbers(args)
+    check_temperature(args)
     require(args.samples, "--samples", args.samples, "must be at least 1")
     require(args.batch, "--batch", args.batch, "must be at least 1")
     is_folder = args.output and Path(args.output).is_dir()

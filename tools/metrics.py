@@ -17,7 +17,7 @@ import numpy as np
 
 from common import bootstrap_interval
 from grading import Grader
-from grading.answers import in_box, plain_number
+from grading.answers import plain_number
 
 Record = dict[str, Any]
 Estimate = dict[str, float]  # value, low, high
@@ -58,7 +58,8 @@ def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[fl
     ranked = [text for text, _ in votes.most_common()]
     readable = [t for t, fine in zip(ranked, grader.readable(ranked), strict=True) if fine]
     pairs = list(itertools.combinations(readable, 2))
-    verdicts = grader.grade([in_box(second) for _, second in pairs], [first for first, _ in pairs])
+    responses = [rf"\boxed{{{second}}}" for _, second in pairs]
+    verdicts = grader.grade(responses, [first for first, _ in pairs])
     same = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict}
     groups: Counter[str] = Counter()
     for text in ranked:

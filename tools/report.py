@@ -143,7 +143,9 @@ def defaults(script: str) -> Row:
                 for entry in node.body:
                     if is_setting(entry):
                         with contextlib.suppress(ValueError):  # it depends on the machine
-                            values[entry.target.id] = ast.literal_eval(entry.value)
+                            value = ast.literal_eval(entry.value)
+                            is_tuple = isinstance(value, tuple)  # a list in args.json
+                            values[entry.target.id] = list(value) if is_tuple else value
     return values
 
 

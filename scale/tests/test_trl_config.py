@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +111,7 @@ def test_trl_adds_another_epsilon_to_the_standard_deviation(trl_step: tuple) -> 
     one_token = torch.ones(1, len(REWARDS), 1)
     step = SimpleNamespace(rewards=rewards, mask=one_token.bool())
     step.entropy = step.logp = step.ref_logp = one_token
-    ours = trl_trainer.method_advantages(args, step)[..., 0]
+    ours = trl_trainer.methods.method_advantages(args, step)[..., 0]
     torch.testing.assert_close(ours, deviations / (rewards.std() + 1e-6))
     assert (ours / theirs).min() > 1.1
 
@@ -131,6 +133,25 @@ def test_trl_multiplies_the_kl_term_by_the_ratio(trl_step: tuple) -> None:
     args = trl_trainer.parse(["--model", str(TINY), "--device", "cpu", "--kl", str(KL)])
     step = SimpleNamespace(mask=mask, logp=logp - 0.3, ref_logp=ref_logp)
     step.advantages = torch.zeros(logp.shape)
-    ours = trl_trainer.method_loss(args, step, logp, slice(None))[mask].mean().item()
+    ours = trl_trainer.methods.method_loss(args, step, logp, slice(None))[mask].mean().item()
     assert ours > 1e-4
     assert theirs / ours == pytest.approx(math.exp(0.3), rel=1e-4)
+
+
+def test_the_models_own_dropout_is_off(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((TINY / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    args = trl_trainer.parse(["--model", str(tmp_path / "model"), "--device", "cpu"])
+    expected = {"dtype": torch.float32, "attention_dropout": 0.0}
+    assert trl_trainer.methods.model_options(args) == expected
+
+
+def test_stop_tokens_end_a_response(tmp_path: Path) -> None:
+    """Those of the chat template and of --stop-tokens, in generation and in TRL's masks."""
+    command = ["--model", str(TINY), "--device", "cpu", "--stop-tokens", "4"]
+    command += ["--dataset", f"{TINY}/train.jsonl", "--eval-dataset", f"{TINY}/test.jsonl"]
+    trainer = trl_trainer.make_trainer(trl_trainer.parse([*command, "--run-dir", str(tmp_path)]))
+    tokenizer = trainer.processing_class
+    expected = sorted(tokenizer.convert_tokens_to_ids(["4", "<|im_end|>"]))
+    assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == expected

@@ -1,4 +1,4 @@
-"""Accuracy on shared cases, and answers graded per second: python -m grading.benchmark [FOLDER]
+"""Accuracy of grading/ on shared cases, and its speed: python benchmark/grading_targets.py [FOLDER]
 
 FOLDER holds cases/ and data/ (default: ../shared); what is missing is left out. Plain numbers need
 no worker. Of the answers that measure speed, every other is wrong.
@@ -8,6 +8,8 @@ import json
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grading import Grader
 
@@ -55,7 +57,7 @@ def check(grader: Grader, name: str, cases: list[tuple[str, str, bool]]) -> None
 def read_cases(path: Path) -> list[tuple[str, str, bool]]:
     """Pairs with verdicts; or references against themselves in other spellings, and solutions."""
     cases = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().strip().split("\n"):
         row = json.loads(line)
         if "want" in row:
             answer = row.get("response") or rf"So the answer is \boxed{{{row['answer']}}}."
@@ -70,14 +72,14 @@ def read_cases(path: Path) -> list[tuple[str, str, bool]]:
 
 
 def main() -> None:
-    shared = Path((sys.argv + ["../shared"])[1])
-    with Grader(workers=2) as grader:
-        for path in sorted([*shared.glob("cases/**/*.jsonl"), *shared.glob("data/*.jsonl")]):
-            if any(
-                name in path.stem
-                for name in ("verifier_p", "responses", "math", "olymp", "aime", "amc", "gsm8k")
-            ):
-                check(grader, path.name, read_cases(path))
+    shared = Path([*sys.argv, "../shared"][1])
+    paths = [*shared.glob("cases/verifier_pairs*.jsonl"), *shared.glob("cases/3/responses.jsonl")]
+    paths += shared.glob("data/*.jsonl")
+    with Grader() as grader:
+        for path in sorted(paths):
+            cases = read_cases(path)
+            if cases:
+                check(grader, path.name, cases)
         for name, forms, count in [
             ("plain numbers", NUMBERS, 40_000), ("kinds", KINDS, 10_000), ("LaTeX", LATEX, 2000)
         ]:  # fmt: skip
