@@ -107,7 +107,9 @@ def transferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     def send(client: VLLMClient, metadata: list, named_params: Iterator) -> None:
         weights = {name: weight.detach().clone() for name, weight in named_params}
         assert [name for name, *_ in metadata] == [*weights]
-        save_file(weights, tmp_path / "model.safetensors")
+        # The CPU build keeps a packed copy of a tied head and renews it only under its own name.
+        head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        save_file(weights | head, tmp_path / "model.safetensors")
         shutil.copy(TINY / "config.json", tmp_path)
         arguments = {"weights_path": str(tmp_path)}
         call = {"method": "reload_weights", "kwargs": arguments}
@@ -126,7 +128,7 @@ def test_the_server_samples_from_the_policy(
     """Three steps: the server's log-probabilities are the policy's, before and after updates."""
     words = f"--method {method} --model {TINY} --dataset {TINY}/train.jsonl --device cpu --lr 1e-2"
     words += f" --eval-dataset {TINY}/test.jsonl --eval-problems 2 --eval-samples 2 --eval-every 0"
-    words += " --prompts-per-step 3 --group-size 4 --max-new-tokens 24 --steps 3"
+    words += " --prompts-per-step 3 --group-size 8 --max-new-tokens 64 --steps 3"
     words += f" --temperature {TEMPERATURE} --vllm-server {server} --run-dir {tmp_path}/run"
     words += " --candidates 6 --openers 2" if method == "reft" else ""
     PartialState(cpu=True)
