@@ -412,10 +412,16 @@ def table(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
         rounds = max(map(len, part["sections"].values()), default=0)
         captions.append(f"`{part['command']}`, {rounds} rounds, {part['machine']}, {versions}")
-    head, columns = ["", "goal"], []
+    head, columns, missing = ["", "goal"], [], []
     for name, shape in SHAPES.items():
-        head.append(f"{name}, {shape.device}")
-        columns.append(column(results.get(shape.device, {}).get("sections", {}), name))
+        sections = results.get(shape.device, {}).get("sections", {})
+        if f"{name}: transformers" in sections:
+            head.append(f"{name}, {shape.device}")
+            columns.append(column(sections, name))
+        else:
+            missing.append(f"*{name}* ({shape.device})")
+    if missing:
+        captions.append(f"Not measured on this code: {', '.join(missing)}.")
     rows = zip(GOALS, GOALS.values(), *columns, strict=True)
     return "\n\n".join([*captions, markdown(head, rows, words=2)])
 

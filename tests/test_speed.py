@@ -57,6 +57,10 @@ def test_ratios_are_medians_over_the_rounds():
     rounds[0]["trl"] = {"failed": "why"}
     assert "fails in TRL" in speed.column(sections, "tiny 2048")
     assert set(speed.column(sections, "0.5B 16384")) == {"not measured"}
+    about = {"sections": sections, "versions": {}, "command": "it", "machine": "m"}
+    _, missing, table = speed.table({"cpu": about}).split("\n\n")
+    assert table.startswith("|  | goal | tiny 2048, cpu |\n")
+    assert missing.startswith("Not measured on this code: *tiny 16384* (cpu), *tiny 1024* (cpu), ")
 
 
 @pytest.mark.parametrize("name", ["nothing", "tiny 2048"])
