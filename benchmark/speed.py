@@ -348,6 +348,7 @@ def measure_round(section: str, before: Path | None) -> dict[str, Any]:
 
 
 GOALS = {  # of each row of the table
+    "rounds": "",
     "micro-batches": "",
     "step, s": "",
     **{f"of it {part}, s": "" for part in PARTS},
@@ -392,7 +393,7 @@ def column(sections: dict[str, Any], name: str) -> list[str]:
     if not rounds:
         return [MISSING] * len(GOALS)
     shape, at_once = SHAPES[name], rounds[0]["ours"]["at_once"]
-    cells = [str(math.ceil(shape.prompts * shape.group / at_once))]
+    cells = [str(len(rounds)), str(math.ceil(shape.prompts * shape.group / at_once))]
     for part in ("step", *PARTS):
         seconds = [sides["ours"]["parts"][part] for sides in rounds]
         cells.append(f"{statistics.median(seconds):.3g}")
@@ -410,8 +411,7 @@ def table(results: dict[str, Any]) -> str:
     captions = []
     for part in results.values():
         versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
-        rounds = max(map(len, part["sections"].values()), default=0)
-        captions.append(f"`{part['command']}`, {rounds} rounds, {part['machine']}, {versions}")
+        captions.append(f"`{part['command']}`, {part['machine']}, {versions}")
     head, columns, missing = ["", "goal"], [], []
     for name, shape in SHAPES.items():
         sections = results.get(shape.device, {}).get("sections", {})
