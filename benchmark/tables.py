@@ -47,6 +47,7 @@ TABLES = (
     of_compare("compare-few", FEW),
     of_compare("compare-tokens", "--only GRPO --steps 360 --rates 4e-4 --seeds 3"),
     of_compare("compare-again", "--only VinePPO,GRPO --seeds 1 --rates 4e-4"),
+    of_compare("compare-again-needle", f"{NEEDLE} --only VinePPO,GRPO --seeds 1 --rates 2e-4"),
     of_compare("compare-needle", f"{NEEDLE} --rates 5e-5 1e-4 2e-4 4e-4 8e-4"),
     of_compare("compare-needle-tokens", f"{NEEDLE} --only GRPO --steps 710 --rates 2e-4 --seeds 3"),
     Table("real", "real", ""),
