@@ -56,9 +56,7 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = (
-        "any"  # a list of reference answers: one is right, or all together
-    )
+    references: Literal["any", "all"] = "any"  # of a list: one of them is right, or all as one
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -77,8 +75,7 @@ class RunArgs:
     overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # stop if engine and trainer log-probabilities differ by more nats on
-    # average; 0: 1e-4 in float32 on a CPU, 0.2 otherwise
+    max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation

@@ -377,20 +377,8 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
 
 def code() -> str:
     """Digest of the code that the results depend on."""
-    modules = (
-        arca,
-        ep_grpo,
-        erpo,
-        fipo,
-        forking,
-        grpo,
-        gtpo,
-        holderpo,
-        lambda_grpo,
-        stare,
-        vineppo,
-    )
-    scripts = [f"{module.__name__}.py" for module in modules]
+    names = "arca ep_grpo erpo fipo forking grpo gtpo holderpo lambda_grpo stare vineppo"
+    scripts = [f"{name}.py" for name in names.split()]
     return shared.code_digest(*scripts, "benchmark/truth.py", *shared.TRAINING)
 
 

@@ -94,8 +94,10 @@ def last_boxed(text: str) -> str | None:
 
 def answer_line(text: str) -> str | None:
     """Return what the last answer line of a response states: `Answer: 42` or `#### 42`."""
-    *_, line = ["", *ANSWER_LINE.findall(text)]
-    return last_boxed(line) or line.strip("* ") or None
+    lines = ANSWER_LINE.findall(text)
+    if not lines:
+        return None
+    return last_boxed(lines[-1]) or lines[-1].strip("* ") or None
 
 
 def find_answer(response: str, answer_format: str) -> str | None:
@@ -113,8 +115,10 @@ def reference_text(reference: str) -> str:
     whole text.
     """
     text = BARE_BOX.sub(r"\\boxed{\1}", reference).strip()
-    boxed = "####" not in text and last_boxed(text)
-    text = boxed or answer_line(text) or text
+    if "####" in text:
+        text = answer_line(text) or text
+    else:
+        text = last_boxed(text) or answer_line(text) or text
     if text.startswith('["'):
         text = rewrite(text, JSON_LIST)
     return "" if NO_ANSWER.match(text) else text

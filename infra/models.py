@@ -190,7 +190,7 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
 
 
 def freeze_routers(policy: nn.Module) -> None:
-    """Do not train the adapters of routers, which choose experts: they stay 0.
+    """Do not train the adapters of routers, which choose experts: they stay 0. For LoRA alone.
 
     peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
     """

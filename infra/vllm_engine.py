@@ -51,11 +51,9 @@ class Engine:
         ids = turn_ends(args, tokenizer)
         ids.update(eos_ids(policy, tokenizer), named_stop_tokens(args, tokenizer))
         self.tokenizer, self.stop_tokens = tokenizer, sorted(ids)
-        tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)  # None: beyond the tokenizer
-        names = (
-            " or ".join(map(str, filter(None, tokens)))
-            or f"--max-new-tokens {args.max_new_tokens} alone"
-        )
+        tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)
+        known = [token for token in tokens if token]  # None: an id that the tokenizer lacks
+        names = " or ".join(known) or f"--max-new-tokens {args.max_new_tokens} alone"
         print(f"{args.model}: a response stops at {names}", file=sys.stderr)
 
     def decode(self, responses: list[TokenIds]) -> list[str]:

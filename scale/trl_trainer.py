@@ -166,7 +166,8 @@ class MethodTrainer(GRPOTrainer):
             peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
-        freeze_routers(self.model)
+        if args.lora_rank:
+            freeze_routers(self.model)
         self.engine = common.Engine(args, self.model, tokenizer)
         self.eos_token_ids = self.engine.stop_tokens
         if args.vllm_server:
