@@ -11,7 +11,6 @@ advantage of every token. Each method's own function then assigns credit to the 
 from __future__ import annotations
 
 import copy
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -76,50 +75,57 @@ def method_credits(
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
-    residual = torch.zeros_like(logp)
-    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
-        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
-        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
-    outcome = grpo.grpo_advantages(correct)
-    grpo_credit = outcome[..., None] * mask
-    moved = moved_logp(policy, rollouts, outcome, args)
-    scored = (correct, entropy, logp, ref_logp, mask)
-    ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
-    grpo_s_credit = gtpo.grpo_s_advantages(correct, entropy, mask)
     signals = {
         "surprisal": arca.surprisal(logp),
         "entropy": entropy,
         "entropy reduction": arca.entropy_reduction(entropy, mask),
         "divergence": arca.divergence(logp, ref_logp),
-        "residual": residual,
+        "residual": adapter_residuals(policy, reference, rollouts, args),
     }
+    advantages = grpo.grpo_advantages(correct)  # [P, G]
+    moved = moved_logp(policy, rollouts, advantages, args)
+    outcome = advantages[..., None] * mask
+    scored = (correct, entropy, logp, ref_logp, mask)
+    ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
     credits = {
-        "GRPO": grpo_credit,
+        "GRPO": outcome,
         "EP-GRPO": ep_grpo_credit,
         "EP-GRPO's progress": ep_grpo_credit - ep_grpo.ep_grpo_advantages(*scored, eta=0.0),
         "ERPO": erpo.erpo_advantages(*scored),
         "GTPO": gtpo.gtpo_advantages(correct, entropy, mask),
-        "GRPO-S": grpo_s_credit[..., None] * mask,
-        "HölderPO, p = 2": holder_credit(moved, logp, mask, outcome, 2.0),
-        "HölderPO, p = −2": holder_credit(moved, logp, mask, outcome, -2.0),
-        "FIPO": grpo_credit * fipo.fipo_weights(moved, logp, grpo_credit, mask),
-        "STARE": grpo_credit * stare.stare_weights(logp, grpo_credit, mask),
-        "STARE C2": grpo_credit * stare.stare_weights(logp, grpo_credit, mask, attenuate=0.9),
-        "forking tokens": outcome[..., None] * forking.forking_mask(entropy, mask),
-        "λ-GRPO": outcome[..., None] * lambda_grpo.lambda_weights(rollouts.tokens, mask),
+        "GRPO-S": gtpo.grpo_s_advantages(correct, entropy, mask)[..., None] * mask,
+        "HölderPO, p = 2": holder_credit(moved, logp, mask, advantages, 2.0),
+        "HölderPO, p = −2": holder_credit(moved, logp, mask, advantages, -2.0),
+        "FIPO": outcome * fipo.fipo_weights(moved, logp, outcome, mask),
+        "STARE": outcome * stare.stare_weights(logp, outcome, mask),
+        "STARE C2": outcome * stare.stare_weights(logp, outcome, mask, attenuate=0.9),
+        "forking tokens": outcome * forking.forking_mask(entropy, mask),
+        "λ-GRPO": outcome * lambda_grpo.lambda_weights(rollouts.tokens, mask),
     }
     for signal in ("surprisal", "entropy reduction", "divergence", "residual"):
         name = "ARCA" if signal == "residual" else f"ARCA's {signal}"
         weights = arca.credit_weights(signals[signal], mask) * mask.sum(-1, keepdim=True)
         # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must
         # give equal ranks.
-        credits[name] = outcome[..., None] * weights.round(decimals=6)
+        credits[name] = outcome * weights.round(decimals=6)
     credits["log π − log π_ref"] = logp - ref_logp  # EP-GRPO and ERPO sign it by the verdict
     credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     return credits, signals
 
 
-def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any) -> Tensor:
+def adapter_residuals(
+    policy: nn.Module, reference: common.Reference, rollouts: Rollouts, args: vineppo.Args
+) -> Tensor:
+    """ARCA's signal, [P, G, T]."""
+    mask = rollouts.mask
+    residual = torch.zeros(mask.shape, device=mask.device)
+    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
+        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
+        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
+    return residual
+
+
+def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: Any) -> Tensor:
     """Log-probabilities of each half of the problems after an update on the other half, [P, G, T].
 
     In a step's first update HölderPO's and FIPO's credit is GRPO's advantage. It is therefore taken
@@ -133,7 +139,7 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any
         for index in common.micro_batches(rollouts, args.token_budget, other):
             logp, _ = common.token_logp(model, rollouts, index, args)
             means = logp.sum(-1) / mask[index].sum(-1)
-            (-outcome[index] * means).sum().backward()
+            (-advantages[index] * means).sum().backward()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
         with torch.no_grad():
@@ -143,13 +149,13 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any
 
 
 def holder_credit(
-    logp: Tensor, old_logp: Tensor, mask: Tensor, outcome: Tensor, p: float
+    logp: Tensor, old_logp: Tensor, mask: Tensor, advantages: Tensor, p: float
 ) -> Tensor:
     """The gradient of HölderPO's loss with respect to each log-probability, negated and times T:
     [P, G, T]. It has the scale of an advantage.
     """
     rows = logp.flatten(0, 1).requires_grad_()
-    given = old_logp.flatten(0, 1), mask.flatten(0, 1), outcome.flatten()
+    given = old_logp.flatten(0, 1), mask.flatten(0, 1), advantages.flatten()
     loss, _ = holderpo.holder_surrogate(rows, *given, p)
     [gradient] = torch.autograd.grad(loss.sum(), rows)
     return -gradient.view_as(mask) * mask.sum(-1, keepdim=True)
@@ -338,7 +344,7 @@ def train(args: Args) -> Path:
 
 
 def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
-    """The summary of each policy. A problem that was measured before is not measured again."""
+    """The summary of each policy."""
     settings = vineppo.Args(
         model=str(ROOT / "tiny"),
         eval_dataset=str(ROOT / "tiny" / "test.jsonl"),
@@ -391,8 +397,8 @@ def main(args: Args) -> None:
     shared.require_at_least(args, prompts=2, group_size=2, continuations=2, train_steps=1)
     names = shared.parse_names("--policies", args.policies, POLICIES)
     summaries = measure_policies(args, names)
-    command = shlex.join(["python", "benchmark/credit.py", *sys.argv[1:]])
-    results = {"command": command, **shared.environment(), "code": code(), "policies": summaries}
+    results = {"command": shared.own_command(), **shared.environment()}
+    results |= {"code": code(), "policies": summaries}
     write_json(args.results, results)
     print(tables(results))
 

@@ -1,13 +1,15 @@
-"""Helpers of the benchmarks: results files, the results blocks of pages, checks of flags."""
+"""What the benchmarks share: training runs, results files, blocks of pages, checks of flags."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
@@ -44,6 +46,12 @@ def require_at_least(args: Any, **minimums: int) -> None:
         require(value >= minimum, flag_of(name), value, f"must be at least {minimum}")
 
 
+def own_command() -> str:
+    """The command that started this process, as a page shows it."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--refresh"]
+    return shlex.join(["python", f"benchmark/{Path(sys.argv[0]).name}", *flags])
+
+
 def describe_cores(count: int) -> str:
     noun = "core" if count == 1 else "cores"
     return f"{count} {noun}, {platform.machine()}"
@@ -57,6 +65,10 @@ def environment() -> dict[str, Any]:
         if name in distributions:
             versions[name] = version(distributions[name][0])
     return {"machine": describe_cores(len(os.sched_getaffinity(0))), "versions": versions}
+
+
+def versions_of(results: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in results["versions"].items())
 
 
 def code_digest(*files: str) -> str:
@@ -78,6 +90,12 @@ def is_text(statement: ast.stmt) -> bool:
     """Whether a statement is a string alone: the docstring of a function or of a setting."""
     constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return constant and isinstance(statement.value.value, str)
+
+
+@functools.cache
+def training_code(script: str) -> str:
+    """Digest of the code that the runs of a script depend on."""
+    return code_digest(script, *TRAINING)
 
 
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
