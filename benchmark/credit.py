@@ -28,24 +28,26 @@ from truth import Credit, Truth, estimates
 
 import arca
 import common
-import ep_grpo
-import erpo
-import fipo
-import forking
-import grpo
-import gtpo
-import holderpo
-import lambda_grpo
-import stare
 import vineppo
 from common import Rollouts
 from docs import figures
+from ep_grpo import ep_grpo_advantages
+from erpo import erpo_advantages
+from fipo import fipo_weights
+from forking import forking_mask
+from grpo import grpo_advantages
+from gtpo import grpo_s_advantages, gtpo_advantages
+from holderpo import holder_surrogate
 from infra.models import load_weights
+from lambda_grpo import lambda_weights
+from stare import stare_weights
 from tiny.steps import check_steps
 
 PAGE = ROOT / "docs" / "credit.md"
 POLICIES = ("starting", "half-trained")
-MAX_NEW_TOKENS, LORA_RANK, LR = 64, 64, 2e-4
+MAX_NEW_TOKENS = 64
+LORA_RANK = 64
+LR = 2e-4
 Row = dict[str, Any]  # the return value of truth.measure for a problem
 Signals = dict[str, Tensor]  # [P, G, T] each
 
@@ -82,35 +84,40 @@ def method_credits(
         "divergence": arca.divergence(logp, ref_logp),
         "residual": adapter_residuals(policy, reference, rollouts, args),
     }
-    advantages = grpo.grpo_advantages(correct)  # [P, G]
+    advantages = grpo_advantages(correct)  # [P, G]
     moved = moved_logp(policy, rollouts, advantages, args)
     outcome = advantages[..., None] * mask
     scored = (correct, entropy, logp, ref_logp, mask)
-    ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
+    ep_grpo_credit = ep_grpo_advantages(*scored)
     credits = {
         "GRPO": outcome,
         "EP-GRPO": ep_grpo_credit,
-        "EP-GRPO's progress": ep_grpo_credit - ep_grpo.ep_grpo_advantages(*scored, eta=0.0),
-        "ERPO": erpo.erpo_advantages(*scored),
-        "GTPO": gtpo.gtpo_advantages(correct, entropy, mask),
-        "GRPO-S": gtpo.grpo_s_advantages(correct, entropy, mask)[..., None] * mask,
+        "EP-GRPO's progress": ep_grpo_credit - ep_grpo_advantages(*scored, eta=0.0),
+        "ERPO": erpo_advantages(*scored),
+        "GTPO": gtpo_advantages(correct, entropy, mask),
+        "GRPO-S": grpo_s_advantages(correct, entropy, mask)[..., None] * mask,
         "HölderPO, p = 2": holder_credit(moved, logp, mask, advantages, 2.0),
         "HölderPO, p = −2": holder_credit(moved, logp, mask, advantages, -2.0),
-        "FIPO": outcome * fipo.fipo_weights(moved, logp, outcome, mask),
-        "STARE": outcome * stare.stare_weights(logp, outcome, mask),
-        "STARE C2": outcome * stare.stare_weights(logp, outcome, mask, attenuate=0.9),
-        "forking tokens": outcome * forking.forking_mask(entropy, mask),
-        "λ-GRPO": outcome * lambda_grpo.lambda_weights(rollouts.tokens, mask),
+        "FIPO": outcome * fipo_weights(moved, logp, outcome, mask),
+        "STARE": outcome * stare_weights(logp, outcome, mask),
+        "STARE C2": outcome * stare_weights(logp, outcome, mask, attenuate=0.9),
+        "forking tokens": outcome * forking_mask(entropy, mask),
+        "λ-GRPO": outcome * lambda_weights(rollouts.tokens, mask),
     }
-    for signal in ("surprisal", "entropy reduction", "divergence", "residual"):
-        name = "ARCA" if signal == "residual" else f"ARCA's {signal}"
-        weights = arca.credit_weights(signals[signal], mask) * mask.sum(-1, keepdim=True)
-        # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must
-        # give equal ranks.
-        credits[name] = outcome * weights.round(decimals=6)
+    for signal in ("surprisal", "entropy reduction", "divergence"):
+        credits[f"ARCA's {signal}"] = arca_credit(outcome, signals[signal], mask)
+    credits["ARCA"] = arca_credit(outcome, signals["residual"], mask)
     credits["log π − log π_ref"] = logp - ref_logp  # EP-GRPO and ERPO sign it by the verdict
     credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     return credits, signals
+
+
+def arca_credit(outcome: Tensor, signal: Tensor, mask: Tensor) -> Tensor:
+    """GRPO's advantage, weighted within each response by a signal: [P, G, T]."""
+    weights = arca.credit_weights(signal, mask) * mask.sum(-1, keepdim=True)
+    # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must give
+    # equal ranks.
+    return outcome * weights.round(decimals=6)
 
 
 def adapter_residuals(
@@ -156,34 +163,46 @@ def holder_credit(
     """
     rows = logp.flatten(0, 1).requires_grad_()
     given = old_logp.flatten(0, 1), mask.flatten(0, 1), advantages.flatten()
-    loss, _ = holderpo.holder_surrogate(rows, *given, p)
+    loss, _ = holder_surrogate(rows, *given, p)
     [gradient] = torch.autograd.grad(loss.sum(), rows)
     return -gradient.view_as(mask) * mask.sum(-1, keepdim=True)
 
 
-def read_truth(row: Row, chosen: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
-    """The truth about a problem's group, and the curves of each rollout.
+def read_curves(row: Row, chosen: list[int], count: int) -> list[truth.Curves]:
+    """The true values and advantages along each rollout of a problem's group.
 
     chosen: estimates to use; count: continuations of each.
     """
-    true, curves = Truth([], [], row["correct"], []), []
-    tried = count * len(chosen)
-    for g, reward in enumerate(row["correct"]):
-        won = np.array(row["wins"][g])[:, chosen].sum(-1)
-        others = np.array(row["others"][g])
-        curve = truth.true_advantages(others, won, tried, reward)
-        curves.append(curve)
-        true.advantages.append(curve.advantages)
+    curves = []
+    for others, wins, reward in zip(row["others"], row["wins"], row["correct"], strict=True):
+        won = np.array(wins)[:, chosen].sum(-1)
+        tried = count * len(chosen)
+        curves.append(truth.true_advantages(np.array(others), won, tried, reward))
+    return curves
+
+
+def read_steps(problem: str, pieces: list[str]) -> list[tuple[slice, bool]]:
+    """The tokens of each arithmetic step of a response, and whether the step is right.
+
+    pieces: the text of each token.
+    """
+    ends = np.cumsum(list(map(len, pieces)))  # in characters
+    steps = []
+    for start, end, right in check_steps(problem, "".join(pieces)):
+        first, last = np.searchsorted(ends, (start, end - 1), side="right")
+        steps.append((slice(first, last + 1), right))
+    return steps
+
+
+def read_truth(row: Row, curves: list[truth.Curves]) -> Truth:
+    """What the measures need to know about a problem's group."""
+    advantages, clear = [], []
+    for curve in curves:
+        advantages.append(curve.advantages)
         smallest = np.maximum(truth.CLEAR, 2 * curve.errors)
-        true.clear.append(np.abs(curve.advantages) > smallest)
-        pieces = row["pieces"][g]
-        ends = np.cumsum(list(map(len, pieces)))  # in characters
-        steps = []
-        for start, end, right in check_steps(row["problem"], "".join(pieces)):
-            first, last = np.searchsorted(ends, (start, end - 1), side="right")
-            steps.append((slice(first, last + 1), right))
-        true.steps.append(steps)
-    return true, curves
+        clear.append(np.abs(curve.advantages) > smallest)
+    steps = [read_steps(row["problem"], pieces) for pieces in row["pieces"]]
+    return Truth(advantages, clear, row["correct"], steps)
 
 
 def rms(values: Any) -> float:
@@ -197,14 +216,12 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
         won, tried = row["prompt"]
         new = won / tried
         error_of_new = np.sqrt(new * (1 - new) / tried)
-        _, both = read_truth(row, [0, 1], count)
-        _, first = read_truth(row, [0], count)
-        _, second = read_truth(row, [1], count)
-        for curve, reward in zip(both, row["correct"], strict=True):
+        for curve, reward in zip(read_curves(row, [0, 1], count), row["correct"], strict=True):
             total = curve.advantages.sum()
             error = np.hypot(curve.value_errors[0], error_of_new)
             closing.append(total - (reward - curve.values[0]))
             against_new.append((total - (reward - new)) / error)
+        first, second = read_curves(row, [0], count), read_curves(row, [1], count)
         for once, again, others in zip(first, second, row["others"], strict=True):
             error = np.hypot(once.errors, again.errors).clip(1e-12)
             z = (once.advantages - again.advantages) / error
@@ -251,24 +268,21 @@ def step_sums(group: common.Group, true: Truth) -> Credit:
 
 
 def summarise(
-    rows: list[Row],
-    groups: list[common.Group],
-    policy: nn.Module,
-    args: vineppo.Args,
-    count: int,
+    rows: list[Row], groups: list[common.Group], policy: nn.Module, args: vineppo.Args, count: int
 ) -> dict[str, Any]:
     """All results for one policy. count: continuations of each estimate."""
     rollouts = common.stack(groups, [], common.device(args))
-    mask = rollouts.mask
-    steps, values = vineppo.stack_values(groups, mask.device)
+    steps, values = vineppo.stack_values(groups, rollouts.mask.device)
     given, signals = method_credits(policy, rollouts, steps, values, args)
-    credits, signals = as_lists(given, mask), as_lists(signals, mask)
-    truths = [read_truth(row, [0, 1], count)[0] for row in rows]
-    first = [read_truth(row, [0], count)[0].advantages for row in rows]
-    second = [read_truth(row, [1], count)[0] for row in rows]
-    baseline = credits["GRPO"]
+    credits = as_lists(given, rollouts.mask)
+    truths, first, second = [], [], []
+    for row in rows:
+        truths.append(read_truth(row, read_curves(row, [0, 1], count)))
+        first.append(read_truth(row, read_curves(row, [0], count)).advantages)
+        second.append(read_truth(row, read_curves(row, [1], count)))
     credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
-    methods, of_signals = {}, {}
+    baseline = credits["GRPO"]
+    methods = {}
     for name, credit in credits.items():
         methods[name] = estimates(truth.MEASURES, credit, truths, baseline)
     methods["truth, measured again"] = estimates(truth.MEASURES, first, second, baseline)
@@ -276,7 +290,8 @@ def summarise(
     sizes = []  # a signal has no sign: it is compared with the size of the true advantage
     for true in truths:
         sizes.append(replace(true, advantages=list(map(np.abs, true.advantages))))
-    for name, signal in signals.items():
+    of_signals = {}
+    for name, signal in as_lists(signals, rollouts.mask).items():
         of_signals[name] = estimates(truth.SIGNAL_MEASURES, signal, sizes, signal)
     return {
         "facts": truth.facts(truths),
@@ -291,8 +306,8 @@ def interval(figure: dict[str, Any] | None) -> str:
     """A value and its interval, without brackets if it is the value; bold if unlike GRPO's."""
     if figure is None:
         return "–"
-    numbers = figure["value"], *figure["interval"]
-    value, low, high = (f"{number:.2f}" for number in numbers)
+    value = f"{figure['value']:.2f}"
+    low, high = (f"{end:.2f}" for end in figure["interval"])
     shown = f"**{value}**" if figure["differs"] else value
     return shown if low == value == high else f"{shown} [{low}, {high}]"
 
@@ -313,8 +328,8 @@ def methods_table(methods: dict[str, dict[str, Any]]) -> str:
 
 def tables(results: dict[str, Any]) -> str:
     """All tables of the page."""
-    policies, vllm = results["policies"], results["versions"]["vllm"]
-    parts = [f"`{results['command']}`, {results['machine']}, vLLM {vllm}."]
+    policies = results["policies"]
+    parts = [f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']}."]
     for name, policy in policies.items():
         parts += [f"The {name} policy:", methods_table(policy["methods"])]
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
@@ -355,7 +370,8 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         lr=LR,
         seed=args.seed,
     )
-    summaries, count = {}, args.continuations
+    count = args.continuations
+    summaries = {}
     with common.Grader() as grader:
         tokenizer = common.load_tokenizer(settings)
         policy = common.load_policy(settings)
@@ -367,15 +383,17 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
             if name == "half-trained":
                 load_weights(policy, train(args))
             engine.sync(policy)
-            rows, groups = [], []
+            rows = []
             for i, problem in enumerate(problems):
                 seed = (args.seed, name, i)
-                row = truth.measure(engine, grader, policy, problem, settings, count, seed)
+                rows.append(truth.measure(engine, grader, policy, problem, settings, count, seed))
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
-                rows.append(row)
+            write_json(args.run_dir / f"{name}.json", rows)
+
+            groups = []
+            for problem, row in zip(problems, rows, strict=True):
                 unused_logp = row["others"]
                 groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
-            write_json(args.run_dir / f"{name}.json", rows)
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
             summaries[name] = summarise(rows, groups, policy, settings, count)
     return summaries

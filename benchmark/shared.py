@@ -48,8 +48,10 @@ def require_at_least(args: Any, **minimums: int) -> None:
 
 def own_command() -> str:
     """The command that started this process, as a page shows it."""
-    flags = [flag for flag in sys.argv[1:] if flag != "--refresh"]
-    return shlex.join(["python", f"benchmark/{Path(sys.argv[0]).name}", *flags])
+    command = ["python", f"benchmark/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    if "--refresh" in command:
+        command.remove("--refresh")
+    return shlex.join(command)
 
 
 def describe_cores(count: int) -> str:
@@ -114,10 +116,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value) + "\n")
 
 
-def as_json(value: Any, indent: str = "") -> str:
-    """JSON with each entry of an object, and each object of a list, on a line of its own."""
-    if isinstance(value, dict) and not indent:
-        lines = [f"{json.dumps(str(name))}: {as_json(part, ' ')}" for name, part in value.items()]
+def as_json(value: Any, top: bool = True) -> str:
+    """JSON with each entry of the top object, and each object of a list in it, on its own line."""
+    if isinstance(value, dict) and top:
+        lines = []
+        for name, part in value.items():
+            lines.append(f"{json.dumps(str(name))}: {as_json(part, top=False)}")
         return "{\n " + ",\n ".join(lines) + "\n}"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         lines = [json.dumps(row, ensure_ascii=False) for row in value]

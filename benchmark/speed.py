@@ -262,6 +262,34 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     return found | measurement.results() | {"parts": parts}
 
 
+def trl_settings(shape: Shape, engine: str, rows_at_once: int) -> dict[str, Any]:
+    """The settings of TRL's trainer for the same work."""
+    # No token ends a response before it has the given length.
+    endless = {"min_new_tokens": shape.new_tokens}
+    if engine == "vllm":
+        endless = {"ignore_eos": True}
+    return {
+        "use_cpu": shape.device == "cpu",
+        "bf16": shape.device == "cuda",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": rows_at_once,
+        "gradient_accumulation_steps": shape.prompts * shape.group // rows_at_once,
+        "num_generations": shape.group,
+        "max_completion_length": shape.new_tokens,
+        "generation_kwargs": endless,
+        "max_steps": shape.steps + 1,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "use_vllm": engine == "vllm",
+        "vllm_max_model_length": 28 + 20 * shape.joined + shape.new_tokens,  # the longest prompt
+        "model_init_kwargs": {"dtype": "float32"},
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
 def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, Any]:
     """Measure the same work in TRL's GRPOTrainer. at_once: rollouts of a micro-batch, at most."""
     sys.path.append(str(TRL))
@@ -269,34 +297,10 @@ def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, A
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    rollouts = shape.prompts * shape.group
-    while rollouts % at_once:
+    while shape.prompts * shape.group % at_once:
         at_once -= 1
-    # No token ends a response before it has the given length.
-    endless = {"min_new_tokens": shape.new_tokens}
-    if engine == "vllm":
-        endless = {"ignore_eos": True}
-    config = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=shape.device == "cpu",
-        bf16=shape.device == "cuda",
-        gradient_checkpointing=False,
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=rollouts // at_once,
-        num_generations=shape.group,
-        max_completion_length=shape.new_tokens,
-        generation_kwargs=endless,
-        max_steps=shape.steps + 1,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        use_vllm=engine == "vllm",
-        vllm_max_model_length=28 + 20 * shape.joined + shape.new_tokens,  # of the longest prompt
-        model_init_kwargs={"dtype": "float32"},
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    settings = trl_settings(shape, engine, at_once)
+    config = GRPOConfig(output_dir=str(folder / "trl"), **settings)
     measurement, clock = Measurement(shape), TrainerCallback()
     clock.on_step_end = measurement.end_step
 

@@ -69,11 +69,11 @@ def main(args: Args) -> None:
     if args.check:
         sys.exit(1 if commands else 0)
 
-    for command in commands:
-        # credit.py always measures all.
-        refresh = [] if command[0] == "benchmark/credit.py" else ["--refresh"]
-        run(*command, *refresh)
-    for script in dict.fromkeys(command[0] for command in commands):
+    for script, *flags in commands:
+        if script != "benchmark/credit.py":  # it always measures all
+            flags.append("--refresh")
+        run(script, *flags)
+    for script in dict.fromkeys(script for script, *_ in commands):
         run(script, "--write")
 
 
