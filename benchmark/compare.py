@@ -423,10 +423,10 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
-    # Several commands, each for some of the methods, may fill a file. The first one measures it
-    # again, except that all of them together are the default command.
-    default = args.results == Args.results
-    command = "python benchmark/compare.py" if default else shared.own_command()
+    # `make tables` repeats the command that made the file, not those that added methods to it. The
+    # default file may be filled by several commands, each for some of the methods.
+    is_default = args.results == Args.results
+    command = "python benchmark/compare.py" if is_default else shared.own_command()
     results.setdefault("command", command)
     if "start" not in results:
         results["start"] = evaluate([start], test, args)[start]

@@ -211,7 +211,8 @@ def rms(values: Any) -> float:
 
 def soundness(rows: list[Row], count: int) -> dict[str, float]:
     """Checks of the truth against itself and against independent responses."""
-    closing, against_new, repeated = [], [], []
+    closing, against_new = [], []  # of each rollout
+    repeated = []  # of each token
     for row in rows:
         won, tried = row["prompt"]
         new = won / tried
@@ -221,7 +222,8 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
             error = np.hypot(curve.value_errors[0], error_of_new)
             closing.append(total - (reward - curve.values[0]))
             against_new.append((total - (reward - new)) / error)
-        first, second = read_curves(row, [0], count), read_curves(row, [1], count)
+        first = read_curves(row, [0], count)
+        second = read_curves(row, [1], count)
         for once, again, others in zip(first, second, row["others"], strict=True):
             error = np.hypot(once.errors, again.errors).clip(1e-12)
             z = (once.advantages - again.advantages) / error
@@ -275,7 +277,8 @@ def summarise(
     steps, values = vineppo.stack_values(groups, rollouts.mask.device)
     given, signals = method_credits(policy, rollouts, steps, values, args)
     credits = as_lists(given, rollouts.mask)
-    truths, first, second = [], [], []
+    truths = []
+    first, second = [], []  # by one of the two estimates each
     for row in rows:
         truths.append(read_truth(row, read_curves(row, [0, 1], count)))
         first.append(read_truth(row, read_curves(row, [0], count)).advantages)
@@ -335,10 +338,12 @@ def tables(results: dict[str, Any]) -> str:
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
         rows = []
         for name in policies["starting"][part]:
-            rows.append([name, *(number(policy[part][name]) for policy in policies.values())])
+            cells = [number(policy[part][name]) for policy in policies.values()]
+            rows.append([name, *cells])
         parts.append(markdown([title, *policies], rows))
     head = ["signal, against the size of the true advantage"]
-    head += [f"{measure}, {name}" for name in policies for measure in truth.SIGNAL_MEASURES]
+    for name in policies:
+        head += [f"{measure}, {name}" for measure in truth.SIGNAL_MEASURES]
     rows = []
     for signal in policies["starting"]["signals"]:
         rows.append([signal])

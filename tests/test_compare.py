@@ -144,7 +144,9 @@ def test_the_second_rate_is_measured_once(
     monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
     monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
     args = Args(rates=(selected,), seeds=2, runs=tmp_path, results=tmp_path / "x.json")
-    compare.run_everything(args, compare.read_results(args), ["EP-GRPO"])
+    results = compare.read_results(args) | {"command": "the first"}
+    compare.run_everything(args, results, ["EP-GRPO"])
+    assert results["command"] == "the first"
     assert phases == [[Job("EP-GRPO", lr, seed) for lr in measured] for seed in (1, 2)]
 
 
