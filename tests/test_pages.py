@@ -6,6 +6,7 @@ from pathlib import Path
 
 import compare
 import credit
+import graders
 import pytest
 import real
 import shared
@@ -30,10 +31,11 @@ def test_the_index_names_every_page():
         (compare.PAGES[0], lambda: compare.blocks(RESULTS["compare"])),
         (compare.PAGES[1], lambda: compare.blocks(RESULTS["compare"])),
         (credit.PAGE, lambda: {"credit": credit.tables(RESULTS["credit"])}),
+        (graders.README, lambda: {"kinds": graders.kinds_table(), "rules": graders.rules_table()}),
         (real.PAGE, lambda: real.blocks(RESULTS["real"])),
         (speed.PAGE, lambda: {"speed": speed.table(RESULTS["speed"])}),
     ],
-    ids=["README", "compare", "credit", "real", "speed"],
+    ids=["README", "compare", "credit", "grading", "real", "speed"],
 )
 def test_a_page_shows_its_results(page: Path, blocks: Callable[[], dict[str, str]]):
     text = page.read_text(encoding="utf-8")

@@ -14,6 +14,13 @@ def test_a_results_file_is_written_and_read(tmp_path: Path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
 
 
+def test_a_page_shows_the_command_without_refresh(monkeypatch: pytest.MonkeyPatch):
+    argv = ["/any/benchmark/real.py", "--refresh", "--only", "GRPO,GTPO by batch"]
+    monkeypatch.setattr(shared.sys, "argv", argv)
+    assert shared.own_command() == "python benchmark/real.py --only 'GRPO,GTPO by batch'"
+    assert "--refresh" in argv
+
+
 def test_a_block_replaces_the_text_between_its_marks(tmp_path: Path):
     page = tmp_path / "page.md"
     marks = "a\n<!-- results:one -->\n{}<!-- /results -->\n"
