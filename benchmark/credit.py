@@ -397,7 +397,7 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
 
             groups = []
             for problem, row in zip(problems, rows, strict=True):
-                unused_logp = row["others"]
+                unused_logp = row["others"]  # in the place of the engine's, with its shape
                 groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
             vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
             summaries[name] = summarise(rows, groups, policy, settings, count)

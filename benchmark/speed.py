@@ -384,7 +384,7 @@ def peak_bytes(side: dict[str, Any]) -> float:
     return side["peak_bytes"]
 
 
-RATIOS = {  # of the table: goal, value of which sides, value
+RATIOS = {  # rows of the table: goal, numerator, denominator, what is compared
     "TRL's step / ours": ("at least 1.5; GSM8K 1.4", "trl", "ours", step_seconds),
     "our score + update / before": ("at most 0.62", "ours", "before", training_seconds),
     "our peak memory / TRL's": ("at most 0.9", "ours", "trl", peak_bytes),
