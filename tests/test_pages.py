@@ -1,4 +1,4 @@
-"""docs/: the index, the results blocks of the pages, the figures, the page of metrics."""
+"""docs/: the index, the pages' sections and results, the figures, the page of metrics."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import shared
 import speed
 from conftest import ROOT
 
-from docs import figures
+from docs import equations, figures
 
 DOCS = ROOT / "docs"
 RESULTS = {file.stem: shared.read_json(file) for file in shared.RESULTS.glob("*.json")}
@@ -38,6 +38,40 @@ def test_the_index_names_every_page():
 def test_a_page_shows_its_results(page: Path, blocks: Callable[[], dict[str, str]]):
     text = page.read_text(encoding="utf-8")
     assert text == shared.fill_blocks(page, blocks()), "run the benchmark with --write"
+
+
+def method_page(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_method_pages_have_the_same_sections(page: str):
+    sections = re.findall(r"^## .*", method_page(page), re.MULTILINE)
+    assert sections == re.findall(r"^## .*", method_page("grpo"), re.MULTILINE)
+
+
+def results_of(method: str) -> list[str]:
+    """The cells of a method: accuracy on both tasks, cosine of its credit for both policies."""
+    cells = []
+    for name in ("compare", "compare-needle"):
+        runs = compare.at_selected_rates(RESULTS[name])
+        cell = compare.versus(runs[method], runs["GRPO"]) if method in runs else ""
+        if method == "GRPO":
+            cell = f"{compare.mean(runs[method], 'accuracy'):.3f}"
+        cells.append(cell)
+    for policy in RESULTS["credit"]["policies"].values():
+        measures = policy["methods"].get(method)
+        cells.append(f"{measures['cosine']['value']:.2f}" if measures else "")
+    return cells
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_method_page_shows_its_results(page: str):
+    head = re.escape("| | sums | needle | cosine, starting | cosine, half-trained |")
+    table = re.search(rf"^{head}\n.*\n((?:\|.*\n)+)", method_page(page), re.MULTILINE)
+    for line in table[1].splitlines():
+        method, *cells = [cell.strip() for cell in line[1:-1].split("|")]
+        assert cells == results_of(method), method
 
 
 def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
