@@ -61,8 +61,10 @@ def tagged_line(code: str, source: str) -> int | None:
 
 def definition_line(code: str, name: str) -> int:
     """Number of the line that defines a function, method or class."""
-    nodes = ast.walk(ast.parse(code))
-    return next(node.lineno for node in nodes if getattr(node, "name", None) == name)
+    for node in ast.walk(ast.parse(code)):
+        if getattr(node, "name", None) == name:
+            return node.lineno
+    raise LookupError(f"a page links {name}, which no longer exists")
 
 
 def with_lines(page: str) -> str:
