@@ -17,12 +17,12 @@ import os
 import queue
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean  # exact, so a page does not depend on the order of a sum
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -252,7 +252,7 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     metrics = read_lines(run_folder(job, args) / "metrics.jsonl")[: part.step + 1]
     steps = metrics[1:]  # the first line is the evaluation before training
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
-    length = mean(row["length"] for row in steps)
+    length = statistics.mean(row["length"] for row in steps)
     tokens = part.sampled[part.step] * length + continuation_tokens
     curve = []  # validation accuracy by rollouts sampled
     for row in metrics:
@@ -262,7 +262,7 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
             curve.append((sampled, row["eval/accuracy"]))
     found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
     found |= {name: round(value, 4) for name, value in evaluated.items()}
-    entropy = round(mean(row["entropy"] for row in steps[-10:]), 4)
+    entropy = round(statistics.mean(row["entropy"] for row in steps[-10:]), 4)
     found |= {"entropy": entropy, "tokens": round(tokens), "curve": curve}
     return found | {"code": code(job.method)}
 
@@ -291,6 +291,11 @@ def at_selected_rates(results: dict) -> dict[str, pd.DataFrame]:
     return runs
 
 
+def mean(rows: pd.DataFrame, name: str) -> float:
+    """The mean of a column, exact: pandas' own may be rounded to another last digit."""
+    return statistics.mean(rows[name].tolist())
+
+
 def versus(rows: pd.DataFrame, baseline: pd.DataFrame) -> str:
     """The mean difference in accuracy to the baseline with the same seed, and its 95% interval.
 
@@ -299,7 +304,10 @@ def versus(rows: pd.DataFrame, baseline: pd.DataFrame) -> str:
     differences = (rows.accuracy - baseline.accuracy).dropna()  # of the seeds that both have
     if rows is baseline or len(differences) < 2:
         return ""
-    center, reach = mean(differences), T_QUANTILE[len(differences) - 2] * differences.sem()
+    center, reach = (
+        statistics.mean(differences),
+        T_QUANTILE[len(differences) - 2] * differences.sem(),
+    )
     text = f"{center:+.3f} [{center - reach:+.3f}, {center + reach:+.3f}]"
     return text.replace("-", "−")
 
@@ -315,10 +323,27 @@ def table(results: dict) -> str:
     baseline = runs["GRPO", selected_rate(results, "GRPO")]
     for (method, lr), rows in runs.items():
         rate = lr if lr == selected_rate(results, method) else f"{lr} (not selected)"
-        cells = [f"{mean(rows[name]):.3f}" for name in ("accuracy", "pass@8", "entropy")]
-        cells += [f"{mean(rows.length):.1f}", f"{mean(rows.tokens / 1e6):.2f}"]
+        cells = [f"{mean(rows, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
+        cells += [f"{mean(rows, 'length'):.1f}", f"{mean(rows, 'tokens') / 1e6:.2f}"]
         lines.append([method, rate, *cells, versus(rows, baseline)])
     return markdown(head, lines)
+
+
+def accuracy_table(sums: dict, needle: dict) -> str:
+    """Accuracy of each method on both tasks, each with its difference to GRPO's."""
+    lines = [["before training"]]
+    for results in (sums, needle):
+        lines[0] += [f"{results['start']['accuracy']:.3f}", ""]
+    tasks = at_selected_rates(sums), at_selected_rates(needle)
+    for method in tasks[0]:
+        lines.append([method])
+        for runs in tasks:
+            cells = ["not measured", ""]
+            if method in runs:
+                cells = [f"{mean(runs[method], 'accuracy'):.3f}"]
+                cells.append(versus(runs[method], runs["GRPO"]))
+            lines[-1] += cells
+    return markdown(["method", "sums", "minus GRPO's", "needle", "minus GRPO's"], lines)
 
 
 def credit_table(sums: dict, needle: dict) -> str:
@@ -338,8 +363,8 @@ def tokens_table(results: dict, longer: dict) -> str:
     lines = []
     for method, rows in (("GRPO", runs["GRPO"]), ("VinePPO", runs["VinePPO"]), ("GRPO", more)):
         own = rows[rows.index.isin(more.index)]
-        cells = [f"{mean(own.tokens / 1e6):.2f}", f"{mean(own.accuracy):.3f}"]
-        cells.append(f"{mean(own['pass@8']):.3f}")
+        cells = [f"{mean(own, 'tokens') / 1e6:.2f}"]
+        cells += [f"{mean(own, name):.3f}" for name in ("accuracy", "pass@8")]
         lines.append([method, own.step.iloc[0], own.rollouts.iloc[0], *cells])
     head = ["method", "steps", "rollouts", "tokens, M", "accuracy", "pass@8"]
     caption = f"Means over {len(more)} seeds. `{longer['command']}`, {longer['machine']}."
@@ -365,6 +390,7 @@ def blocks(results: dict) -> dict[str, str]:
     """The results blocks of README.md and docs/compare.md."""
     needle = read_table("needle")
     return {
+        "accuracy": accuracy_table(results, needle),
         "compare": described(results),
         "compare-credit": credit_table(results, needle),
         "compare-tokens": tokens_table(results, read_table("tokens")),
