@@ -90,14 +90,14 @@ def save_model(
 
 
 @pytest.fixture(scope="session")
-def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_model(tmp_path_factory) -> Path:
     """LM head tied to the embedding; the pad token is the EOS token."""
     folder = tmp_path_factory.mktemp("models") / "tied"
     return save_model(folder, tied=True, pad="<|im_end|>", eos=("<|im_end|>",))
 
 
 @pytest.fixture(scope="session")
-def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untied_model(tmp_path_factory) -> Path:
     """Its own LM head, two EOS ids, and sampling settings in the folder, as in Qwen2.5's."""
     return save_model(
         tmp_path_factory.mktemp("models") / "untied",
@@ -113,7 +113,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_model(untied_model: Path) -> Path:
+def base_model(untied_model) -> Path:
     """That model as a base model: only its chat template names <|im_end|>, which ends a turn."""
     folder = shutil.copytree(untied_model, untied_model.parent / "base")
     for name, key, value in [
@@ -135,7 +135,7 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def problem_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def problem_file(tmp_path_factory) -> Path:
     """Twelve sums; prompts of three lengths."""
     path = tmp_path_factory.mktemp("problems") / "sums.jsonl"
     sums = [(a, 10**b) for a in range(1, 5) for b in range(3)]
@@ -173,7 +173,7 @@ def short_settings(model: Path, problems: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., Any]:
+def make_args(tied_model, problem_file, tmp_path) -> Callable[..., Any]:
     """Settings of a short run of grpo.py; any of them can be overridden."""
     import grpo
 
@@ -185,7 +185,7 @@ def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
-def short_args(make_args: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+def short_args(make_args, tmp_path) -> Callable[..., Any]:
     """Settings of a short run of any script, each in its own folder, without gradient clipping."""
     from one_step import short_settings
 
@@ -199,7 +199,7 @@ def short_args(make_args: Callable[..., Any], tmp_path: Path) -> Callable[..., A
 
 
 @pytest.fixture
-def record(short_args: Callable[..., Any], signals: None) -> Callable[..., Any]:
+def record(short_args, signals) -> Callable[..., Any]:
     """Runs a script for a step, or for `steps`, and returns its one_step.Recording."""
     from one_step import record_run
 

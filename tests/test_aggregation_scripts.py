@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def mean(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def test_a_resumed_lora_run_repeats_the_whole_one(record: Callable):
+def test_a_resumed_lora_run_repeats_the_whole_one(record):
     """REFT's openers included; the other scripts are in test_runs.py."""
     settings = {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "steps": 4, "save_every": 2}
     complete = record(reft, **settings)
@@ -59,7 +58,7 @@ def test_a_resumed_lora_run_repeats_the_whole_one(record: Callable):
 # ------------------------------------------------------------------------------- HölderPO
 
 
-def test_holder_on_policy_is_grpo_averaged_per_sequence(record: Callable):
+def test_holder_on_policy_is_grpo_averaged_per_sequence(record):
     plain = record(grpo, loss_average="sequence")
     for p in (0.0, 2.0, -2.0):
         for clip_level in ("sequence", "token"):
@@ -71,7 +70,7 @@ def test_holder_on_policy_is_grpo_averaged_per_sequence(record: Callable):
 
 
 @pytest.mark.parametrize(("p", "clip_level"), [(2.0, "sequence"), (-1.0, "token")])
-def test_holder_update_off_policy_is_the_plain_one(p: float, clip_level: str, record: Callable):
+def test_holder_update_off_policy_is_the_plain_one(p, clip_level, record):
     """The second update of a step, from the definition: power means of each response's ratios."""
     settings = {"p_start": p, "schedule": "constant", "clip_level": clip_level, "lr": 0.003}
     recording = record(holderpo, updates_per_rollout=2, token_budget=100, **settings)
@@ -95,7 +94,7 @@ def test_holder_update_off_policy_is_the_plain_one(p: float, clip_level: str, re
     assert recording.metrics[1]["rho/std"] > 1e-3
 
 
-def test_holder_anneals_p_and_logs_its_ratios(record: Callable):
+def test_holder_anneals_p_and_logs_its_ratios(record):
     recording = record(holderpo, steps=4, lr=0.01, max_grad_norm=1.0, seed=3)
     rows = recording.metrics[1:]
     assert [row["p"] for row in rows] == [1, 0, -1, -2]
@@ -107,9 +106,7 @@ def test_holder_anneals_p_and_logs_its_ratios(record: Callable):
     assert max(row["clip_fraction"] for row in rows) > 0
 
 
-def test_holder_steps_may_not_change_where_p_depends_on_them(
-    record: Callable, capsys: pytest.CaptureFixture
-):
+def test_holder_steps_may_not_change_where_p_depends_on_them(record, capsys):
     def resume_longer(schedule: str) -> Any:
         folder = record(holderpo, schedule=schedule).args.run_dir
         return parse_args(holderpo.Args, ["--resume", folder, "--steps", "2"])
@@ -121,7 +118,7 @@ def test_holder_steps_may_not_change_where_p_depends_on_them(
     assert "--steps 2: the run started with 1" in capsys.readouterr().err
 
 
-def test_holder_importance_weighs_responses(record: Callable):
+def test_holder_importance_weighs_responses(record):
     """For the engine, every other token is half as likely: its responses count more."""
 
     def other_engine(rollouts: common.Rollouts) -> None:
@@ -141,7 +138,7 @@ def test_holder_importance_weighs_responses(record: Callable):
 # ------------------------------------------------------------------------------- ARCA
 
 
-def test_arca_begins_with_uniform_credit(record: Callable):
+def test_arca_begins_with_uniform_credit(record):
     arca_run = record(arca, credit="arca", lora_rank=4, log_rollouts=4)
     uniform = record(arca, credit="uniform", lora_rank=4)
     plain = record(grpo, loss_average="sequence", lora_rank=4)
@@ -181,7 +178,7 @@ def plain_score(
 
 
 @pytest.mark.parametrize("credit", ["uniform", "surprisal", "entropy", "divergence", "arca"])
-def test_arca_gradient_is_the_plain_one(credit: str, record: Callable, short_args: Callable):
+def test_arca_gradient_is_the_plain_one(credit, record, short_args):
     """In the second step, from the definition; the base model is loaded without an adapter."""
     settings = {"steps": 2, "lr": 0.02, "lora_rank": 4, "token_budget": 100}
     recording = record(arca, credit=credit, **settings)
@@ -225,7 +222,7 @@ def rollouts() -> common.Rollouts:
     return common.stack(groups, [0], torch.device("cpu"))
 
 
-def test_arca_base_states_are_the_models_own(short_args: Callable, rollouts: common.Rollouts):
+def test_arca_base_states_are_the_models_own(short_args, rollouts):
     args = short_args(arca, lora_rank=4, lora_dropout=0.5)
     policy = moved_policy(args)
     bare = load_policy(short_args(grpo))  # never had an adapter
@@ -253,7 +250,7 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def test_arca_holds_one_copy_of_the_weights(short_args: Callable, rollouts: common.Rollouts):
+def test_arca_holds_one_copy_of_the_weights(short_args, rollouts):
     args = short_args(arca, lora_rank=2)
     policy = moved_policy(args)
     weights = sum(w.nbytes for w in base_model(policy).state_dict().values())
@@ -283,9 +280,7 @@ def first_logp(policy: nn.Module, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def test_reft_opener_is_the_first_token_scored_stored_and_verified(
-    record: Callable, monkeypatch: pytest.MonkeyPatch
-):
+def test_reft_opener_is_the_first_token_scored_stored_and_verified(record, monkeypatch):
     graded, verify = [], common.verify
 
     def keep_texts(grader: Any, groups: list[common.Group]) -> None:
@@ -321,7 +316,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
         assert max(map(len, group.tokens)) <= recording.args.max_new_tokens
 
 
-def test_reft_with_one_candidate_takes_the_likeliest(record: Callable):
+def test_reft_with_one_candidate_takes_the_likeliest(record):
     for seed in (1, 2):
         recording = record(reft, candidates=1, openers=1, seed=seed)
         policy, tokenizer = load_policy(recording.args), load_tokenizer(recording.args)
@@ -332,7 +327,7 @@ def test_reft_with_one_candidate_takes_the_likeliest(record: Callable):
             assert group.notes == [1] * 4
 
 
-def test_reft_draws_anew_each_step(record: Callable):
+def test_reft_draws_anew_each_step(record):
     recording = record(reft, steps=3, lr=1e-9, prompts_per_step=12)  # every problem in each step
     drawn = [
         {group.problem.text: tuple(first_tokens(group)) for group in groups}
@@ -342,7 +337,7 @@ def test_reft_draws_anew_each_step(record: Callable):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
-def test_reft_evaluates_without_openers(record: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_reft_evaluates_without_openers(record, monkeypatch):
     calls, roll_out = {}, common.roll_out
 
     def spy(engine: Any, problems: Any, args: Any, seed: tuple, **more: Any) -> Any:
@@ -356,7 +351,7 @@ def test_reft_evaluates_without_openers(record: Callable, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("loss_average", ["token", "sequence"])
-def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average: str, record: Callable):
+def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average, record):
     settings = {"candidates": 6, "openers": 2, "loss_average": loss_average}
     plain, masked = (record(reft, mask_opener=mask, **settings) for mask in (False, True))
     rollouts, advantages = plain.rollouts[0], plain_advantages(plain)
@@ -370,16 +365,14 @@ def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average: str, record: Ca
     assert_same_gradient(difference, gradient_of(loss, policy), 1e-4)
 
 
-def test_reft_on_dapo(record: Callable):
+def test_reft_on_dapo(record):
     recording = record(reft, dynamic_sampling=True, clip_high=0.28, generation_rounds=3)
     assert "eval/greedy" in recording.metrics[0]
     for group in recording.rollouts[0].tokens[..., 0]:
         assert len(group.unique()) == recording.args.openers
 
 
-def test_reft_openers_follow_a_reasoning_marker(
-    record: Callable, tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_reft_openers_follow_a_reasoning_marker(record, tied_model, tmp_path, monkeypatch):
     """If the chat template opens a reasoning section, the marker is the end of the prompt."""
     folder = shutil.copytree(tied_model, tmp_path / "reasoner")
     template = (folder / "chat_template.jinja").read_text()
@@ -401,14 +394,14 @@ def test_reft_openers_follow_a_reasoning_marker(
         assert prompt[-1] == opener
 
 
-def test_reft_rejects_more_candidates_than_tokens(record: Callable, capsys: pytest.CaptureFixture):
+def test_reft_rejects_more_candidates_than_tokens(record, capsys):
     with pytest.raises(SystemExit) as stop:
         record(reft, candidates=260)
     assert stop.value.code == 2
     assert "--candidates 260: the tokenizer has 259 tokens" in capsys.readouterr().err
 
 
-def test_first_token_logits_are_the_policys(short_args: Callable):
+def test_first_token_logits_are_the_policys(short_args):
     """Prompts of different lengths, in one batch and alone."""
     args = short_args(reft)
     policy = load_policy(args)
@@ -422,7 +415,7 @@ def test_first_token_logits_are_the_policys(short_args: Callable):
 
 
 @needs_vllm
-def test_reft_on_vllm(record: Callable):
+def test_reft_on_vllm(record):
     """Openers do not depend on the engine. The run compares the engine's log-probabilities."""
     settings = {"candidates": 6, "openers": 2, "steps": 2, "eval_every": 0}
     ours, theirs = (record(reft, engine=name, **settings) for name in ("transformers", "vllm"))

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from conftest import ROOT
-from pytest import CaptureFixture, MonkeyPatch
+from pytest import MonkeyPatch
 
 import common
 import grpo
@@ -39,7 +39,7 @@ SCRIPTS = (
 
 
 @pytest.fixture
-def rejection(capsys: CaptureFixture) -> Callable[..., str]:
+def rejection(capsys) -> Callable[..., str]:
     """The one line with which a command line is rejected, without "error: "."""
 
     def rejection(script: str, *command: str) -> str:
@@ -79,9 +79,7 @@ def texts(path: Path, name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_every_setting_with_its_text(
-    script: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_help_shows_every_setting_with_its_text(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     args = importlib.import_module(script).Args
     with pytest.raises(SystemExit) as stop:
@@ -165,9 +163,7 @@ REJECTED = {  # by the message after the last flag of each command line
 
 
 @pytest.mark.parametrize(("command", "why"), [(c, why) for why in REJECTED for c in REJECTED[why]])
-def test_rejected_before_anything_is_loaded(
-    rejection: Callable, command: str, why: str, monkeypatch: MonkeyPatch
-):
+def test_rejected_before_anything_is_loaded(rejection, command, why, monkeypatch):
     for name in ("Run", "Grader", "load_tokenizer", "load_policy"):
         monkeypatch.setattr(common, name, lambda *_: pytest.fail("something is loaded"))
     line = rejection(*command.split())
@@ -186,9 +182,7 @@ def test_rejected_in_a_real_process():
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.0099, 2.01, 100.0])
-def test_temperatures_that_vllm_would_change(
-    rejection: Callable, temperature: float, monkeypatch: MonkeyPatch
-):
+def test_temperatures_that_vllm_would_change(rejection, temperature, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # vLLM is installed
     flags = ["--temperature", str(temperature)]
     for engine in ("auto", "vllm"):
@@ -215,7 +209,7 @@ def test_values_at_the_edge_are_accepted():
 
 
 @pytest.fixture
-def command(make_args: Callable, tmp_path: Path) -> Callable[..., list[str]]:
+def command(make_args, tmp_path) -> Callable[..., list[str]]:
     """The flags of a short run that differ from the defaults, and others."""
 
     def command(**settings: Any) -> list[str]:
@@ -229,9 +223,7 @@ def command(make_args: Callable, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize("name", ["model", "dataset", "eval_dataset"])
-def test_missing_model_or_problems(
-    name: str, rejection: Callable, command: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-):
+def test_missing_model_or_problems(name, rejection, command, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_policy", lambda _: pytest.fail("the weights were loaded"))
     missing = str(tmp_path / "no" / "data.jsonl")
     why = {"model": "cannot be loaded: "}.get(name, "no such file or folder")
@@ -240,20 +232,12 @@ def test_missing_model_or_problems(
 
 
 @pytest.mark.parametrize(("text", "count"), [("</answer>", 9), ("", 0)])
-def test_a_stop_token_that_is_not_one_token(
-    text: str, count: int, rejection: Callable, command: Callable, tied_model: Path
-):
+def test_a_stop_token_that_is_not_one_token(text, count, rejection, command, tied_model):
     line = rejection("grpo", *command(), "--stop-tokens", "a", text)
     assert line == f"--stop-tokens {text}: must be one token of {tied_model}, and is {count}"
 
 
-def test_prompts_longer_than_the_context(
-    rejection: Callable,
-    command: Callable,
-    tmp_path: Path,
-    monkeypatch: MonkeyPatch,
-    capsys: CaptureFixture,
-):
+def test_prompts_longer_than_the_context(rejection, command, tmp_path, monkeypatch, capsys):
     """The model has 256 positions and the template takes 19. The advice in the message works."""
     path = tmp_path / "data.jsonl"
     rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
@@ -276,7 +260,7 @@ def test_prompts_longer_than_the_context(
 
 
 @pytest.fixture
-def begin(tmp_path: Path, monkeypatch: MonkeyPatch) -> Callable[..., str]:
+def begin(tmp_path, monkeypatch) -> Callable[..., str]:
     """The folder of a run of a script that was killed before its first step."""
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", MagicMock())
 
@@ -290,7 +274,7 @@ def begin(tmp_path: Path, monkeypatch: MonkeyPatch) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_settings_are_read_back(script: str, begin: Callable):
+def test_settings_are_read_back(script, begin):
     """The saved ones count, even if the defaults have changed since."""
     settings = {"lr": 1e-7, "dynamic_sampling": True, "stop_tokens": ("<|im_end|>", "a")}
     folder = begin(script, **settings)
@@ -299,7 +283,7 @@ def test_settings_are_read_back(script: str, begin: Callable):
     assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
 
 
-def test_engine_auto_again_is_the_runs_engine(begin: Callable):
+def test_engine_auto_again_is_the_runs_engine(begin):
     """Otherwise the command that started the run could not resume it."""
     folder = begin(engine="transformers")
     assert parse_args(grpo.Args, ["--resume", folder, "--engine", "auto"]).engine == "transformers"
@@ -322,9 +306,7 @@ def test_engine_auto_again_is_the_runs_engine(begin: Callable):
         ("--no-scale-rewards", True),
     ],
 )
-def test_training_settings_may_not_change(
-    flags: str, started: Any, begin: Callable, rejection: Callable
-):
+def test_training_settings_may_not_change(flags, started, begin, rejection):
     """One line names the flag and both values."""
     folder = begin()
     files = {path: path.read_bytes() for path in Path(folder).iterdir()}
@@ -335,7 +317,7 @@ def test_training_settings_may_not_change(
     assert files == {path: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_other_settings_may_change(begin: Callable, monkeypatch: MonkeyPatch):
+def test_other_settings_may_change(begin, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", MagicMock(__spec__=MagicMock()))
     changes = {
         "steps": 200,
@@ -373,7 +355,7 @@ def test_other_settings_may_change(begin: Callable, monkeypatch: MonkeyPatch):
     ],
 )
 def test_steps_may_not_change_if_a_schedule_depends_on_them(
-    script: str, settings: dict, may_change: bool, begin: Callable, rejection: Callable
+    script, settings, may_change, begin, rejection
 ):
     words = ["--resume", begin(script, steps=4, **settings), "--steps", "8"]
     if may_change:
@@ -383,17 +365,17 @@ def test_steps_may_not_change_if_a_schedule_depends_on_them(
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "7", "{}", '{"script": "grpo", "no": 1}'])
-def test_folder_of_no_run(text: str | None, tmp_path: Path, rejection: Callable):
+def test_folder_of_no_run(text, tmp_path, rejection):
     if text is not None:
         (tmp_path / "args.json").write_text(text)
     line = rejection("grpo", "--resume", str(tmp_path))
     assert line.startswith(f"--resume {tmp_path}: is not the folder of a run: ")
 
 
-def test_an_empty_folder_name_starts_no_new_run(rejection: Callable):
+def test_an_empty_folder_name_starts_no_new_run(rejection):
     assert rejection("grpo", "--resume", "") == "--resume '': names no folder"
 
 
-def test_run_of_another_script(begin: Callable, rejection: Callable):
+def test_run_of_another_script(begin, rejection):
     folder = begin()
     assert rejection("erpo", "--resume", folder) == f"--resume {folder}: is a run of grpo.py"

@@ -80,7 +80,7 @@ EQUAL = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.flo
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_no_gradient_flows_through_what_shapes_the_advantage(shape: Shape):
+def test_no_gradient_flows_through_what_shapes_the_advantage(shape):
     attached, detached = (toy_gradient(shape, VARIED, detach=detach) for detach in (False, True))
     assert detached.norm() > 0.1
     assert torch.equal(attached, detached)
@@ -98,9 +98,7 @@ def test_only_ep_grpo_learns_from_groups_of_equal_rewards():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @WITH_PROGRESS
-def test_progress_is_exactly_zero_until_the_policy_has_moved(
-    record: Callable, script: ModuleType, lora_rank: int, precision: str
-):
+def test_progress_is_exactly_zero_until_the_policy_has_moved(record, script, lora_rank, precision):
     """Also in bfloat16: a reference that rounds differently would add noise to the first step."""
     settings = {"lora_rank": lora_rank, "precision": precision, "max_logp_gap": 1.0}
     settings |= {"lr": 1e-2, "max_grad_norm": 1.0, "token_budget": 100}
@@ -112,12 +110,12 @@ def test_progress_is_exactly_zero_until_the_policy_has_moved(
 
 
 @pytest.fixture
-def with_moved_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_moved_reference(monkeypatch) -> None:
     monkeypatch.setattr(common, "Reference", moved_reference)
 
 
 def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
-    record: Callable, with_moved_reference: None
+    record, with_moved_reference
 ):
     settings = {"grade": all_wrong, "kl": 0.0}
     metrics = record(ep_grpo, **settings).metrics[1]
@@ -157,9 +155,7 @@ def assert_same_for_each_weight(recording: Recording, loss: Tensor) -> None:
 
 
 @WITH_PROGRESS
-def test_the_loss_has_a_kl_term_of_weight_0_001(
-    record: Callable, with_moved_reference: None, script: ModuleType
-):
+def test_the_loss_has_a_kl_term_of_weight_0_001(record, with_moved_reference, script):
     """With advantages of zero, it is the whole loss."""
     settings = {"grade": all_wrong, "eta": 0.0}
     recording = record(script, log_rollouts=99, **settings)
@@ -176,9 +172,7 @@ def test_the_loss_has_a_kl_term_of_weight_0_001(
     [(ep_grpo, 0.001), (erpo, 0.001), (gtpo, 0.0)],
     ids=["ep_grpo", "erpo", "gtpo"],
 )
-def test_the_gradient_is_the_plain_one(
-    record: Callable, with_moved_reference: None, script: ModuleType, kl: float
-):
+def test_the_gradient_is_the_plain_one(record, with_moved_reference, script, kl):
     """With advantages that differ between tokens, and the KL term of the defaults."""
     recording = record(script, log_rollouts=99)
     assert_same_for_each_weight(recording, plain_loss(recording, kl))
@@ -189,7 +183,7 @@ def test_the_gradient_is_the_plain_one(
 
 
 @pytest.fixture
-def on_example(short_args: Callable, signals: None) -> Callable[..., Recording]:
+def on_example(short_args, signals) -> Callable[..., Recording]:
     """Runs one step of a script on the worked example of the pages."""
 
     def on_example(
@@ -218,7 +212,7 @@ CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and doc
 
 
 @WITH_PROGRESS
-def test_credit_by_hand(on_example: Callable, script: ModuleType):
+def test_credit_by_hand(on_example, script):
     recording = on_example(script, buckets=2)
     metrics = recording.metrics[1]
     found = {name: value for name, value in metrics.items() if name.startswith("credit/")}
@@ -229,7 +223,7 @@ def test_credit_by_hand(on_example: Callable, script: ModuleType):
 
 
 @WITH_PROGRESS
-def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: ModuleType):
+def test_credit_where_progress_is_the_larger_part(on_example, script):
     settings = {"buckets": 2, "eta": 3.0}
     metrics = on_example(script, **settings).metrics[1]
     method, rewards = getattr(slow, script.__name__), [1.0, 1.0, 0.0, 0.0]
@@ -257,7 +251,7 @@ def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: 
     ],
     ids=["token", "sequence", "flags", "batch"],
 )
-def test_gtpo_runs(record: Callable, settings: dict[str, Any]):
+def test_gtpo_runs(record, settings):
     recording = record(gtpo, steps=3, lr=1e-2, **settings)
     metrics, rollout = recording.metrics[1], recording.lines[0]
     assert metrics["grad_norm"] > 0.01
@@ -271,7 +265,7 @@ def first_group_is_right(_: Any, texts: list[str], references: list[str]) -> lis
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable, level: str):
+def test_batch_scope_compares_all_rollouts_of_a_step(record, level):
     """Also in several micro-batches. The first group has equal verdicts."""
     settings = {"token_budget": 200, "log_rollouts": 4, "level": level}
     recording = record(gtpo, scope="batch", grade=first_group_is_right, **settings)
@@ -288,7 +282,7 @@ def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable, level: st
     assert not any(any(line["advantage"]) for line in other.lines[:4])
 
 
-def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable):
+def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record):
     ours = record(gtpo, level="sequence", alpha2=0.0, clip_high=0.2).metrics[1]
     theirs = record(grpo, loss_average="sequence").metrics[1]
     token = record(grpo, loss_average="token").metrics[1]
@@ -297,7 +291,7 @@ def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_grpo_s_clips_whole_rollouts(record: Callable):
+def test_grpo_s_clips_whole_rollouts(record):
     """From the second update of a step on, ratios differ, and each rollout is clipped or not."""
     settings = {"clip_low": 0.001, "clip_high": 0.001, "updates_per_rollout": 2, "seed": 2}
     settings |= {"steps": 1, "lr": 1e-2}
@@ -311,6 +305,6 @@ def test_grpo_s_clips_whole_rollouts(record: Callable):
 
 
 @pytest.mark.parametrize(("right", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
-def test_pass_at_16_of_one_pool(right: int, percent: float):
+def test_pass_at_16_of_one_pool(right, percent):
     """EP-GRPO's pass@16 on AIME25, in per cent: 30 problems with 16 samples each, pooled."""
     assert round(100 * pass_at_k(30 * 16, right, 16), 2) == percent

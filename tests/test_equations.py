@@ -37,7 +37,7 @@ def test_the_page_of_equations_is_fresh():
 
 
 @pytest.mark.parametrize("page", equations.PAGES)
-def test_a_page_and_the_code_have_the_same_equations(page: str):
+def test_a_page_and_the_code_have_the_same_equations(page):
     rows = rows_of(page)
     assert len(rows) >= 8
     assert tags_in_code(ROOT / f"{page}.py") <= {(row.tag, row.mark) for row in rows}
@@ -54,7 +54,7 @@ def test_shared_equations_are_on_a_page():
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_links_lead_to_functions_that_exist(page: Path):
+def test_links_lead_to_functions_that_exist(page):
     for name, path in re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)", page.read_text("utf-8")):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
         if name.isidentifier():
@@ -63,7 +63,7 @@ def test_links_lead_to_functions_that_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_images_are_there(page: Path):
+def test_images_are_there(page):
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         assert (DOCS / name).exists(), f"{page.name}: {name}"
 
@@ -92,7 +92,7 @@ def test_lines_by_hand():
     assert equations.tests_that_call(source, "f") == ["test_f"]
 
 
-def test_a_tag_without_a_mark_is_noticed(tmp_path: Path):
+def test_a_tag_without_a_mark_is_noticed(tmp_path):
     (tmp_path / "x.py").write_text("x = 1  # Eq. 3 [paper]")
     assert tags_in_code(tmp_path / "x.py") == {("3", "[paper]")}
     (tmp_path / "x.py").write_text("x = 1  # Eq. 3")

@@ -186,7 +186,7 @@ def test_differences_are_paired_by_problem():
 
 
 @pytest.fixture
-def run(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def run(tied_model, problem_file, tmp_path) -> Callable[..., dict[str, Any]]:
     """A short evaluation with the transformers engine; any setting can be overridden."""
 
     def run(**settings: Any) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def run(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., d
 
 
 @pytest.fixture
-def rejection(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def rejection(capsys) -> Callable[..., str]:
     """The only line on stderr of a call that exits with code 2."""
 
     def rejection(function: Callable, *args: Any, **more: Any) -> str:

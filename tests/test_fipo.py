@@ -1,7 +1,6 @@
 """FIPO's weights: docs/fipo.md, by hand, token by token, and as updates of a run."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import slow
@@ -43,14 +42,14 @@ def weights_of(ratios: list[float], advantage: float, **settings: float) -> Tens
     ],
     ids=str,
 )
-def test_worked_example(settings: dict, expected: list[list[float]]):
+def test_worked_example(settings, expected):
     advantages = token_advantages(example.rewards, example.mask)
     given = example.logp, example.ref_logp, advantages, example.mask
     torch.testing.assert_close(fipo_weights(*given, **settings), pad(expected), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(0.2, 0.2, -0.2482), (0.0, 0.0, -0.1625)])
-def test_loss_of_the_worked_example(low: float, high: float, expected: float):
+def test_loss_of_the_worked_example(low, high, expected):
     advantages = token_advantages(example.rewards, example.mask)
     given = example.logp, example.ref_logp, advantages, example.mask
     weighted = advantages * fipo_weights(*given, half_life=1, low=low, high=high)
@@ -71,9 +70,7 @@ def test_loss_of_the_worked_example(low: float, high: float, expected: float):
     ],
     ids=str,
 )
-def test_second_example(
-    ratios: list[float], advantage: float, settings: dict, expected: list[float], loss: float
-):
+def test_second_example(ratios, advantage, settings, expected, loss):
     weights = weights_of(ratios, advantage, half_life=1.0, **settings)
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(weights, expected, atol=5e-5, rtol=0)
@@ -96,7 +93,7 @@ def test_second_example(
     ],
     ids=str,
 )
-def test_agrees_with_a_loop_over_tokens(settings: dict):
+def test_agrees_with_a_loop_over_tokens(settings):
     dropped, filtered = 0, 0
     for seed in range(200):
         group = slow.random_group(seed)
@@ -126,7 +123,7 @@ def test_a_long_response_at_a_half_life_of_one_token():
 
 
 @pytest.mark.parametrize("settings", [{}, {"low": 0.5, "high": 3.0, "half_life": 1e9}], ids=str)
-def test_all_weights_are_1_before_the_policy_moves(settings: dict):
+def test_all_weights_are_1_before_the_policy_moves(settings):
     advantages = token_advantages(example.rewards, example.mask)
     given = example.logp, example.logp.clone(), advantages, example.mask
     assert torch.equal(fipo_weights(*given, **settings), example.mask.double())
@@ -210,7 +207,7 @@ def test_a_capped_log_ratio_is_the_dual_clip():
 # ------------------------------------------------------------------------------- a run
 
 
-def test_the_first_update_is_that_of_dapo(record: Callable):
+def test_the_first_update_is_that_of_dapo(record):
     settings = {"updates_per_rollout": 2, "lr": 1e-2, "max_grad_norm": 1.0}
     ours = record(fipo, **settings)
     theirs = record(grpo, clip_high=0.28, **settings)
@@ -219,7 +216,7 @@ def test_the_first_update_is_that_of_dapo(record: Callable):
     assert gap.norm() > 1e-3 * theirs.updates[1].gradient.norm()
 
 
-def test_a_later_update_is_the_plain_one(record: Callable):
+def test_a_later_update_is_the_plain_one(record):
     """From the definition, with constant weights: all of filter, cap, safety and drop occur."""
     weighting = {"half_life": 3.0, "ratio_cap": 1.35, "safety": 1.25}
     bounds = {"influence_low": 0.2, "influence_high": 0.3, "clip_high": 0.3}

@@ -1,7 +1,6 @@
 """Forking tokens: docs/forking.md, by hand, token by token, at the edges, and as a run."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import slow
@@ -36,7 +35,7 @@ KEPT = {  # of the entropies 3 1 2 | 1 3 | 0.5 2 1 | 4
 
 
 @pytest.mark.parametrize("top", KEPT)
-def test_worked_example(top: float):
+def test_worked_example(top):
     kept = forking_mask(example.entropy, example.mask, top=top)
     assert torch.equal(kept, pad(KEPT[top]).bool())
 
@@ -50,7 +49,7 @@ def loss_on_example(logp: Tensor, top: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("top", "expected"), [(0.2, -0.4353), (0.5, -0.2612), (1.0, -0.1625)])
-def test_loss_of_the_worked_example(top: float, expected: float):
+def test_loss_of_the_worked_example(top, expected):
     assert loss_on_example(example.logp, top).item() == pytest.approx(expected, abs=5e-5)
 
 
@@ -114,7 +113,7 @@ def random_batches() -> list[list[slow.Rows]]:
 
 
 @pytest.mark.parametrize("top", TOPS)
-def test_agrees_with_a_loop_over_tokens(top: float):
+def test_agrees_with_a_loop_over_tokens(top):
     for groups in random_batches():
         entropy, mask = batch_of(groups)
         expected = torch.zeros_like(mask)
@@ -133,7 +132,7 @@ def distinct_entropies(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("count", "top"), [(15, 0.2), (7, 0.2), (9, 1.0), (100, 0.07)])
-def test_without_ties_the_number_of_tokens_is_rounded_up(count: int, top: float):
+def test_without_ties_the_number_of_tokens_is_rounded_up(count, top):
     """In floating point 0.07 x 100 is above 7."""
     entropy = distinct_entropies((1, 1, count))
     kept = forking_mask(entropy, torch.ones(1, 1, count, dtype=torch.bool), top=top)
@@ -141,7 +140,7 @@ def test_without_ties_the_number_of_tokens_is_rounded_up(count: int, top: float)
 
 
 @pytest.mark.parametrize("top", TOPS)
-def test_kept_tokens_have_the_highest_entropy(top: float):
+def test_kept_tokens_have_the_highest_entropy(top):
     for groups in random_batches():
         entropy, mask = batch_of(groups)
         entropy[~mask] = math.inf
@@ -185,7 +184,7 @@ def test_edges():
 # ------------------------------------------------------------------------------- the update
 
 
-def test_top_of_1_is_grpo_bit_for_bit(record: Callable):
+def test_top_of_1_is_grpo_bit_for_bit(record):
     settings = {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.1, "steps": 2}
     ours = record(forking, top=1.0, **settings)
     theirs = record(grpo, clip_high=0.28, **settings)
@@ -244,7 +243,7 @@ def plain_gradients(recording: Recording) -> list[Tensor]:
     [{}, {"top": 0.1, "updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "temperature": 0.8}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(record: Callable, loss_average: str, settings: dict):
+def test_gradient_is_the_plain_one(record, loss_average, settings):
     """Each update has a threshold of its own, whatever its micro-batches."""
     for token_budget in (60, 10**6):
         recording = record(
@@ -254,7 +253,7 @@ def test_gradient_is_the_plain_one(record: Callable, loss_average: str, settings
             assert_same_gradient(update.gradient, plain, 1e-4)
 
 
-def test_metrics_and_rollouts_file(record: Callable):
+def test_metrics_and_rollouts_file(record):
     recording = record(forking, log_rollouts=99)
     metrics, kept, dropped = recording.metrics[1], [], []
     for line in recording.lines:

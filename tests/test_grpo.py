@@ -51,7 +51,7 @@ def test_affine_invariance():
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-def test_equal_rewards_give_exact_zeros(reward: float, size: int, scale: bool, eps: float):
+def test_equal_rewards_give_exact_zeros(reward, size, scale, eps):
     advantages = grpo_advantages(torch.full((2, size), reward), scale=scale, eps=eps)
     assert torch.equal(advantages, torch.zeros(2, size))
 
@@ -87,7 +87,7 @@ CLIP = {
 
 
 @pytest.mark.parametrize("case", CLIP.values(), ids=CLIP)
-def test_clip_by_hand(case: tuple[float, float, float, float, bool]):
+def test_clip_by_hand(case):
     ratio, advantage, expected, slope, is_clipped = case
     old_logp = torch.tensor([[-1.7]], dtype=torch.float64, requires_grad=True)
     logp = (old_logp.detach() + math.log(ratio)).requires_grad_()
@@ -139,13 +139,13 @@ WEIGHTS = {  # of a token of each response; 8 tokens in 4 responses, T = 5
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_by_hand(average: str):
+def test_token_weights_by_hand(average):
     expected = torch.tensor(WEIGHTS[average]).view(2, 2, 1) * MASK
     torch.testing.assert_close(token_weights(MASK, torch.arange(2), average, 5), expected)
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_of_a_share_of_the_problems(average: str):
+def test_token_weights_of_a_share_of_the_problems(average):
     """An update counts its own tokens and responses, not those of the whole step."""
     alone = token_weights(MASK[1:], torch.tensor([0]), average, 5)
     of_share = token_weights(MASK, torch.tensor([1]), average, 5)
@@ -195,7 +195,7 @@ def plain_gradients(recording: Recording) -> list[Tensor]:
 
 
 @pytest.fixture
-def updates(record: Callable, untied_model: Path) -> Callable[..., Recording]:
+def updates(record, untied_model) -> Callable[..., Recording]:
     """Records one step of grpo.py on responses of many lengths."""
     return functools.partial(record, grpo, model=str(untied_model), max_new_tokens=24)
 
@@ -209,7 +209,7 @@ AVERAGES = pytest.mark.parametrize("loss_average", ["token", "sequence", "consta
     [{}, {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "temperature": 0.8}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(updates: Callable, loss_average: str, settings: dict):
+def test_gradient_is_the_plain_one(updates, loss_average, settings):
     recording = updates(loss_average=loss_average, **settings)
     assert len(recording.updates) == settings.get("updates_per_rollout", 1)
     assert len(recording.rollouts[0].mask.sum(-1).unique()) > 3  # lengths
@@ -218,7 +218,7 @@ def test_gradient_is_the_plain_one(updates: Callable, loss_average: str, setting
 
 
 @AVERAGES
-def test_gradient_does_not_depend_on_micro_batches(updates: Callable, loss_average: str):
+def test_gradient_does_not_depend_on_micro_batches(updates, loss_average):
     budgets = [1, 60, 150, 10**6]  # one rollout at a time .. all at once
     first, *others = [updates(loss_average=loss_average, token_budget=n) for n in budgets]
     for other in others:
@@ -241,14 +241,14 @@ def shuffle(groups: list[common.Group]) -> None:
 
 
 @AVERAGES
-def test_gradient_does_not_depend_on_padding_or_order(updates: Callable, loss_average: str):
+def test_gradient_does_not_depend_on_padding_or_order(updates, loss_average):
     plain = updates(loss_average=loss_average).updates[0]
     for edit in ({"edit_rollouts": widen}, {"edit_groups": shuffle}):
         other = updates(loss_average=loss_average, **edit).updates[0]
         assert_same_gradient(other.gradient, plain.gradient, 1e-5)
 
 
-def test_importance_cap_reaches_the_gradient(updates: Callable):
+def test_importance_cap_reaches_the_gradient(updates):
     def other_engine(rollouts: common.Rollouts) -> None:
         rollouts.engine_logp[rollouts.mask] -= math.log(1.5)
 
@@ -259,7 +259,7 @@ def test_importance_cap_reaches_the_gradient(updates: Callable):
         assert_same_gradient(weighted, factor * plain, 1e-5)
 
 
-def test_overlong_penalty_reaches_the_gradient(updates: Callable):
+def test_overlong_penalty_reaches_the_gradient(updates):
     plain, penalised = (updates(overlong_buffer=n).updates[0].gradient for n in (0, 8))
     assert (penalised - plain).norm() > 0.1 * plain.norm()
 
@@ -278,7 +278,7 @@ EVALUATION = {
 }
 
 
-def test_three_steps_log_everything(record: Callable, capsys: pytest.CaptureFixture):
+def test_three_steps_log_everything(record, capsys):
     recording = record(grpo, steps=3, eval_every=2, kl=0.05)
     metrics = recording.metrics
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
@@ -299,7 +299,7 @@ def test_three_steps_log_everything(record: Callable, capsys: pytest.CaptureFixt
         assert word in printed
 
 
-def test_model_folder_holds_the_trained_policy(record: Callable, tied_model: Path):
+def test_model_folder_holds_the_trained_policy(record, tied_model):
     folder = Path(record(grpo, steps=2).args.run_dir) / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     start = AutoModelForCausalLM.from_pretrained(tied_model).state_dict()
@@ -308,14 +308,14 @@ def test_model_folder_holds_the_trained_policy(record: Callable, tied_model: Pat
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_same_command_same_metrics(record: Callable):
+def test_same_command_same_metrics(record):
     first, second, other = (untimed(record(grpo, steps=2, seed=seed).metrics) for seed in (1, 1, 2))
     assert first == second
     assert first[1] != other[1]
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_lora_run(record: Callable, untied_model: Path, untied: bool):
+def test_lora_run(record, untied_model, untied):
     settings = {"model": str(untied_model)} if untied else {}
     settings |= {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "kl": 0.1}
     recording = record(grpo, steps=3, **settings)
@@ -329,9 +329,7 @@ def test_lora_run(record: Callable, untied_model: Path, untied: bool):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
-def test_the_update_has_no_dropout_but_loras(
-    record: Callable, tied_model: Path, tmp_path: Path, lora_dropout: float
-):
+def test_the_update_has_no_dropout_but_loras(record, tied_model, tmp_path, lora_dropout):
     """Not the model's own: the first update's ratio is 1, and the engine computes the same."""
     model = shutil.copytree(tied_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.1}
@@ -344,13 +342,13 @@ def test_the_update_has_no_dropout_but_loras(
     assert metrics[2]["logp_gap/max"] < 1e-5
 
 
-def test_updates_per_rollout(record: Callable):
+def test_updates_per_rollout(record):
     metrics = record(grpo, steps=2, updates_per_rollout=4, lr=0.02).metrics
     assert metrics[1]["kl_to_old"] > 1e-4  # the later updates are off policy
     assert 0 < metrics[1]["clip_fraction"] < 1
 
 
-def test_rollouts_file_is_what_the_metrics_say(record: Callable):
+def test_rollouts_file_is_what_the_metrics_say(record):
     recording = record(grpo, steps=2, log_rollouts=99)
     for step in (1, 2):
         metrics = recording.metrics[step]
@@ -375,7 +373,7 @@ def counts(groups: list[common.Group]) -> list[int]:
     return [int(sum(group.correct)) for group in groups]
 
 
-def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable):
+def test_dynamic_sampling_replaces_groups_without_variance(short_args):
     args = short_args(grpo, dynamic_sampling=True)
     groups, taken, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]])
     assert counts(groups) == [2, 3, 1, 2]
@@ -384,20 +382,20 @@ def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable)
     assert len({group.problem.text for group in groups}) == 4
 
 
-def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
+def test_dynamic_sampling_fills_up_after_the_last_round(short_args):
     args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
     groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
     assert counts(groups) == [2, 1, 4, 0]
     assert taken == 7
 
 
-def test_without_dynamic_sampling_every_group_stays(short_args: Callable):
+def test_without_dynamic_sampling_every_group_stays(short_args):
     groups, taken, _ = collect(short_args(grpo), [[0, 2, 4, 0]])
     assert counts(groups) == [0, 2, 4, 0]
     assert taken == 4
 
 
-def test_dynamic_sampling_run_keeps_all_groups(record: Callable):
+def test_dynamic_sampling_run_keeps_all_groups(record):
     recording = record(grpo, steps=2, dynamic_sampling=True, group_size=2, log_rollouts=99)
     assert len([row for row in recording.lines if row["step"] == 1]) == 8
     assert recording.metrics[1]["zero_variance"] == 0
@@ -409,7 +407,7 @@ def test_dynamic_sampling_run_keeps_all_groups(record: Callable):
 @pytest.mark.parametrize(
     "settings", [{"kl": 0.1}, {"lora_rank": 4, "kl": 0.1}], ids=["all", "LoRA"]
 )
-def test_bfloat16_run(record: Callable, settings: dict):
+def test_bfloat16_run(record, settings):
     """Only the forward pass is in bfloat16: float32 weights still move at a small lr."""
     settings |= {"precision": "bfloat16", "lr": 1e-4, "max_logp_gap": 0.1}
     metrics = record(grpo, steps=2, **settings).metrics
@@ -422,7 +420,7 @@ def test_bfloat16_run(record: Callable, settings: dict):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_run_on_cuda(record: Callable, precision: str, lora_rank: int):
+def test_run_on_cuda(record, precision, lora_rank):
     settings = {"updates_per_rollout": 2, "gradient_checkpointing": True, "max_logp_gap": 0.1}
     settings |= {"precision": precision, "lora_rank": lora_rank}
     metrics = record(grpo, steps=2, device="cuda", **settings).metrics

@@ -139,7 +139,7 @@ def test_names_of_tokens_do_not_matter():
         ([[3, 1], [3, 2], [4, 1], [4, 2]], [[1 / 2, 1]] * 4),  # REFT: K/G on the first token
     ],
 )
-def test_groups_by_hand(rows: Rollouts, expected: list[list[float]]):
+def test_groups_by_hand(rows, expected):
     torch.testing.assert_close(weights_of(rows).double(), pad(expected)[0])
 
 
@@ -189,7 +189,7 @@ def random_rewards(seed: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_each_distinct_prefix_gets_its_mean_advantage_once(kl: float):
+def test_each_distinct_prefix_gets_its_mean_advantage_once(kl):
     """The KL term, too, is entered once: k times 1/k."""
     for seed in range(30):
         rows = random_rows(seed)
@@ -271,14 +271,14 @@ def plain_gradients(recording: Recording) -> list[Tensor]:
     [{}, {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "token_budget": 60}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(record: Callable, settings: dict):
+def test_gradient_is_the_plain_one(record, settings):
     recording = record(lambda_grpo, edit_rollouts=SHARED, **settings, **ANY_GAP)
     assert recording.metrics[1]["process/shared"] > 0.1
     for update, plain in zip(recording.updates, plain_gradients(recording), strict=True):
         assert_same_gradient(update.gradient, plain, 1e-4)
 
 
-def test_without_shared_tokens_the_run_is_grpos(record: Callable):
+def test_without_shared_tokens_the_run_is_grpos(record):
     settings = {"edit_rollouts": APART, "kl": 0.1, "steps": 2} | ANY_GAP
     ours, theirs = (record(script, **settings) for script in (lambda_grpo, grpo))
     for one, other in zip(ours.updates, theirs.updates, strict=True):
@@ -289,12 +289,12 @@ def test_without_shared_tokens_the_run_is_grpos(record: Callable):
     assert (other - theirs.updates[0].gradient).norm() > 0.01 * other.norm()
 
 
-def test_equal_rewards_give_no_gradient(record: Callable):
+def test_equal_rewards_give_no_gradient(record):
     settings = {"edit_rollouts": SHARED, "grade": all_wrong} | ANY_GAP
     assert record(lambda_grpo, **settings).metrics[1]["grad_norm"] == 0
 
 
-def test_metrics_and_rollouts_file(record: Callable):
+def test_metrics_and_rollouts_file(record):
     recording = record(lambda_grpo, edit_rollouts=SHARED, log_rollouts=99, **ANY_GAP)
     metrics = recording.metrics[1]
     weights = []

@@ -55,7 +55,7 @@ def differences(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_loop_is_that_of_grpo(script: str):
+def test_the_loop_is_that_of_grpo(script):
     assert not differences((ROOT / f"{script}.py").read_text())
 
 
@@ -71,7 +71,7 @@ def test_the_loop_is_that_of_grpo(script: str):
         ("def clipped_loss(", "SCALE = 1\n\n\ndef clipped_loss("),
     ],
 )
-def test_what_counts_as_a_difference(before: str, after: str):
+def test_what_counts_as_a_difference(before, after):
     source = (ROOT / "grpo.py").read_text()
     assert not differences(source)
     assert differences(source.replace(before, after, 1))

@@ -54,7 +54,7 @@ def grader() -> Iterator[Grader]:
 
 
 @pytest.fixture
-def load(make_args: Callable, tokenizer: Any, grader: Grader) -> Callable[..., Problems]:
+def load(make_args, tokenizer, grader) -> Callable[..., Problems]:
     def load(name: Path | str, flag: str = "--dataset", **settings: Any) -> Problems:
         field = flag.strip("-").replace("-", "_")
         return load_problems(make_args(**{field: str(name)}, **settings), flag, tokenizer, grader)
@@ -63,7 +63,7 @@ def load(make_args: Callable, tokenizer: Any, grader: Grader) -> Callable[..., P
 
 
 @pytest.fixture
-def load_rows(load: Callable, tmp_path: Path) -> Callable[..., Problems]:
+def load_rows(load, tmp_path) -> Callable[..., Problems]:
     """Loads rows from the file data.jsonl."""
 
     def load_rows(rows: list[dict[str, Any]], *flag: str, **settings: Any) -> Problems:
@@ -314,7 +314,7 @@ def test_what_cannot_be_read_is_rejected_with_its_cause(
 
 
 @pytest.fixture
-def hub_folder(tmp_path: Path) -> Path:
+def hub_folder(tmp_path) -> Path:
     """A dataset as the hub stores it: two configurations with two splits each."""
     text = "---\nconfigs:\n"
     for config in ("main", "socratic"):
@@ -776,7 +776,7 @@ def test_the_prompt_goes_through_the_chat_template(load_rows, tokenizer):
 
 
 @pytest.fixture
-def prompt(make_args: Callable, grader: Grader, tmp_path: Path) -> Callable[..., str]:
+def prompt(make_args, grader, tmp_path) -> Callable[..., str]:
     """The prompt that a chat template makes of a row."""
 
     def prompt(template: Any, row: Any = None, *, of_tool: bool = False, **settings: Any) -> str:

@@ -213,7 +213,7 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def browser(tmp_path_factory) -> Iterator[Browser]:
     if BROWSER is None:
         pytest.skip("no Chromium or Chrome on PATH")
     browser = Browser(tmp_path_factory.mktemp("profile"))
@@ -222,7 +222,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "grpo-1", lr=1e-3)
 
 
@@ -412,7 +412,7 @@ def test_without_a_tokenizer_the_ids_and_the_text_are_kept(tmp_path):
 
 
 @pytest.fixture
-def opened(browser: Browser, run: Path) -> Browser:
+def opened(browser, run) -> Browser:
     command(run)
     browser.open(run / "report.html")
     return browser

@@ -65,9 +65,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
         pytest.param("auto", 50, 120, marks=[pytest.mark.slow, needs_vllm]),
     ],
 )
-def test_a_killed_run_equals_an_uninterrupted_run(
-    engine: str, kills: int, steps: int, tiny_model: Path, tmp_path: Path
-):
+def test_a_killed_run_equals_an_uninterrupted_run(engine, kills, steps, tiny_model, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert start(alone, steps, engine).wait() == 0
     for life in range(kills):

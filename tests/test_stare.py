@@ -50,7 +50,7 @@ EXAMPLE = [
 
 
 @pytest.mark.parametrize(("settings", "expected"), EXAMPLE, ids=str)
-def test_worked_example(settings: dict, expected: list[list[float]]):
+def test_worked_example(settings, expected):
     torch.testing.assert_close(on_example(**settings), pad(expected))
 
 
@@ -59,7 +59,7 @@ def test_worked_example(settings: dict, expected: list[list[float]]):
     [{}, {"top": 0.5, "attenuate": 0.9}, {"top": 1.0, "amplify": 3.0, "attenuate": 0.1}],
     ids=str,
 )
-def test_agrees_with_a_loop_over_tokens(settings: dict):
+def test_agrees_with_a_loop_over_tokens(settings):
     for seed in range(200):
         group = slow.random_group(seed)
         rewards, _, logp, _, mask = tensors(group)
@@ -75,7 +75,7 @@ def test_agrees_with_a_loop_over_tokens(settings: dict):
 
 
 @pytest.mark.parametrize("top", [0.05, 0.1, 0.3, 1.0])
-def test_the_share_is_exact_and_holds_the_most_surprising(top: float):
+def test_the_share_is_exact_and_holds_the_most_surprising(top):
     for seed in range(20):
         logp, advantages, mask = random_step(seed)
         weights = stare_weights(logp, advantages, mask, top=top, amplify=2.0, attenuate=0.5)
@@ -156,7 +156,7 @@ def test_problems_share_one_population():
 
 
 @pytest.fixture
-def example_step(short_args: Callable, signals: None) -> Callable[..., Recording]:
+def example_step(short_args, signals) -> Callable[..., Recording]:
     """A step on the worked example, whose mean entropy is 17.5 / 9."""
 
     def example_step(**settings: float) -> Recording:
@@ -166,7 +166,7 @@ def example_step(short_args: Callable, signals: None) -> Callable[..., Recording
     return example_step
 
 
-def test_the_gate_and_the_metrics_by_hand(example_step: Callable):
+def test_the_gate_and_the_metrics_by_hand(example_step):
     mean = example.entropy.float()[example.mask].mean().item()
     for target, on in ((0.3, False), (mean, False), (2.0, True)):
         recording = example_step(top=0.4, attenuate=0.9, target_entropy=target)
@@ -185,16 +185,14 @@ def test_the_gate_and_the_metrics_by_hand(example_step: Callable):
     torch.testing.assert_close(logged, advantages, atol=1e-5, rtol=0)
 
 
-def test_with_the_gate_off_it_is_grpo(record: Callable):
+def test_with_the_gate_off_it_is_grpo(record):
     ours = record(stare, target_entropy=0.0)
     theirs = record(grpo, clip_high=0.28)
     assert_same_gradient(ours.updates[0].gradient, theirs.updates[0].gradient, 1e-6)
 
 
 @pytest.mark.parametrize("token_budget", [100, 16384])
-def test_the_update_is_the_plain_one(
-    record: Callable, monkeypatch: pytest.MonkeyPatch, token_budget: int
-):
+def test_the_update_is_the_plain_one(record, monkeypatch, token_budget):
     """Ranks are those of the whole step whatever a micro-batch holds, the weights are not in the
     denominator, and the KL term is not weighted."""
     monkeypatch.setattr(common, "Reference", moved_reference)
