@@ -24,6 +24,10 @@ needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM's CPU build is not in
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+SCRIPTS = (
+    *("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo"),
+    *("forking", "lambda_grpo", "fipo", "stare"),
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -152,6 +156,28 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def rejection(capsys) -> Callable[..., str]:
+    """Makes a call that exits with code 2, and returns the one line that it prints, without
+    "error: "."""
+
+    def rejection(call: Callable, *args: Any, **settings: Any) -> str:
+        capsys.readouterr()
+        code = None
+        try:
+            call(*args, **settings)
+        except SystemExit as stop:  # not pytest.raises: its frames hold the lock of a run's folder
+            code = stop.code
+        assert code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        [line] = output.err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return rejection
 
 
 def short_settings(model: Path, problems: Path) -> dict[str, Any]:

@@ -721,7 +721,7 @@ def test_a_multimodal_folder(family, saved, printed, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("family", "why"), [("gemma3", "for which vLLM needs torchvision"), ("qwen3_5", "recurrent")]
 )
-def test_auto_prints_why_it_does_not_use_vllm(family, why, tmp_path, capsys):
+def test_auto_prints_why_it_does_not_use_vllm(family, why, tmp_path, capsys, rejection):
     args = settings(multimodal_folder(family, tmp_path), max_new_tokens=8)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
     problems = [Problem("", "", [1])]
@@ -731,8 +731,8 @@ def test_auto_prints_why_it_does_not_use_vllm(family, why, tmp_path, capsys):
     assert printed.startswith("--engine auto: transformers is used, because ") and why in printed
     assert "a response stops at" in stops and args.engine == "transformers"
     args.engine = "vllm"
-    line = rejected(capsys, lambda: make_engine(args, policy, tokenizer, problems))
-    assert line.startswith("error: --engine vllm: ") and why in line
+    line = rejection(make_engine, args, policy, tokenizer, problems)
+    assert line.startswith("--engine vllm: ") and why in line
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1", "gpt2"])
@@ -788,14 +788,6 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-def rejected(capsys: pytest.CaptureFixture, command: Callable[[], object]) -> str:
-    """The line with which the command exits."""
-    with pytest.raises(SystemExit) as stopped:
-        command()
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -804,13 +796,13 @@ def rejected(capsys: pytest.CaptureFixture, command: Callable[[], object]) -> st
         (adapter, "is a LoRA adapter"),
     ],
 )
-def test_a_model_that_cannot_be_trained_is_rejected(damage, why, tied_model, tmp_path, capsys):
+def test_a_model_that_cannot_be_trained_is_rejected(damage, why, tied_model, tmp_path, rejection):
     folder = tmp_path / "model"
     shutil.copytree(tied_model, folder)
     damage(folder)
     args = settings(folder)
-    line = rejected(capsys, lambda: (load_tokenizer(args), load_policy(args)))
-    assert line.startswith(f"error: --model {folder}: ") and why in line
+    line = rejection(lambda: (load_tokenizer(args), load_policy(args)))
+    assert line.startswith(f"--model {folder}: ") and why in line
 
 
 @pytest.mark.parametrize(
@@ -822,20 +814,22 @@ def test_a_model_that_cannot_be_trained_is_rejected(damage, why, tied_model, tmp
         ("mamba", {"lora_rank": 4}, "--lora-rank 4"),
     ],
 )
-def test_a_family_that_cannot_be_trained_is_rejected(family, changes, flag, family_folder, capsys):
+def test_a_family_that_cannot_be_trained_is_rejected(
+    family, changes, flag, family_folder, rejection
+):
     args = settings(family_folder(family), **changes)
-    assert rejected(capsys, lambda: load_policy(args)).startswith(f"error: {flag}")
+    assert rejection(load_policy, args).startswith(flag)
 
 
 @needs_vllm
-def test_an_engine_that_cannot_run_here_is_rejected(tied_model, capsys):
+def test_an_engine_that_cannot_run_here_is_rejected(tied_model, rejection):
     args = settings(tied_model, engine="vllm", max_new_tokens=9)
     args.device = "cpu" if torch.cuda.is_available() else "cuda"
     policy, tokenizer = load_policy(settings(tied_model)), load_tokenizer(args)
     problems = [Problem("", "", [1])]
     assert "runs on" in why_not_vllm(args, policy)
-    line = rejected(capsys, lambda: make_engine(args, policy, tokenizer, problems))
-    assert line.startswith("error: --engine vllm: the installed vLLM runs on")
+    line = rejection(make_engine, args, policy, tokenizer, problems)
+    assert line.startswith("--engine vllm: the installed vLLM runs on")
     args.engine = "auto"
     assert isinstance(make_engine(args, policy, tokenizer, problems), HFEngine)
 

@@ -19,8 +19,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, needs_vllm, read_metrics, short_settings, untimed
-from pytest import CaptureFixture, MonkeyPatch
+from conftest import ROOT, SCRIPTS, needs_vllm, read_metrics, short_settings, untimed
+from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,20 +29,6 @@ import grpo
 from infra import cli, run, vllm_engine
 from infra.cli import StopRun
 
-SCRIPTS = (
-    "grpo",
-    "ep_grpo",
-    "erpo",
-    "gtpo",
-    "holderpo",
-    "arca",
-    "reft",
-    "vineppo",
-    "forking",
-    "lambda_grpo",
-    "fipo",
-    "stare",
-)
 FULL = {"updates_per_rollout": 2, "lr_schedule": "linear", "warmup_ratio": 0.5}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
 
@@ -364,17 +350,6 @@ def small_run(tmp_path, monkeypatch) -> Iterator[Callable[..., SmallRun]]:
     gc.collect()
 
 
-def rejection(capsys: CaptureFixture, start: Callable[[], Any]) -> str:
-    """The line with which a start is rejected."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as rejected:
-        start()
-    assert rejected.value.code == 2
-    del rejected
-    gc.collect()  # its frames hold the lock of the folder
-    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
-
-
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -384,7 +359,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-def test_checkpoint_that_does_not_load(name, damage, small_run, capsys):
+def test_checkpoint_that_does_not_load(name, damage, small_run, capsys, rejection):
     """The one before it is used. If none loads, the run is rejected and nothing changes."""
     first = small_run(steps=3, save_every=1, keep_checkpoints=3)
     first.train(2)
@@ -398,7 +373,7 @@ def test_checkpoint_that_does_not_load(name, damage, small_run, capsys):
 
     damage(one / name)
     before = content(first.folder)
-    line = rejection(capsys, lambda: small_run(steps=3, resume=True))
+    line = rejection(small_run, steps=3, resume=True)
     assert line == f"--resume {first.folder}: none of its checkpoints loads"
     assert content(first.folder) == before
 
@@ -512,34 +487,34 @@ def test_a_file_never_replaces_a_folder(tmp_path):
 # ------------------------------------------------------------------ folders
 
 
-def test_folder_of_another_run(small_run, capsys):
+def test_folder_of_another_run(small_run, rejection):
     """One that runs, with --resume or without; one that has ended, without --resume."""
     small = small_run(steps=4, save_every=1)
     for folder in (small.args.run_dir, ""):
         args = grpo.Args(steps=4, run_dir=small.args.run_dir, resume=folder)
-        line = rejection(capsys, lambda args=args: run.Run(args))
+        line = rejection(run.Run, args)
         assert line == f"--run-dir {small.folder}: another process is writing here"
     small.train(1)
     before = content(small.folder)
-    line = rejection(capsys, lambda: small_run(steps=4))
+    line = rejection(small_run, steps=4)
     assert line.startswith(f"--run-dir {small.folder}: holds a run; resume it with --resume ")
     assert content(small.folder) == before
 
 
-def test_fewer_steps_than_were_made(small_run, capsys):
+def test_fewer_steps_than_were_made(small_run, rejection):
     small_run(steps=4, save_every=1).train(3)
-    line = rejection(capsys, lambda: small_run(steps=2, resume=True))
+    line = rejection(small_run, steps=2, resume=True)
     assert line == "--steps 2: the run has already reached step 3"
     assert small_run(steps=3, resume=True).run.step == 3
 
 
-def test_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch, rejection):
     (tmp_path / "file").touch()
     for folder, cause in (("file/run", "Not a directory"), ("run", "Read-only file system")):
         args = grpo.Args(run_dir=str(tmp_path / folder))
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", fail(OSError(errno.EROFS, os.strerror(errno.EROFS))))
-            line = rejection(capsys, lambda args=args: run.Run(args))
+            line = rejection(run.Run, args)
         assert line == f"--run-dir {tmp_path / folder}: cannot be written: {cause}"
 
 

@@ -14,24 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_metrics
+from conftest import ROOT, SCRIPTS, read_metrics
 
 import common
 
-SCRIPTS = (
-    "grpo",
-    "ep_grpo",
-    "erpo",
-    "gtpo",
-    "holderpo",
-    "arca",
-    "reft",
-    "vineppo",
-    "forking",
-    "lambda_grpo",
-    "fipo",
-    "stare",
-)
 COMMON = ROOT / "common.py"
 INFRA = sorted((ROOT / "infra").glob("*.py"))
 GRADING = sorted((ROOT / "grading").glob("*.py"))
