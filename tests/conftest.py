@@ -160,10 +160,12 @@ def signals() -> Iterator[None]:
 
 @pytest.fixture
 def rejection(capsys) -> Callable[..., str]:
-    """Makes a call that exits with code 2, and returns the one line that it prints, without
-    "error: "."""
+    """Makes a call that exits with code 2, and returns the line that it prints, without "error: ".
 
-    def rejection(call: Callable, *args: Any, **settings: Any) -> str:
+    lines: the number of lines on stderr, of which the error is the last.
+    """
+
+    def rejection(call: Callable, *args: Any, lines: int = 1, **settings: Any) -> str:
         capsys.readouterr()
         code = None
         try:
@@ -173,7 +175,8 @@ def rejection(capsys) -> Callable[..., str]:
         assert code == 2
         output = capsys.readouterr()
         assert output.out == ""
-        [line] = output.err.splitlines()
+        *earlier, line = output.err.splitlines()
+        assert len(earlier) == lines - 1
         assert line.startswith("error: ")
         return line.removeprefix("error: ")
 
@@ -236,6 +239,18 @@ def record(short_args, signals) -> Callable[..., Any]:
         return record_run(script, short_args(script, **settings), **options)
 
     return record
+
+
+@pytest.fixture
+def record_on_example(short_args, signals) -> Callable[..., Any]:
+    """Records a step of a script on the worked example, as one_step.record_example."""
+    from one_step import record_example
+
+    def record_on_example(script: ModuleType, **settings: Any) -> Any:
+        args = short_args(script, prompts_per_step=1, group_size=4, log_rollouts=1, **settings)
+        return record_example(script, args)
+
+    return record_on_example
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -1,25 +1,23 @@
 """HölderPO, ARCA and REFT as runs: the update that they share with GRPO, and what they add."""
 
-import dataclasses
 import gc
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import needs_vllm, untimed
+from conftest import needs_vllm
 from one_step import (
-    Recording,
     assert_same_gradient,
     gradient_of,
     places,
+    plain_advantages,
     plain_logp,
     plain_outputs,
     predicting,
-    record_run,
     response,
 )
+from test_common import random_rollouts
 from torch import Tensor, nn
 
 import arca
@@ -27,32 +25,12 @@ import common
 import grpo
 import holderpo
 import reft
-from infra.cli import parse_args
 from infra.hf_engine import HFEngine
 from infra.models import Reference, base_model, load_policy, load_tokenizer
 
 
-def plain_advantages(recording: Recording, step: int = 1) -> Tensor:
-    """GRPO's advantages of a step, [P, G], as `test_grpo.py` has them by hand."""
-    correct = [group.correct for group in recording.groups[step - 1]]
-    return grpo.grpo_advantages(torch.tensor(correct))
-
-
 def mean(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).mean()
-
-
-def test_a_resumed_lora_run_repeats_the_whole_one(record):
-    """REFT's openers included; the other scripts are in test_runs.py."""
-    settings = {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "steps": 4, "save_every": 2}
-    complete = record(reft, **settings)
-    folder = Path(complete.args.run_dir)
-    shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / "step-000004")
-    resumed = record_run(reft, dataclasses.replace(complete.args, resume=str(folder)))
-    assert len(resumed.groups) == 2
-    assert untimed(resumed.metrics) == untimed(complete.metrics)
-    assert resumed.metrics[4]["logp_gap/mean"] < 1e-5
 
 
 # ------------------------------------------------------------------------------- HölderPO
@@ -104,18 +82,6 @@ def test_holder_anneals_p_and_logs_its_ratios(record):
         assert row["rho/std"] > 0
         assert 0 < row["weight_entropy"] <= torch.tensor(row["length"]).log() + 1e-6
     assert max(row["clip_fraction"] for row in rows) > 0
-
-
-def test_holder_steps_may_not_change_where_p_depends_on_them(record, capsys):
-    def resume_longer(schedule: str) -> Any:
-        folder = record(holderpo, schedule=schedule).args.run_dir
-        return parse_args(holderpo.Args, ["--resume", folder, "--steps", "2"])
-
-    assert len(record_run(holderpo, resume_longer("constant")).groups) == 1
-    with pytest.raises(SystemExit) as stop:
-        resume_longer("linear")
-    assert stop.value.code == 2
-    assert "--steps 2: the run started with 1" in capsys.readouterr().err
 
 
 def test_holder_importance_weighs_responses(record):
@@ -210,24 +176,13 @@ def moved_policy(args: Any) -> nn.Module:
     return policy
 
 
-@pytest.fixture
-def rollouts() -> common.Rollouts:
-    """Two problems with three responses of different lengths."""
-    problems = [common.Problem("", "", list(range(20, 30))), common.Problem("", "", [7, 8, 9])]
-    lengths = [[5, 3, 8], [1, 9, 2]]
-    groups = []
-    for problem, of_group in zip(problems, lengths, strict=True):
-        tokens = [list(range(40, 40 + length)) for length in of_group]
-        groups.append(common.Group(problem, tokens, [[0.0] * n for n in of_group], [""] * 3))
-    return common.stack(groups, [0], torch.device("cpu"))
-
-
-def test_arca_base_states_are_the_models_own(short_args, rollouts):
+def test_arca_base_states_are_the_models_own(short_args):
+    rollouts = random_rollouts()
     args = short_args(arca, lora_rank=4, lora_dropout=0.5)
     policy = moved_policy(args)
     bare = load_policy(short_args(grpo))  # never had an adapter
     reference = Reference(policy, args)
-    everything = torch.arange(2)
+    everything = torch.arange(3)
     for index in common.micro_batches(rollouts, 40, everything):
         with torch.no_grad():
             adapted = common.hidden_states(policy, rollouts, index, args)
@@ -250,7 +205,8 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def test_arca_holds_one_copy_of_the_weights(short_args, rollouts):
+def test_arca_holds_one_copy_of_the_weights(short_args):
+    rollouts = random_rollouts()
     args = short_args(arca, lora_rank=2)
     policy = moved_policy(args)
     weights = sum(w.nbytes for w in base_model(policy).state_dict().values())
@@ -260,7 +216,7 @@ def test_arca_holds_one_copy_of_the_weights(short_args, rollouts):
     with reference() as frozen:
         assert frozen is policy
         during = tensor_bytes()
-    (index,) = common.micro_batches(rollouts, 10**6, torch.arange(2))
+    (index,) = common.micro_batches(rollouts, 10**6, torch.arange(3))
     alpha = arca.residuals(policy, reference, rollouts, index, args)
     assert during - before < weights / 50
     assert tensor_bytes() - before - alpha.nbytes < weights / 50
@@ -314,17 +270,6 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(record, monke
             plain = plain_logp(policy, rollouts, p, g).detach()
             torch.testing.assert_close(torch.tensor(line["logp"]), plain, atol=1e-5, rtol=0)
         assert max(map(len, group.tokens)) <= recording.args.max_new_tokens
-
-
-def test_reft_with_one_candidate_takes_the_likeliest(record):
-    for seed in (1, 2):
-        recording = record(reft, candidates=1, openers=1, seed=seed)
-        policy, tokenizer = load_policy(recording.args), load_tokenizer(recording.args)
-        for group in recording.groups[0]:
-            logp = first_logp(policy, group.problem.prompt)
-            logp[tokenizer.all_special_ids] = -torch.inf
-            assert set(first_tokens(group)) == {logp.argmax().item()}
-            assert group.notes == [1] * 4
 
 
 def test_reft_draws_anew_each_step(record):
@@ -394,11 +339,9 @@ def test_reft_openers_follow_a_reasoning_marker(record, tied_model, tmp_path, mo
         assert prompt[-1] == opener
 
 
-def test_reft_rejects_more_candidates_than_tokens(record, capsys):
-    with pytest.raises(SystemExit) as stop:
-        record(reft, candidates=260)
-    assert stop.value.code == 2
-    assert "--candidates 260: the tokenizer has 259 tokens" in capsys.readouterr().err
+def test_reft_rejects_more_candidates_than_tokens(record, rejection):
+    line = rejection(record, reft, candidates=260)
+    assert line.startswith("--candidates 260: the tokenizer has 259 tokens")
 
 
 def test_first_token_logits_are_the_policys(short_args):

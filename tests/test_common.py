@@ -24,11 +24,9 @@ from common import (
     Rollouts,
     StopRun,
     load_policy,
-    load_tokenizer,
 )
 from infra import forward, lm_head
 from infra.hf_engine import HFEngine
-from infra.models import eos_ids
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]
@@ -241,30 +239,15 @@ def test_stack_takes_the_mask_from_lengths():
     assert rollouts.truncated.tolist() == [[False, True], [False, False]]
 
 
-def test_eos_is_trained_if_pad_is_eos(tied_model, make_args):
-    args = make_args(group_size=64, max_new_tokens=24)
-    policy, tokenizer = load_policy(args), load_tokenizer(args)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    engine = HFEngine(args, policy, tokenizer, 200)
-    groups = common.roll_out(engine, [Problem("", "", list(b"1+1"))], args, (1,))
-    rollouts = common.stack(groups, eos_ids(policy, tokenizer), CPU)
-    is_eos = rollouts.tokens == tokenizer.eos_token_id
-    assert 0 < (~rollouts.truncated).sum() < 64
-    assert ((is_eos & rollouts.mask).sum(-1) == ~rollouts.truncated).all()  # one, the last
-    assert rollouts.mask.sum(-1)[rollouts.truncated].eq(24).all()
-    logp, _ = common.score(policy, rollouts, args)
-    assert (logp[is_eos & rollouts.mask] < 0).all()
-
-
 def test_overlong_penalty_by_hand():
     """On rewards of 0 and 1 the longest correct response loses half, so it beats a wrong one.
 
     DAPO's penalty of -1 belongs to rewards of 1 and -1.
     """
-    lengths = torch.tensor([[1, 16, 17, 18, 19, 20]])
-    expected = torch.tensor([[0, 0, -0.125, -0.25, -0.375, -0.5]])
+    lengths = torch.tensor([[1, 16, 17, 18, 19, 20, 25]])
+    expected = torch.tensor([[0, 0, -0.125, -0.25, -0.375, -0.5, -0.5]])
     assert torch.equal(common.overlong_penalty(lengths, 20, 4), expected)
-    assert torch.equal(common.overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
+    assert torch.equal(common.overlong_penalty(lengths, 20, 0), torch.zeros(1, 7))
     lengths = torch.tensor([[3, 20, 5, 7]])
     rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + common.overlong_penalty(lengths, 20, 4)
     assert rewards.tolist() == [[1.0, 0.5, 0.0, 0.0]]
@@ -708,15 +691,3 @@ def test_evaluation_is_greedy_and_sampled_with_the_same_seeds_each_time(make_arg
     calls = engine.calls
     assert [(len(call[0]), call[3]) for call in calls] == [(8, 0.9), (2, 0.0)] * 2
     assert [call[1] for call in calls[:2]] == [call[1] for call in calls[2:]]
-
-
-def test_bootstrap_interval_covers_the_mean():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(300):
-        values = generator.binomial(4, 0.4, size=100) / 4
-        low, high = common.bootstrap_interval(values, resamples=500)
-        assert low <= values.mean() <= high
-        covered += low <= 0.4 <= high
-    assert 0.90 < covered / 300 < 0.99
-    assert common.bootstrap_interval(np.ones(5)) == (1.0, 1.0)

@@ -370,24 +370,6 @@ def test_sync_merges_lora(setup, kind):
     assert not any(module.merged for module in policy.modules() if hasattr(module, "merged"))
 
 
-@all_models
-def test_merged_weights_have_the_models_names_and_leave_the_policy_alone(setup):
-    policy = setup.lora()
-    merged = dict(merged_weights(policy))
-    assert merged.keys() == setup.policy.state_dict().keys()
-    assert all(torch.equal(weight, setup.weights[name]) for name, weight in merged.items())
-    assert not any(weight.requires_grad for weight in merged.values())
-
-    perturb(policy)
-    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    adapted = plain_logp(policy, PROMPTS[1], PROMPTS[3], 1.0)
-    setup.policy.load_state_dict(dict(merged_weights(policy)))
-    torch.testing.assert_close(
-        plain_logp(setup.policy, PROMPTS[1], PROMPTS[3], 1.0), adapted, atol=1e-4, rtol=0
-    )
-    assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
-
-
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_reference_stays_what_the_policy_was(tied_model, lora_rank):
     args = settings(tied_model, lora_rank=lora_rank)

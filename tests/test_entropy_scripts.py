@@ -1,7 +1,5 @@
 """EP-GRPO, ERPO and GTPO as runs: the gradient of an update and the metrics of the method."""
 
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,11 +12,10 @@ from one_step import (
     gradient_of,
     moved_reference,
     places,
-    plain_logp,
-    record_example,
+    plain_losses,
     trainable,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 import ep_grpo
@@ -28,69 +25,6 @@ import gtpo
 from tools.metrics import pass_at_k
 
 WITH_PROGRESS = pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda s: s.__name__)
-
-# ------------------------------------------------------------------------------- a toy policy
-
-TOKENS, VOCABULARY = 6, 11
-Shape = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # rewards, entropy, logps, mask
-
-
-def with_gtpo(rewards: Tensor, entropy: Tensor, _: Tensor, __: Tensor, mask: Tensor) -> Tensor:
-    alpha1 = 1.0 - entropy.mean(-1, keepdim=True) / 10
-    return gtpo.gtpo_advantages(rewards, entropy, mask, alpha1=alpha1, alpha2=0.5)
-
-
-def with_grpo_s(rewards: Tensor, entropy: Tensor, _: Tensor, __: Tensor, mask: Tensor) -> Tensor:
-    return gtpo.grpo_s_advantages(rewards, entropy, mask, beta2=0.5)[..., None] * mask
-
-
-def with_grpo(rewards: Tensor, _: Tensor, __: Tensor, ___: Tensor, mask: Tensor) -> Tensor:
-    return grpo.grpo_advantages(rewards)[..., None] * mask
-
-
-SHAPES: dict[str, Shape] = {
-    "ep_grpo": ep_grpo.ep_grpo_advantages,
-    "erpo": erpo.erpo_advantages,
-    "gtpo": with_gtpo,
-    "grpo_s": with_grpo_s,
-}
-
-
-def toy_gradient(shape: Shape, rewards: Tensor, *, detach: bool) -> Tensor:
-    """The gradient of one on-policy update of a small policy. Without `detach`, the inputs of the
-    advantages still depend on the policy's parameters."""
-    torch.manual_seed(0)
-    policy = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)).double()
-    previous, chosen = torch.randint(VOCABULARY, (2, *rewards.shape, TOKENS))
-    mask = torch.arange(TOKENS) < torch.randint(2, TOKENS + 1, (*rewards.shape, 1))
-    table = policy(previous).log_softmax(-1)
-    entropy = -(table.exp() * table).sum(-1)
-    logp = table.gather(-1, chosen[..., None])[..., 0]
-    ref_logp = logp.detach() + 0.1 * torch.randn(logp.shape, dtype=logp.dtype)
-    inputs = (entropy, logp, ref_logp)
-    if detach:
-        inputs = tuple(x.detach() for x in inputs)
-    advantages = shape(rewards, *inputs, mask)
-    loss, _ = grpo.clipped_loss(logp, logp.detach(), advantages, 0.2, 0.2)
-    return gradient_of((loss * mask).sum(), policy)
-
-
-VARIED = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
-EQUAL = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_no_gradient_flows_through_what_shapes_the_advantage(shape):
-    attached, detached = (toy_gradient(shape, VARIED, detach=detach) for detach in (False, True))
-    assert detached.norm() > 0.1
-    assert torch.equal(attached, detached)
-
-
-def test_only_ep_grpo_learns_from_groups_of_equal_rewards():
-    assert toy_gradient(ep_grpo.ep_grpo_advantages, EQUAL, detach=True).norm() > 0.1
-    for shape in (with_grpo, erpo.erpo_advantages, with_gtpo, with_grpo_s):
-        assert not toy_gradient(shape, EQUAL, detach=True).any()
-
 
 # ------------------------------------------------------------------------------- progress in a run
 
@@ -130,19 +64,14 @@ def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
 # ------------------------------------------------------------------------------- the update
 
 
-def plain_loss(recording: Recording, kl: float) -> Tensor:
-    """The mean of -A log π + β k3 over all tokens, with A as rollouts.jsonl has it."""
-    policy, rollouts = recording.updates[0].policy, recording.rollouts[0]
-    lines = iter(recording.lines)
-    terms = []
-    with moved_reference(policy, recording.args)() as reference:
-        for p, g in places(rollouts):
-            advantage = torch.tensor(next(lines)["advantage"])
-            new = plain_logp(policy, rollouts, p, g)
-            ref = plain_logp(reference, rollouts, p, g).detach()
-            k3 = (ref - new).exp() - (ref - new) - 1
-            terms.append(kl * k3 - advantage * new)
-    return torch.cat(terms).mean()
+def plain_loss(recording: Recording) -> Tensor:
+    """The mean of the losses of all tokens, with the advantages that rollouts.jsonl has."""
+    update, rollouts = recording.updates[0], recording.rollouts[0]
+    rows = zip(places(rollouts), recording.lines, strict=True)
+    advantages = {place: torch.tensor(line["advantage"]) for place, line in rows}
+    with moved_reference(update.policy, recording.args)() as reference:
+        losses = plain_losses(recording, update, advantages, reference)
+    return torch.cat([*losses.values()]).mean()
 
 
 def assert_same_for_each_weight(recording: Recording, loss: Tensor) -> None:
@@ -159,7 +88,8 @@ def test_the_loss_has_a_kl_term_of_weight_0_001(record, with_moved_reference, sc
     """With advantages of zero, it is the whole loss."""
     settings = {"grade": all_wrong, "eta": 0.0}
     recording = record(script, log_rollouts=99, **settings)
-    loss = plain_loss(recording, kl=0.001)
+    loss = plain_loss(recording)
+    assert recording.args.kl == 0.001
     assert loss > 1e-5
     assert recording.metrics[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert_same_for_each_weight(recording, loss)
@@ -175,24 +105,12 @@ def test_the_loss_has_a_kl_term_of_weight_0_001(record, with_moved_reference, sc
 def test_the_gradient_is_the_plain_one(record, with_moved_reference, script, kl):
     """With advantages that differ between tokens, and the KL term of the defaults."""
     recording = record(script, log_rollouts=99)
-    assert_same_for_each_weight(recording, plain_loss(recording, kl))
+    assert recording.args.kl == kl
+    assert_same_for_each_weight(recording, plain_loss(recording))
     assert recording.metrics[1]["grad_norm"] > 0.01
 
 
 # ------------------------------------------------------------------------------- metrics by hand
-
-
-@pytest.fixture
-def on_example(short_args, signals) -> Callable[..., Recording]:
-    """Runs one step of a script on the worked example of the pages."""
-
-    def on_example(
-        script: ModuleType, correct: tuple[int, ...] = (1, 1, 0, 0), **settings: Any
-    ) -> Recording:
-        args = short_args(script, prompts_per_step=1, group_size=4, **settings)
-        return record_example(script, args, tuple(float(verdict) for verdict in correct))
-
-    return on_example
 
 
 CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and docs/erpo.md have them
@@ -212,8 +130,8 @@ CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and doc
 
 
 @WITH_PROGRESS
-def test_credit_by_hand(on_example, script):
-    recording = on_example(script, buckets=2)
+def test_credit_by_hand(record_on_example, script):
+    recording = record_on_example(script, buckets=2)
     metrics = recording.metrics[1]
     found = {name: value for name, value in metrics.items() if name.startswith("credit/")}
     assert found == pytest.approx(CREDIT[script.__name__], abs=1e-4)
@@ -223,9 +141,9 @@ def test_credit_by_hand(on_example, script):
 
 
 @WITH_PROGRESS
-def test_credit_where_progress_is_the_larger_part(on_example, script):
+def test_credit_where_progress_is_the_larger_part(record_on_example, script):
     settings = {"buckets": 2, "eta": 3.0}
-    metrics = on_example(script, **settings).metrics[1]
+    metrics = record_on_example(script, **settings).metrics[1]
     method, rewards = getattr(slow, script.__name__), [1.0, 1.0, 0.0, 0.0]
     example_group = slow.Group(rewards, example.ENTROPY, example.LOGP, example.REF_LOGP)
     without_progress = slow.Group(rewards, example.ENTROPY, example.LOGP, example.LOGP)

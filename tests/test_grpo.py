@@ -4,22 +4,26 @@ import functools
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import untimed
-from one_step import Recording, assert_same_gradient, collect, gradient_of, plain_logp
+from one_step import (
+    Recording,
+    Update,
+    assert_same_gradient,
+    gradient_of,
+    plain_advantages,
+    plain_losses,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
-from common import overlong_penalty, token_weights
 from grpo import clipped_loss, grpo_advantages, kl_estimate
-from infra.models import load_policy
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -28,12 +32,6 @@ def test_worked_example():
     advantages = grpo_advantages(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), eps=0)
     expected = torch.tensor([[0.8660, 0.8660, -0.8660, -0.8660]])
     torch.testing.assert_close(advantages, expected, atol=5e-5, rtol=0)
-
-
-def test_groups_are_normalised_apart():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [10.0, 0.0, 10.0, 10.0]])
-    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.5, -1.5, 0.5, 0.5]])
-    torch.testing.assert_close(grpo_advantages(rewards, eps=0), expected)
 
 
 def test_affine_invariance():
@@ -60,13 +58,6 @@ def test_without_scale_only_the_mean_goes():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     expected = torch.tensor([[0.75, -0.25, -0.25, -0.25]])
     assert torch.equal(grpo_advantages(rewards, scale=False), expected)
-
-
-def test_advantages_leave_their_input_alone():
-    rewards = torch.tensor([[1.0, 0.0, 0.5]])
-    before = rewards.clone()
-    assert not grpo_advantages(rewards).requires_grad
-    assert torch.equal(rewards, before)
 
 
 # ------------------------------------------------------------------------------- the loss
@@ -130,68 +121,19 @@ def test_kl_estimate_has_the_kl_as_its_mean():
     torch.testing.assert_close(mean, (policy.exp() * (policy - reference)).sum())
 
 
-MASK = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 0, 0, 0]]]).bool()
-WEIGHTS = {  # of a token of each response; 8 tokens in 4 responses, T = 5
-    "token": [1 / 8, 1 / 8, 1 / 8, 1 / 8],
-    "sequence": [1 / 8, 1 / 16, 1 / 4, 1 / 4],
-    "constant": [1 / 20, 1 / 20, 1 / 20, 1 / 20],
-}
-
-
-@pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_by_hand(average):
-    expected = torch.tensor(WEIGHTS[average]).view(2, 2, 1) * MASK
-    torch.testing.assert_close(token_weights(MASK, torch.arange(2), average, 5), expected)
-
-
-@pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_of_a_share_of_the_problems(average):
-    """An update counts its own tokens and responses, not those of the whole step."""
-    alone = token_weights(MASK[1:], torch.tensor([0]), average, 5)
-    of_share = token_weights(MASK, torch.tensor([1]), average, 5)
-    torch.testing.assert_close(of_share, torch.cat([0 * alone, alone]))
-
-
-def test_overlong_penalty_by_hand():
-    lengths = torch.tensor([[1, 12, 16, 18, 20, 25]])
-    expected = torch.tensor([[0.0, 0.0, 0.0, -0.25, -0.5, -0.5]])
-    torch.testing.assert_close(overlong_penalty(lengths, max_length=20, buffer=4), expected)
-    assert torch.equal(overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
-
-
 # ------------------------------------------------------------------------------- the update
 
 
-def plain_gradients(recording: Recording) -> list[Tensor]:
-    """The gradient of each update from the definition: full logits, one sequence at a time."""
-    args, rollouts = recording.args, recording.rollouts[0]
-    first, reference = recording.updates[0].policy, load_policy(args)
-    gradients = []
-    for update in recording.updates:
-        losses = []
-        for p in update.problems:
-            rewards = [float(len(text) % 2 == 0) for text in rollouts.texts[p]]
-            mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
-            for g, reward in enumerate(rewards):
-                advantage = (reward - mean) / (std + 1e-6)
-                response = (rollouts, p, g, args.temperature)
-                new = plain_logp(update.policy, *response)
-                with torch.no_grad():
-                    old = plain_logp(first, *response)
-                    ref = plain_logp(reference, *response)
-                ratio = (new - old).exp()
-                clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-                gain = torch.minimum(ratio * advantage, clipped * advantage)
-                kl = (ref - new).exp() - (ref - new) - 1
-                losses.append(args.kl * kl - gain)
-        total = sum(loss.sum() for loss in losses)
-        loss = {
-            "token": total / sum(len(loss) for loss in losses),
-            "sequence": sum(loss.mean() for loss in losses) / len(losses),
-            "constant": total / len(losses) / args.max_new_tokens,
-        }[args.loss_average]
-        gradients.append(gradient_of(loss, update.policy))
-    return gradients
+def plain_gradient(recording: Recording, update: Update) -> Tensor:
+    """From the definition: full logits, one sequence at a time."""
+    losses = plain_losses(recording, update, plain_advantages(recording)).values()
+    total = sum(loss.sum() for loss in losses)
+    loss = {
+        "token": total / sum(len(loss) for loss in losses),
+        "sequence": sum(loss.mean() for loss in losses) / len(losses),
+        "constant": total / len(losses) / recording.args.max_new_tokens,
+    }[recording.args.loss_average]
+    return gradient_of(loss, update.policy)
 
 
 @pytest.fixture
@@ -213,16 +155,8 @@ def test_gradient_is_the_plain_one(updates, loss_average, settings):
     recording = updates(loss_average=loss_average, **settings)
     assert len(recording.updates) == settings.get("updates_per_rollout", 1)
     assert len(recording.rollouts[0].mask.sum(-1).unique()) > 3  # lengths
-    for update, plain in zip(recording.updates, plain_gradients(recording), strict=True):
-        assert_same_gradient(update.gradient, plain, 1e-5)
-
-
-@AVERAGES
-def test_gradient_does_not_depend_on_micro_batches(updates, loss_average):
-    budgets = [1, 60, 150, 10**6]  # one rollout at a time .. all at once
-    first, *others = [updates(loss_average=loss_average, token_budget=n) for n in budgets]
-    for other in others:
-        assert_same_gradient(other.updates[0].gradient, first.updates[0].gradient, 1e-5)
+    for update in recording.updates:
+        assert_same_gradient(update.gradient, plain_gradient(recording, update), 1e-5)
 
 
 def widen(rollouts: common.Rollouts) -> None:
@@ -240,11 +174,18 @@ def shuffle(groups: list[common.Group]) -> None:
     groups.reverse()
 
 
+OTHER_WAYS = [  # to compute the same gradient
+    *[{"token_budget": budget} for budget in (1, 60, 150)],  # from one rollout at a time
+    {"edit_rollouts": widen},
+    {"edit_groups": shuffle},
+]
+
+
 @AVERAGES
-def test_gradient_does_not_depend_on_padding_or_order(updates, loss_average):
-    plain = updates(loss_average=loss_average).updates[0]
-    for edit in ({"edit_rollouts": widen}, {"edit_groups": shuffle}):
-        other = updates(loss_average=loss_average, **edit).updates[0]
+def test_gradient_does_not_depend_on_micro_batches_padding_or_order(updates, loss_average):
+    plain = updates(loss_average=loss_average, token_budget=10**6).updates[0]
+    for change in OTHER_WAYS:
+        other = updates(loss_average=loss_average, **change).updates[0]
         assert_same_gradient(other.gradient, plain.gradient, 1e-5)
 
 
@@ -364,35 +305,6 @@ def test_rollouts_file_is_what_the_metrics_say(record):
             assert len(lengths) == 1
             assert row["problem"] and row["answer"]
             assert row["reward"] == (len(row["text"]) % 2 == 0)
-
-
-# ------------------------------------------------------------------------------- collecting
-
-
-def counts(groups: list[common.Group]) -> list[int]:
-    return [int(sum(group.correct)) for group in groups]
-
-
-def test_dynamic_sampling_replaces_groups_without_variance(short_args):
-    args = short_args(grpo, dynamic_sampling=True)
-    groups, taken, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]])
-    assert counts(groups) == [2, 3, 1, 2]
-    assert taken == 7
-    assert len(set(seeds)) == 3
-    assert len({group.problem.text for group in groups}) == 4
-
-
-def test_dynamic_sampling_fills_up_after_the_last_round(short_args):
-    args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
-    groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
-    assert counts(groups) == [2, 1, 4, 0]
-    assert taken == 7
-
-
-def test_without_dynamic_sampling_every_group_stays(short_args):
-    groups, taken, _ = collect(short_args(grpo), [[0, 2, 4, 0]])
-    assert counts(groups) == [0, 2, 4, 0]
-    assert taken == 4
 
 
 def test_dynamic_sampling_run_keeps_all_groups(record):

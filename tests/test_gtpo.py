@@ -163,16 +163,6 @@ def test_with_zeros_reinforces_correct_rollouts_and_own_set_does_not():
     torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("verdict", [True, False])
-def test_a_group_without_contrast_gives_exact_zeros(verdict, normalize):
-    correct = torch.full_like(example.correct, verdict)
-    advantages = gtpo_advantages(correct, example.entropy, example.mask, normalize=normalize)
-    assert torch.equal(advantages, torch.zeros_like(advantages))
-    rollouts = grpo_s_advantages(correct, example.entropy, example.mask)
-    assert torch.equal(rollouts, torch.zeros_like(rollouts))
-
-
 def test_a_certain_token_takes_the_whole_share():
     rows = [[0.0], [2.0], [0.0], [2.0]]
     positive, negative = shaped_rewards(example.correct, pad(rows), pad_mask(rows), 1, 0.2)

@@ -195,12 +195,6 @@ def test_a_folder_may_have_the_name_of_a_loader(load, tmp_path, monkeypatch):
     assert pairs(load("json")) == PAIRS
 
 
-def test_dates_stay_text(load, tmp_path):
-    rows = [{"problem": "When?", "answer": f"2024-01-0{i}"} for i in range(1, 5)]
-    write_jsonl(tmp_path / "folder" / "train.jsonl", rows)
-    assert [p.answer for p in load(tmp_path / "folder")] == [row["answer"] for row in rows]
-
-
 def test_what_datasets_made_of_a_mixed_column(load, tmp_path):
     r"""It stores texts as JSON, `"1\/2"`, except `007` and `[1, 2]`, which its parser reads."""
     import datasets
@@ -516,31 +510,6 @@ def test_a_list_of_conversations(load, tmp_path, messages):
     for count in (1, 2):
         (tmp_path / "data.jsonl").write_text(lines[: count * len(lines) // 2])
         assert pairs(load(tmp_path / "data.jsonl")) == [("1+1", "2")] * count
-
-
-CASES_3 = CASES.parent / "3"
-
-
-@pytest.mark.skipif(not CASES_3.is_dir(), reason="the shared cases are not here")
-def test_cases_3(load, grader, tokenizer):
-    def answers(name: str, **settings: Any) -> list[str]:
-        return [problem.answer for problem in load(CASES_3 / name, **settings)]
-
-    assert answers("solution_then_answer_is.jsonl") == ["12", "12", "9"]
-    assert answers("fbox_gold.jsonl") == ["7", "12"]
-    assert answers("orz_pairs.json") == ["17", "3", "10", r"\frac{1}{2}"]
-    named = {"question_column": "conversations"}
-    assert answers("sharegpt_system.jsonl", **named) == ["17", "3", "10", r"\frac{1}{2}"]
-    problem = load(CASES_3 / "sharegpt_system.jsonl", **named)[0]
-    assert tokenizer.decode(problem.prompt).startswith("<|im_start|>system\nBe brief.")
-    [problem] = load(CASES_3 / "any_of_list.jsonl")
-    assert verdicts(grader, problem, "1/2", "0.5", r"50\%", "2") == [1, 1, 1, 0]
-    [problem] = load(CASES_3 / "list_of_pairs.jsonl")
-    assert verdicts(grader, problem, "(1,2),(3,4)", "1,2,3,4") == [1, 0]
-    templated = {"template_args": '{"chat_template": "{{ messages[-1].content }}"}'}
-    problem = load(CASES_3 / "pre_templated.jsonl", **templated)[0]
-    assert tokenizer.decode(problem.prompt) == problem.text
-    assert problem.text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_bytes(load, tmp_path):

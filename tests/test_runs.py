@@ -373,7 +373,7 @@ def test_checkpoint_that_does_not_load(name, damage, small_run, capsys, rejectio
 
     damage(one / name)
     before = content(first.folder)
-    line = rejection(small_run, steps=3, resume=True)
+    line = rejection(small_run, steps=3, resume=True, lines=3)
     assert line == f"--resume {first.folder}: none of its checkpoints loads"
     assert content(first.folder) == before
 
@@ -642,15 +642,6 @@ def test_weights_that_are_not_finite_are_not_saved(small_run):
     with pytest.raises(StopRun, match="weights are not finite"):
         small.run.save(2, small.policy, small, **small.state)
     assert small.checkpoints() == ["1"]
-
-
-def test_policy_that_is_not_finite(make_args, monkeypatch, capsys):
-    def step(optimizer: torch.optim.Optimizer) -> None:
-        optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    assert start("grpo", make_args(steps=3, save_every=0)) == 1
-    assert "log-probabilities are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

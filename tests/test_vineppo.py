@@ -89,17 +89,6 @@ def test_advantages_equal_a_slow_loop(seed):
             assert advantages[p, g][firsts].sum().item() == pytest.approx(total, abs=1e-6)
 
 
-def test_whitened_over_all_live_tokens_of_the_step():
-    values, lengths, outcome = random_steps(1)
-    padded, steps, inside = tensors(values, lengths)
-    plain = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
-    white = vineppo_advantages(padded, steps, outcome, inside)
-    torch.testing.assert_close(
-        white[inside], (plain[inside] - plain[inside].mean()) / plain[inside].std()
-    )
-    assert not white[~inside].any()
-
-
 def test_nothing_learnt_where_nothing_changes():
     values = torch.full((2, 3, 4), 0.5)
     steps = torch.arange(4).expand(2, 3, 4)
