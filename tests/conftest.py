@@ -253,11 +253,35 @@ def record_on_example(short_args, signals) -> Callable[..., Any]:
     return record_on_example
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def untimed(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     """The metrics without those that measure time."""
     timed = ("seconds/", "tokens_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics]
+
+
+def content(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return content(folder, "*.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, last: str = "step-000004") -> None:
+    """The same weights, optimiser, scheduler and logs, bit for bit."""
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        rows = [read_lines(folder / log) for folder in (one, other)]
+        assert untimed(rows[0]) == untimed(rows[1]), log
+    last = f"checkpoints/{last}"
+    assert content(one / last, "trainer.pt") == content(other / last, "trainer.pt")
+    for name in ("model", last):
+        assert weights_of(one / name) == weights_of(other / name) != {}

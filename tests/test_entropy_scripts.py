@@ -48,7 +48,7 @@ def with_moved_reference(monkeypatch) -> None:
     monkeypatch.setattr(common, "Reference", moved_reference)
 
 
-def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
+def test_only_ep_grpo_learns_from_groups_of_equal_rewards(
     record, with_moved_reference
 ):
     settings = {"grade": all_wrong, "kl": 0.0}

@@ -19,7 +19,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, needs_vllm, read_metrics, short_settings, untimed
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    assert_same_run,
+    content,
+    needs_vllm,
+    read_metrics,
+    short_settings,
+    weights_of,
+)
 from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -117,26 +126,6 @@ def killed_after(run: Path, step: int, copy: Path) -> Path:
 # ------------------------------------------------------------------ comparing runs
 
 
-def content(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def weights_of(folder: Path) -> dict[str, bytes]:
-    return content(folder, "*.safetensors")
-
-
-def assert_same(one: Path, other: Path, last: str = "step-000004") -> None:
-    """The same weights, optimiser, scheduler and logs, bit for bit."""
-    for log in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [run.read_lines(folder / log) for folder in (one, other)]
-        assert untimed(rows[0]) == untimed(rows[1]), log
-    last = f"checkpoints/{last}"
-    assert content(one / last, "trainer.pt") == content(other / last, "trainer.pt")
-    for name in ("model", last):
-        assert weights_of(one / name) == weights_of(other / name) != {}
-
-
 def scalars(folder: Path, name: str) -> list[int]:
     """The steps that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -158,7 +147,7 @@ def test_two_steps_resumed_equal_four_steps(script, kind, finished, tmp_path):
     middle, end = (weights_of(alone / f"checkpoints/step-00000{n}") for n in (2, 4))
     assert middle != end  # otherwise a run that loads nothing would pass
     assert resume(killed, script=script) == 0
-    assert_same(alone, killed)
+    assert_same_run(alone, killed)
     assert scalars(killed, "reward") == [1, 2, 3, 4]
     assert scalars(killed, "eval/accuracy") == [0, 2, 4]
 
@@ -177,7 +166,7 @@ def test_resume_with_vllm(tiny_model, tmp_path):
     script(*flags.split(), "--run-dir", str(tmp_path / "alone"))
     killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
     script("--resume", str(killed))
-    assert_same(tmp_path / "alone", killed)
+    assert_same_run(tmp_path / "alone", killed)
 
 
 def test_learning_rate_of_each_update(finished):
@@ -210,7 +199,7 @@ def test_killed_before_the_first_checkpoint(make_args, tmp_path, monkeypatch):
         assert start("grpo", make_args(**changes, run_dir=str(killed))) == 137
     assert [row["step"] for row in read_metrics(killed)] == [0, 1]
     assert resume(killed) == 0
-    assert_same(alone, killed, "step-000002")
+    assert_same_run(alone, killed, "step-000002")
     assert scalars(killed, "eval/accuracy") == [0, 2]
 
 
@@ -753,7 +742,7 @@ def test_first_signal_finishes_the_step_and_second_exits(
     assert "Traceback" not in error
     command = shlex.split(error.rpartition("resume with: ")[2])
     assert start("grpo", None, *command[2:]) == 0
-    assert_same(finished(), folder)
+    assert_same_run(finished(), folder)
 
 
 def test_signal_while_saving(small_run, monkeypatch):

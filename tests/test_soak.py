@@ -4,18 +4,15 @@
 times, which takes about ten minutes.
 """
 
-import json
 import random
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from conftest import ROOT, needs_vllm
+from conftest import ROOT, assert_same_run, needs_vllm
 
 SETTINGS = "--device cpu --precision float32 --lr 1e-3 --prompts-per-step 4 --group-size 4"
 SETTINGS += " --max-new-tokens 32 --eval-every 4 --eval-problems 4 --eval-samples 1 --save-every 1"
@@ -48,16 +45,6 @@ def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random) ->
     process.wait()
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log without the measured times."""
-    found = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        timed = [name for name in row if name.startswith(("seconds/", "tokens_per_second"))]
-        found.append({name: row[name] for name in row if name not in timed})
-    return found
-
-
 @pytest.mark.parametrize(
     ("engine", "kills", "steps"),
     [
@@ -71,9 +58,4 @@ def test_a_killed_run_equals_an_uninterrupted_run(engine, kills, steps, tiny_mod
     for life in range(kills):
         kill_at_random(start(killed, steps, engine), killed, random.Random(life))
     assert start(killed, steps, engine).wait() == 0
-    model, last = "model/model.safetensors", f"checkpoints/step-{steps:06d}/trainer.pt"
-    assert (alone / model).read_bytes() == (killed / model).read_bytes()
-    states = [torch.load(run / last, weights_only=True) for run in (alone, killed)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)  # optimiser and position
-    for log in ("metrics.jsonl", "rollouts.jsonl"):
-        assert rows(alone / log) == rows(killed / log)
+    assert_same_run(alone, killed, f"step-{steps:06d}")
