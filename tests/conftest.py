@@ -144,8 +144,7 @@ def problem_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("problems") / "sums.jsonl"
     sums = [(a, 10**b) for a in range(1, 5) for b in range(3)]
     rows = [{"problem": f"{a}+{b}", "answer": str(a + b)} for a, b in sums]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(path, rows)
 
 
 @pytest.fixture
@@ -251,6 +250,12 @@ def record_on_example(short_args, signals) -> Callable[..., Any]:
         return record_example(script, args)
 
     return record_on_example
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, write_jsonl
 from pytest import MonkeyPatch
 
 import common
@@ -214,9 +213,8 @@ def test_a_stop_token_that_is_not_one_token(text, count, rejected, command, tied
 
 def test_prompts_longer_than_the_context(rejected, command, tmp_path, monkeypatch, capsys):
     """The model has 256 positions and the template takes 19. The advice in the message works."""
-    path = tmp_path / "data.jsonl"
     rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
     settings = {"dataset": str(path), "max_new_tokens": 40}
     line = rejected("grpo", *command(**settings))
     assert line == (

@@ -48,9 +48,7 @@ def with_moved_reference(monkeypatch) -> None:
     monkeypatch.setattr(common, "Reference", moved_reference)
 
 
-def test_only_ep_grpo_learns_from_groups_of_equal_rewards(
-    record, with_moved_reference
-):
+def test_only_ep_grpo_learns_from_groups_of_equal_rewards(record, with_moved_reference):
     settings = {"grade": all_wrong, "kl": 0.0}
     metrics = record(ep_grpo, **settings).metrics[1]
     assert metrics["zero_variance"] == 1

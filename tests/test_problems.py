@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer
+from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer, write_jsonl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -70,12 +70,6 @@ def load_rows(load, tmp_path) -> Callable[..., Problems]:
         return load(write_jsonl(tmp_path / "data.jsonl", rows), *flag, **settings)
 
     return load_rows
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
