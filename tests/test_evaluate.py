@@ -376,18 +376,16 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
 def test_flags_that_cannot_work(flags, line, tiny_model, rejection, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
-    assert rejection(tool.main, args).startswith(f"{line}")
+    assert rejection(tool.main, args).startswith(line)
 
 
 @pytest.mark.parametrize(("damage", "why"), BROKEN)
-def test_a_model_that_cannot_be_loaded_is_rejected(damage, why, run, tied_model, tmp_path, capsys):
+def test_a_model_that_cannot_be_loaded_is_rejected(
+    damage, why, run, tied_model, tmp_path, rejection
+):
     folder = shutil.copytree(tied_model, tmp_path / "model")
     damage(folder)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(models=(str(folder),))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2
+    line = rejection(run, models=(str(folder),))
     assert line.startswith(f"--models {folder}: ") and why in line
 
 
