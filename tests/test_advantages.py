@@ -238,7 +238,7 @@ def test_finite_in_float32(method):
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(("g", "erpo"))])
 def test_equal_rewards_give_exact_zeros(name, reward):
-    """EP-GRPO's do not: see test_a_group_of_equal_rewards_redistributes_credit."""
+    """EP-GRPO's do not: see test_worked_example_of_equal_rewards."""
     for seed in range(20):
         batch = random_batch(seed)
         result = METHODS[name](replace(batch, rewards=torch.full_like(batch.rewards, reward)))

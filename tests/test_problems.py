@@ -529,34 +529,33 @@ def test_an_answer_is_preferred_to_a_solution(load_rows):
 
 # ------------------------------------------------------------------ discarded rows
 
-
-def test_problems_without_text_are_discarded(load_rows, capsys, rejection):
-    empty = [None, "", " \n", 7, [], ["x"], [{"role": "system", "content": "x"}]]
-    empty += [[{"role": "user", "content": content}] for content in (None, 7, "")]
-    rows = [*ROWS, *({"problem": problem, "answer": "1"} for problem in empty), {"answer": "1"}]
-    assert len(load_rows(rows)) == 5
-    assert "discarded 11 of 16: problems have no text in 'problem'\n" in capsys.readouterr().err
-    line = rejection(load_rows, [{"problem": 7, "answer": "1"}])
-    assert "1 of 1 problems have no text in 'problem'" in line
-
-
-def test_unreadable_references_are_discarded(load_rows, tmp_path, capsys, rejection):
-    bad = [{"problem": "?", "answer": r"\frac{1"}, {"problem": "?", "answer": None}]
-    bad.append({"problem": "?"})
-    assert len(load_rows([*ROWS, *bad])) == 5
-    why = "reference answers cannot be read: " + repr(r"\frac{1") + ", None"
-    name = f"--dataset {tmp_path / 'data.jsonl'}"
-    assert capsys.readouterr().err == f"{name}: discarded 3 of 8: {why}\n"
-    assert rejection(load_rows, bad) == f"{name}: 3 of 3 {why}"
+NO_TEXT = [None, "", " \n", 7, [], ["x"], [{"role": "system", "content": "x"}]]
+NO_TEXT += [[{"role": "user", "content": content}] for content in (None, 7, "")]
+DISCARDED = [
+    (
+        [*({"problem": problem, "answer": "1"} for problem in NO_TEXT), {"answer": "1"}],
+        "problems have no text in 'problem'",
+    ),
+    (
+        [
+            {"problem": "?", "answer": r"\frac{1"},
+            {"problem": "?", "answer": None},
+            {"problem": "?"},
+        ],
+        "reference answers cannot be read: " + repr(r"\frac{1") + ", None",
+    ),
+    ([{"problem": "1+" * 99, "answer": "2"}], "prompts exceed --max-prompt-tokens 100"),
+]
 
 
-def test_long_prompts_are_discarded(load_rows, capsys, rejection):
-    rows = [*ROWS, {"problem": "1+" * 99, "answer": "2"}]
-    assert len(load_rows(rows, max_prompt_tokens=100)) == 5
-    line = "discarded 1 of 6: prompts exceed --max-prompt-tokens 100\n"
-    assert line in capsys.readouterr().err
-    line = rejection(load_rows, rows, max_prompt_tokens=10)
-    assert "6 of 6 prompts exceed --max-prompt-tokens 10" in line
+@pytest.mark.parametrize(("rows", "why"), DISCARDED, ids=["no text", "unreadable", "long"])
+def test_rows_are_discarded_with_the_reason(load_rows, tmp_path, capsys, rejection, rows, why):
+    """A dataset of such rows alone is rejected."""
+    count, name = len(rows), f"--dataset {tmp_path / 'data.jsonl'}"
+    assert len(load_rows([*ROWS, *rows], max_prompt_tokens=100)) == 5
+    assert capsys.readouterr().err == f"{name}: discarded {count} of {count + 5}: {why}\n"
+    line = rejection(load_rows, rows, max_prompt_tokens=100)
+    assert line == f"{name}: {count} of {count} {why}"
 
 
 def test_nothing_left_for_several_reasons_is_rejected(load_rows, capsys):
