@@ -171,13 +171,21 @@ def predicting(rollouts: common.Rollouts, p: int) -> slice:
     return slice(len(rollouts.problems[p].prompt) - 1, -1)
 
 
+def plain_distribution(
+    policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of all tokens at each token of a response, from full logits. [T, V]"""
+    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
+    return (logits / temperature).log_softmax(-1)
+
+
 def plain_logp(
     policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities of a response's tokens, from full logits. [T]"""
-    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
+    """Log-probabilities of a response's tokens. [T]"""
     tokens = response(rollouts, p, g)
-    return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+    distribution = plain_distribution(policy, rollouts, p, g, temperature)
+    return distribution[torch.arange(len(tokens)), tokens]
 
 
 def plain_advantages(recording: Recording, step: int = 1) -> Tensor:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import needs_vllm
 from one_step import (
+    Place,
     assert_same_gradient,
     gradient_of,
     places,
     plain_advantages,
+    plain_distribution,
     plain_logp,
     plain_outputs,
     predicting,
@@ -119,28 +121,22 @@ def test_arca_begins_with_uniform_credit(record):
 
 @torch.no_grad()
 def plain_score(
-    credit: str,
-    policy: nn.Module,
-    base: nn.Module,
-    rollouts: common.Rollouts,
-    place: tuple[int, int],
+    credit: str, policy: nn.Module, base: nn.Module, rollouts: common.Rollouts, place: Place
 ) -> Tensor:
     """The signal of each token of a response, [T], from whole sequences."""
-    adapted, bare = (plain_outputs(model, rollouts, *place) for model in (policy, base))
-    predicts, tokens = predicting(rollouts, place[0]), response(rollouts, *place)
-    logp, base_logp = (x.logits[0, predicts].log_softmax(-1) for x in (adapted, bare))
-    sampled = torch.arange(len(tokens)), tokens
     if credit == "surprisal":
-        return -logp[sampled]
+        return -plain_logp(policy, rollouts, *place)
     if credit == "divergence":
-        return (logp[sampled] - base_logp[sampled]).abs()
+        return (plain_logp(policy, rollouts, *place) - plain_logp(base, rollouts, *place)).abs()
     if credit == "entropy":
+        logp = plain_distribution(policy, rollouts, *place)
         entropy = -(logp.exp() * logp).sum(-1)
         return torch.cat([(entropy[:-1] - entropy[1:]).clamp(min=0), torch.zeros(1)])
     if credit == "arca":
-        hidden, base_hidden = (x.hidden_states[-1][0, predicts] for x in (adapted, bare))
-        return (hidden - base_hidden).norm(dim=-1)
-    return torch.zeros(len(tokens))
+        predicts = predicting(rollouts, place[0])
+        adapted, bare = (plain_outputs(model, rollouts, *place) for model in (policy, base))
+        return (adapted.hidden_states[-1] - bare.hidden_states[-1])[0, predicts].norm(dim=-1)
+    return torch.zeros(len(response(rollouts, *place)))
 
 
 @pytest.mark.parametrize("credit", ["uniform", "surprisal", "entropy", "divergence", "arca"])

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from one_step import places, plain_distribution, plain_outputs, predicting, response
 from torch import Tensor, nn
 
 import common
@@ -84,17 +84,14 @@ def plain_scores(policy: nn.Module, rollouts: Rollouts, temperature: float) -> t
     """log-probabilities, entropies and hidden states from full logits, a sequence at a time."""
     logp, entropy = (torch.zeros(rollouts.mask.shape) for _ in "ab")
     hidden = {}
-    for p, g in np.ndindex(*rollouts.mask.shape[:2]):
-        prompt, response = rollouts.problems[p].prompt, rollouts.tokens[p, g][rollouts.mask[p, g]]
-        output = policy.eval()(
-            torch.cat([torch.tensor(prompt), response])[None], output_hidden_states=True
-        )
-        predicting = slice(len(prompt) - 1, -1)
-        distribution = (output.logits[0, predicting] / temperature).log_softmax(-1)
-        positions = torch.arange(len(response))
-        logp[p, g, positions] = distribution[positions, response]
+    for p, g in places(rollouts):
+        tokens, predicts = response(rollouts, p, g), predicting(rollouts, p)
+        distribution = plain_distribution(policy, rollouts, p, g, temperature)
+        positions = torch.arange(len(tokens))
+        logp[p, g, positions] = distribution[positions, tokens]
         entropy[p, g, positions] = -(distribution.exp() * distribution).sum(-1).detach()
-        hidden[p, g] = output.hidden_states[-1][0, predicting]
+        states = plain_outputs(policy, rollouts, p, g).hidden_states[-1]
+        hidden[p, g] = states[0, predicts]
     return logp, entropy, hidden
 
 

@@ -12,11 +12,10 @@ from one_step import (
     assert_same_gradient,
     gradient_of,
     plain_advantages,
+    plain_distribution,
     plain_losses,
-    plain_outputs,
-    predicting,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from worked_example import pad, pad_mask
 
 import common
@@ -166,21 +165,15 @@ def test_top_of_1_is_grpo_bit_for_bit(record):
     assert ours.metrics[2]["kept/share"] == 1
 
 
-def plain_entropy(
-    policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float
-) -> Tensor:
-    """Entropy before each token of a response, from full logits. [T]"""
-    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
-    logp = (logits / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1).detach()
-
-
 def plain_gradient(recording: Recording, update: Update) -> Tensor:
     """From the definition, on full logits."""
     args, rollouts = recording.args, recording.rollouts[0]
     first = recording.updates[0].policy
     losses = plain_losses(recording, update, plain_advantages(recording))
-    entropy = {place: plain_entropy(first, rollouts, *place, args.temperature) for place in losses}
+    entropy = {}
+    for place in losses:
+        logp = plain_distribution(first, rollouts, *place, args.temperature).detach()
+        entropy[place] = -(logp.exp() * logp).sum(-1)
     ordered = torch.cat(list(entropy.values())).sort(descending=True).values
     threshold = ordered[math.ceil(args.top * len(ordered)) - 1] - 1e-5  # of another rounding
 
