@@ -340,6 +340,19 @@ def test_reft_rejects_more_candidates_than_tokens(record, rejection):
     assert line.startswith("--candidates 260: the tokenizer has 259 tokens")
 
 
+def test_first_token_logits_are_the_policys(short_args):
+    """Prompts of different lengths, in one batch and alone."""
+    args = short_args(reft)
+    policy = load_policy(args)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    logits = reft.first_token_logits(policy, prompts, args)
+    assert logits.shape == (3, 259)
+    for row, prompt in zip(logits.log_softmax(-1), prompts, strict=True):
+        expected = first_logp(policy, prompt)
+        assert torch.equal(row.topk(30).indices, expected.topk(30).indices)
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+
+
 @needs_vllm
 def test_reft_on_vllm(record):
     """Openers do not depend on the engine. The run compares the engine's log-probabilities."""
