@@ -336,7 +336,7 @@ def test_reft_openers_follow_a_reasoning_marker(record, tied_model, tmp_path, mo
 
 
 def test_reft_rejects_more_candidates_than_tokens(record, rejection):
-    line = rejection(record, reft, candidates=260)
+    line = rejection(record, reft, candidates=260, lines=2)
     assert line.startswith("--candidates 260: the tokenizer has 259 tokens")
 
 
