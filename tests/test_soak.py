@@ -29,7 +29,7 @@ def start(run: Path, steps: int, engine: str) -> subprocess.Popen:
 
 
 def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random) -> None:
-    """Kill a run during its start, after one of its steps or while it writes a checkpoint."""
+    """Kill a run during its start, after a saved step or while it writes a checkpoint."""
     moment, delay = draw.choice(["start", "step", "checkpoint"]), draw.random()
     log, begun = run / "metrics.jsonl", time.time()
     reached = moment == "start"
@@ -37,8 +37,8 @@ def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random) ->
         time.sleep(0.0005)
         resumed = log.exists() and log.stat().st_mtime > begun
         names = [folder.name for folder in run.glob("checkpoints/*")]
-        unfinished = any(not re.fullmatch(r"step-\d+", name) for name in names)
-        reached = resumed and (moment == "step" or unfinished)
+        complete = [name for name in names if re.fullmatch(r"step-\d+", name)]
+        reached = resumed and bool(complete if moment == "step" else len(names) > len(complete))
     time.sleep(delay * {"start": 6.0, "step": 0.3, "checkpoint": 0.02}[moment])
     assert process.poll() is None, "the run ended before it was killed: it needs more steps"
     process.kill()
