@@ -1,4 +1,4 @@
-"""docs/: the index, the results blocks of the pages, the figures, the page of metrics."""
+"""docs/: the index, the pages' sections and results, the figures, the page of metrics."""
 
 import re
 
@@ -10,7 +10,7 @@ import shared
 import speed
 from conftest import ROOT
 
-from docs import figures
+from docs import equations, figures
 
 DOCS = ROOT / "docs"
 RESULTS = {file.stem: shared.read_json(file) for file in shared.RESULTS.glob("*.json")}
@@ -76,3 +76,37 @@ def test_no_page_has_a_placeholder():
         for comment in re.findall(r"<!--.*?-->", text, re.DOTALL):
             assert re.fullmatch(r"<!-- (results:[\w-]+|/results) -->", comment), (page, comment)
         assert not re.search(r"\b(TODO|BENCH|NEEDLE|XXX)\b", text), page
+
+
+def method_page(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_method_pages_have_the_same_sections(page):
+    sections = re.findall(r"^## .*", method_page(page), re.MULTILINE)
+    assert sections == re.findall(r"^## .*", method_page("grpo"), re.MULTILINE)
+
+
+def results_of(method: str) -> list[str]:
+    """The cells of a method: accuracy on both tasks, cosine of its credit for both policies."""
+    cells = []
+    for name in ("compare", "compare-needle"):
+        runs = compare.at_selected_rates(RESULTS[name])
+        cell = compare.versus(runs[method], runs["GRPO"]) if method in runs else ""
+        if method == "GRPO":
+            cell = f"{compare.mean(runs[method], 'accuracy'):.3f}"
+        cells.append(cell)
+    for policy in RESULTS["credit"]["policies"].values():
+        measures = policy["methods"].get(method)
+        cells.append(f"{measures['cosine']['value']:.2f}" if measures else "")
+    return cells
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_method_page_shows_its_results(page):
+    head = re.escape("| | sums | needle | cosine, starting | cosine, half-trained |")
+    table = re.search(rf"^{head}\n.*\n((?:\|.*\n)+)", method_page(page), re.MULTILINE)
+    for line in table[1].splitlines():
+        method, *cells = [cell.strip() for cell in line[1:-1].split("|")]
+        assert cells == results_of(method), method
