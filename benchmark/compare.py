@@ -335,6 +335,23 @@ def table(results: dict) -> str:
     return markdown(head, lines)
 
 
+def accuracy_table(sums: dict, needle: dict) -> str:
+    """Accuracy of each method on both tasks, each with its difference to GRPO's."""
+    lines = [["before training"]]
+    for results in (sums, needle):
+        lines[0] += [f"{results['start']['accuracy']:.3f}", ""]
+    tasks = at_selected_rates(sums), at_selected_rates(needle)
+    for method in tasks[0]:
+        lines.append([method])
+        for runs in tasks:
+            cells = ["not measured", ""]
+            if method in runs:
+                cells = [f"{mean(runs[method], 'accuracy'):.3f}"]
+                cells.append(versus(runs[method], runs["GRPO"]))
+            lines[-1] += cells
+    return markdown(["method", "sums", "minus GRPO's", "needle", "minus GRPO's"], lines)
+
+
 def credit_table(sums: dict, needle: dict) -> str:
     """The credits of arca.py against its uniform credit, which trains the same adapters."""
     lines = []
@@ -379,6 +396,7 @@ def blocks(results: dict) -> dict[str, str]:
     """The results blocks of README.md and docs/compare.md."""
     needle = read_table("needle")
     return {
+        "accuracy": accuracy_table(results, needle),
         "compare": described(results),
         "compare-credit": credit_table(results, needle),
         "compare-tokens": tokens_table(results, read_table("tokens")),

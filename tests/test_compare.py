@@ -268,6 +268,17 @@ def test_tables_by_hand():
     assert other == f"| ERPO | 1e-4 (not selected) | {cells} |"
 
 
+def test_the_table_of_both_tasks_by_hand():
+    sums = {"rates": RATES, "selection": [], "rows": [], **START}
+    for method, gain in (("GRPO", 0.0), ("ERPO", 0.1)):
+        sums["rows"] += [row(method, RATES[0], s, 0.5 + (0.1 + gain) * s) for s in (1, 2)]
+    needle = sums | {"rows": sums["rows"][:2], "start": {"accuracy": 0.3}}
+    before, grpo, erpo = compare.accuracy_table(sums, needle).splitlines()[2:]
+    assert before == "| before training | 0.400 |  | 0.300 |  |"
+    assert grpo == "| GRPO | 0.650 |  | 0.650 |  |"
+    assert erpo == "| ERPO | 0.800 | +0.150 [−0.485, +0.785] | not measured |  |"
+
+
 def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
     """By hand: seed 3 is in no mean, because the longer runs lack it."""
     results = {"rates": RATES, "selection": [], "rows": []}
