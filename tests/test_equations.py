@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
@@ -27,18 +27,18 @@ def sources_in_code(file: Path) -> set[str]:
     return set(found)
 
 
-def rows_of(page: str) -> list[equations.Row]:
+def rows_of(page) -> list[equations.Row]:
     return equations.read_rows((DOCS / f"{page}.md").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", equations.PAGES)
-def test_links_lead_to_the_current_lines(page: str):
+def test_links_lead_to_the_current_lines(page):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert text == equations.with_lines(text), "stale: python docs/equations.py"
 
 
 @pytest.mark.parametrize("page", equations.PAGES)
-def test_a_page_and_the_code_have_the_same_equations(page: str):
+def test_a_page_and_the_code_have_the_same_equations(page):
     rows = rows_of(page)
     assert len(rows) >= 7
     assert sources_in_code(ROOT / f"{page}.py") <= {row.source for row in rows}
@@ -55,7 +55,7 @@ def test_shared_equations_are_on_a_page():
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_links_lead_to_functions_that_exist(page: Path):
+def test_links_lead_to_functions_that_exist(page):
     for name, path in re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)[)#]", page.read_text("utf-8")):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
         if name.isidentifier():
@@ -64,7 +64,7 @@ def test_links_lead_to_functions_that_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_images_are_there(page: Path):
+def test_images_are_there(page):
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         assert (DOCS / name).exists(), f"{page.name}: {name}"
 
@@ -97,7 +97,7 @@ def test_lines_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert equations.with_lines(page.replace("#L", "#L9")) == page
 
 
-def test_a_tag_without_a_mark_is_noticed(tmp_path: Path):
+def test_a_tag_without_a_mark_is_noticed(tmp_path):
     (tmp_path / "x.py").write_text("x = 1  # Eq. 3 [paper]")
     assert sources_in_code(tmp_path / "x.py") == {"3 [paper]"}
     (tmp_path / "x.py").write_text("x = 1  # Eq. 3")

@@ -1,8 +1,6 @@
 """docs/: the index, the pages' sections and results, the figures, the page of metrics."""
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import compare
 import credit
@@ -37,12 +35,12 @@ def test_the_index_names_every_page():
     ],
     ids=["README", "compare", "credit", "grading", "real", "speed"],
 )
-def test_a_page_shows_its_results(page: Path, blocks: Callable[[], dict[str, str]]):
+def test_a_page_shows_its_results(page, blocks):
     text = page.read_text(encoding="utf-8")
     assert text == shared.fill_blocks(page, blocks()), "run the benchmark with --write"
 
 
-def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_figures_show_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.draw_buckets()
     figures.draw_metrics({name: run["curves"] for name, run in SICK.items()})
@@ -55,7 +53,7 @@ def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (tmp_path / name).read_text("utf-8") == (DOCS / name).read_text("utf-8"), name
 
 
-def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_curves_of_the_comparison_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     runs = {"GRPO": [[(0, 0.5), (120, 0.5)]], "X": [[(0, 0.5), (60, 1)], [(0, 0.5), (60, 0.8)]]}
     figures.draw_compare("compare.svg", runs)

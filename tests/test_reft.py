@@ -111,7 +111,7 @@ FORBIDDEN = [0, 1, 2, 3, *range(90, 100)]
 
 
 @pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def logits(monkeypatch) -> Tensor:
     """The policy's logits of first tokens: forbidden tokens are the likeliest, then 4."""
     logits = random_logits()
     logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
@@ -125,7 +125,7 @@ def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
     return choose_openers(None, ENGINE, [[5]] * 50, args, seeded())
 
 
-def test_special_and_unknown_tokens_never_open(logits: Tensor):
+def test_special_and_unknown_tokens_never_open(logits):
     tokens, ranks = chosen(candidates=10)
     assert not torch.isin(tokens, torch.tensor(FORBIDDEN)).any()
     # The next-likeliest tokens take their places, and ranks count only the allowed ones.
