@@ -236,32 +236,34 @@ def as_lists(tensors: Signals, mask: Tensor) -> dict[str, list[Credit]]:
     return lists
 
 
-def step_sums(group: common.Group, true: Truth) -> Credit:
-    """VinePPO's credit with true values: each token gets the sum over its step."""
+def step_sums(steps: Tensor, true: Truth) -> Credit:
+    """VinePPO's credit with true values: each token gets the sum over its step. steps: [G, T]."""
     credit = []
-    for (steps, *_), advantages in zip(group.notes, true.advantages, strict=True):
-        credit.append(np.bincount(steps, advantages)[steps])
+    for row, advantages in zip(steps.cpu().numpy(), true.advantages, strict=True):
+        of_tokens = row[: len(advantages)]
+        credit.append(np.bincount(of_tokens, advantages)[of_tokens])
     return credit
 
 
 def summarise(
     rows: list[Row],
     groups: list[common.Group],
+    steps: Tensor,
+    values: Tensor,
     policy: nn.Module,
     args: vineppo.Args,
     count: int,
 ) -> dict[str, Any]:
-    """All results for one policy. count: continuations of each estimate."""
+    """All results for one policy. steps, values: VinePPO's. count: continuations per estimate."""
     rollouts = common.stack(groups, [], common.device(args))
     mask = rollouts.mask
-    steps, values = vineppo.stack_values(groups, mask.device)
     given, signals = method_credits(policy, rollouts, steps, values, args)
     credits, signals = as_lists(given, mask), as_lists(signals, mask)
     truths = [read_truth(row, [0, 1], count)[0] for row in rows]
     first = [read_truth(row, [0], count)[0].advantages for row in rows]
     second = [read_truth(row, [1], count)[0] for row in rows]
     baseline = credits["GRPO"]
-    credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
+    credits["VinePPO, true values"] = list(map(step_sums, steps, truths))
     methods, of_signals = {}, {}
     for name, credit in credits.items():
         methods[name] = estimates(truth.MEASURES, credit, truths, baseline)
@@ -370,8 +372,9 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
                 unused_logp = row["others"]
                 groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
             write_json(args.run_dir / f"{name}.json", rows)
-            vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
-            summaries[name] = summarise(rows, groups, policy, settings, count)
+            given = engine, grader, groups, settings
+            steps, values, _ = vineppo.estimate_values(*given, (args.seed, name))
+            summaries[name] = summarise(rows, groups, steps, values, policy, settings, count)
     return summaries
 
 
