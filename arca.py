@@ -231,7 +231,6 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Distributed over tokens in the update, with the hidden states of its forward pass.
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 

@@ -1,7 +1,7 @@
 r"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 
-GTPO (--level token) compares tokens at the same position of a group. A token of a correct rollout
-earns more if the policy was uncertain. A token of a wrong rollout loses more if it was certain.
+GTPO (--level token) compares tokens at the same position of a group: those of correct rollouts
+earn more if the policy was uncertain, those of wrong rollouts lose more if it was certain.
 GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one ratio per rollout.
 Equations and their sources: docs/gtpo.md. [paper] marks what the paper states, [open] our choice.
 
@@ -79,8 +79,8 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G], 1 or 0; entropy (nats), mask: [P, G, T]. alpha1 weighs the verdict, alpha2 the
-    entropy relative to its mean at this position, in wrong rollouts likewise 1 / entropy.
+    correct: [P, G], 1 or 0; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
+    the verdict; alpha2 the entropy relative to its mean at this position, or 1 / entropy if wrong.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
@@ -106,12 +106,11 @@ def gtpo_advantages(
     scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
-    """GTPO's advantage of each token, [P, G, T], 0 outside the mask. Arguments: `shaped_rewards`.
+    """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
-    normalize: how r+ and r- are standardised over the group. with-zeros: each over all tokens,
-    with 0 on those of the other verdict; own-set: each over its own tokens; joint: both as one.
-    scope: "batch" makes all P G rollouts one group; alpha1 is then a number or [P, G, 1].
-    A group whose verdicts are all equal gives zeros [open].
+    Arguments: `shaped_rewards`. normalize: how r+ and r- are standardised over the group.
+    with-zeros: each over all tokens, 0 on those of the other verdict; own-set: each over its own
+    tokens; joint: both as one. scope: "batch" makes all P G rollouts one group.
     """
     shape = mask.shape
     if scope == "batch":
@@ -173,8 +172,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     alpha1 = 1.0
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-        punishment = torch.where(correct > 0, punishment, -punishment)
-        alpha1 = 1 + punishment[..., None]  # Eq. D+ [open]
+        alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
     if args.level == "sequence":
         flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
         return grpo_s_advantages(correct, entropy, mask, **flags)[..., None] * mask

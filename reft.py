@@ -168,11 +168,10 @@ def opener_metrics(
         metrics[f"opener/success_of_rank_{rank:02}"] = correct[of_rank].mean().item()
     success = correct.unflatten(-1, (openers, -1)).mean(-1)  # [P, K]
     best = success == success.amax(-1, keepdim=True)
-    won = best.sum(-1) == 1
-    if won.any():
-        winners = tokens.unflatten(-1, (openers, -1))[..., 0][best & won[:, None]]
-        counts = winners.unique(return_counts=True)[1]
-        metrics["opener/same_winner"] = (counts.max() / counts.sum()).item()
+    won = best & (best.sum(-1, keepdim=True) == 1)
+    winners = tokens.unflatten(-1, (openers, -1))[..., 0][won]
+    if len(winners):
+        metrics["opener/same_winner"] = (winners.bincount().max() / len(winners)).item()
     return metrics
 
 
