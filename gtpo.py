@@ -79,15 +79,15 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G], 1 or 0; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
-    the verdict; alpha2 the entropy relative to its mean at this position, or 1 / entropy if wrong.
+    correct: [P, G], positive if so; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1],
+    weighs the verdict; alpha2 the entropy relative to its mean, or 1 / entropy in a wrong rollout.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     entropy = entropy.clamp(min=1e-6)  # [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
-    # Divide by the mean over the rollouts of that verdict that have a token at this position.
+    # Relative to the mean over the rollouts of that verdict that have a token at this position.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
@@ -102,8 +102,8 @@ def gtpo_advantages(
     *,
     alpha1: Tensor | float = 1.0,
     alpha2: float = 0.1,
-    normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros",
-    scope: Literal["group", "batch"] = "group",
+    normalize: str = "with-zeros",
+    scope: str = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
@@ -136,7 +136,7 @@ def grpo_s_advantages(
     *,
     beta1: Tensor | float = 1.0,
     beta2: float = 0.1,
-    scope: Literal["group", "batch"] = "group",
+    scope: str = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GRPO-S's advantage of each rollout, [P, G]: GTPO's, with each rollout as a single token."""
@@ -253,7 +253,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update: before it, log-probabilities and entropies may not exist.
+        # In the update: with --scope group, a rollout may have no entropies before its micro-batch.
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
@@ -271,13 +271,12 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    # With --scope group, groups of later micro-batches may have no entropies yet.
                     advantage = token_advantages(rollouts, args)[batch.problems]
-                    new = batch.logp
+                    logp = batch.logp
                     if args.level == "sequence":
-                        new = rollout_logp(new, batch.old_logp, batch.mask)
+                        logp = rollout_logp(logp, batch.old_logp, batch.mask)
                     loss, clipped = clipped_loss(  # Eq. 7, 11 [paper]
-                        new, batch.old_logp, advantage, args.clip_low, args.clip_high
+                        logp, batch.old_logp, advantage, args.clip_low, args.clip_high
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
