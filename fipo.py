@@ -46,7 +46,7 @@ class Args(common.RunArgs):
     ratio_cap: float = 10.0
     """c: a token whose ratio exceeds c is left out of the sums F; the loss caps its ratio at c"""
     safety: float = 10.0
-    """s: the weight of a negative advantage is at most 1 if the ratio exceeds s (paper, 7B: 3)"""
+    """s: the weight of a negative advantage is kept in [0.8, 1] if the ratio exceeds s (7B: 3)"""
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     clip_low: float = 0.2

@@ -52,11 +52,10 @@ class Args(common.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        openers, group_size = self.openers, self.group_size
         why = f"must be from 1 to --candidates {self.candidates}"
-        common.require(1 <= openers <= self.candidates, "--openers", openers, why)
-        why = f"must be a multiple of --openers {openers}"
-        common.require(group_size % openers == 0, "--group-size", group_size, why)
+        common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
+        why = f"must be a multiple of --openers {self.openers}"
+        common.require(self.group_size % self.openers == 0, "--group-size", self.group_size, why)
         why = "must leave room after the first token"
         common.require(self.max_new_tokens > 1, "--max-new-tokens", self.max_new_tokens, why)
 
@@ -128,9 +127,8 @@ def choose_openers(
     logits[:, sorted(special)] = -math.inf  # Eq. forbidden openers [open]
     logits[:, len(tokenizer) :] = -math.inf  # rows that pad the embedding
 
-    numbers = {"candidates": args.candidates, "openers": args.openers}
-    numbers["group_size"] = args.group_size
-    tokens = pick_first_tokens(logits, **numbers, generator=generator)
+    flags = {"candidates": args.candidates, "openers": args.openers, "group_size": args.group_size}
+    tokens = pick_first_tokens(logits, **flags, generator=generator)
     chosen = logits.gather(-1, tokens)  # [P, G]
     ranks = 1 + (logits[:, None] > chosen[..., None]).sum(-1)
     return tokens, ranks
@@ -158,8 +156,7 @@ def opener_metrics(
 ) -> dict[str, float]:
     """Probability and success of openers by rank, and how often the same opener wins.
 
-    All [P, G], of first tokens; the rollouts of an opener are adjacent. An opener wins if its
-    rollouts succeed more often than those of every other opener of its group.
+    All [P, G], with an opener's rollouts adjacent. It wins if no other succeeds as often.
     """
     metrics = {"opener/probability": logp.exp().mean().item()}
     for rank in ranks.unique().tolist():
