@@ -261,29 +261,36 @@ def as_lists(tensors: Signals, mask: Tensor) -> dict[str, list[Credit]]:
     return lists
 
 
-def step_sums(group: common.Group, true: Truth) -> Credit:
-    """VinePPO's credit with true values: each token gets the sum over its step."""
+def step_sums(steps: Tensor, true: Truth) -> Credit:
+    """VinePPO's credit with true values: each token gets the sum over its step. steps: [G, T]."""
     credit = []
-    for (steps, *_), advantages in zip(group.notes, true.advantages, strict=True):
-        credit.append(np.bincount(steps, advantages)[steps])
+    for row, advantages in zip(steps.cpu().numpy(), true.advantages, strict=True):
+        of_tokens = row[: len(advantages)]
+        credit.append(np.bincount(of_tokens, advantages)[of_tokens])
     return credit
 
 
 def summarise(
-    rows: list[Row], groups: list[common.Group], policy: nn.Module, args: vineppo.Args, count: int
+    rows: list[Row],
+    groups: list[common.Group],
+    steps: Tensor,
+    values: Tensor,
+    policy: nn.Module,
+    args: vineppo.Args,
+    count: int,
 ) -> dict[str, Any]:
-    """All results for one policy. count: continuations of each estimate."""
+    """All results for one policy. steps, values: VinePPO's. count: continuations per estimate."""
     rollouts = common.stack(groups, [], common.device(args))
-    steps, values = vineppo.stack_values(groups, rollouts.mask.device)
+    mask = rollouts.mask
     given, signals = method_credits(policy, rollouts, steps, values, args)
-    credits = as_lists(given, rollouts.mask)
+    credits = as_lists(given, mask)
     truths = []
     first, second = [], []  # by one of the two estimates each
     for row in rows:
         truths.append(read_truth(row, read_curves(row, [0, 1], count)))
         first.append(read_truth(row, read_curves(row, [0], count)).advantages)
         second.append(read_truth(row, read_curves(row, [1], count)))
-    credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
+    credits["VinePPO, true values"] = list(map(step_sums, steps, truths))
     baseline = credits["GRPO"]
     methods = {}
     for name, credit in credits.items():
@@ -399,8 +406,9 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
             for problem, row in zip(problems, rows, strict=True):
                 unused_logp = row["others"]  # in the place of the engine's, with its shape
                 groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
-            vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
-            summaries[name] = summarise(rows, groups, policy, settings, count)
+            given = engine, grader, groups, settings
+            steps, values, _ = vineppo.estimate_values(*given, (args.seed, name))
+            summaries[name] = summarise(rows, groups, steps, values, policy, settings, count)
     return summaries
 
 

@@ -340,17 +340,29 @@ def test_reft_rejects_more_candidates_than_tokens(record, rejection):
     assert line.startswith("--candidates 260: the tokenizer has 259 tokens")
 
 
-def test_first_token_logits_are_the_policys(short_args):
+def test_first_token_logits_are_the_policys(short_args, monkeypatch):
     """Prompts of different lengths, in one batch and alone."""
+    picked_from, pick = [], reft.pick_first_tokens
+
+    def keep_logits(logits: Tensor, **numbers: Any) -> Tensor:
+        picked_from.append(logits)
+        return pick(logits, **numbers)
+
+    monkeypatch.setattr(reft, "pick_first_tokens", keep_logits)
     args = short_args(reft)
-    policy = load_policy(args)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    engine = HFEngine(args, policy, tokenizer, 64)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    logits = reft.first_token_logits(policy, prompts, args)
+    reft.choose_openers(policy, engine, prompts, args, torch.Generator())
+    [logits] = picked_from
     assert logits.shape == (3, 259)
-    for row, prompt in zip(logits.log_softmax(-1), prompts, strict=True):
-        expected = first_logp(policy, prompt)
-        assert torch.equal(row.topk(30).indices, expected.topk(30).indices)
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    for row, prompt in zip(logits, prompts, strict=True):
+        allowed = row.isfinite()
+        assert allowed.sum() >= 256
+        expected = first_logp(policy, prompt)[allowed].log_softmax(-1)
+        found = row[allowed].log_softmax(-1)
+        assert torch.equal(found.topk(30).indices, expected.topk(30).indices)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @needs_vllm
