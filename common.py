@@ -24,20 +24,20 @@ from torch.nn.utils.rnn import pad_sequence
 from grading import Grader, last_boxed
 from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, grade, load_problems
-from infra.forward import forward_passes, left_pad, response_states
+from infra.forward import can_share_prompts, left_pad, micro_batches, response_states
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
     Reference,
     autocast,
     base_model,
     device,
-    is_recurrent,
+    get_scheduler,
     load_policy,
     load_tokenizer,
     precision,
     seed_for,
 )
-from infra.run import Run
+from infra.run import Run, TokenValues, bootstrap_interval
 from infra.vllm_engine import Engine, make_engine
 
 # ------------------------------------------------------------------ settings
@@ -280,55 +280,6 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
 
-def micro_batches(
-    rollouts: Rollouts, token_budget: int, problems: Tensor, can_share: bool = True
-) -> Iterator[Index]:
-    """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
-
-    A batch holds whole groups. A group that exceeds the budget is split; a rollout that exceeds it
-    is a batch of its own. Padding counts. A prompt counts once if its rollouts can share it.
-    """
-    prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
-    lengths = rollouts.mask.sum(-1).tolist()  # [P, G]
-
-    def fits(rows: list[tuple[int, int]]) -> bool:
-        which, of_rows = [], []
-        for p, g in rows:
-            which.append(p)
-            of_rows.append(lengths[p][g])
-        passes = forward_passes(which, prompt_lengths, of_rows, can_share)
-        return sum(part.tokens for part in passes) <= token_budget
-
-    groups = []
-    for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
-        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)  # to pad little
-        groups.append([(p, g) for g in by_length])
-    for batch in pack(groups, fits):
-        parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
-        for part in parts:
-            yield tuple(torch.tensor(sorted(part)).T)  # pairs (p, g) as two index tensors, [n]
-
-
-def pack(pieces: list[list[Any]], fits: Callable[[list[Any]], bool]) -> list[list[Any]]:
-    """Join consecutive pieces for as long as they fit."""
-    packed = pieces[:1]
-    for piece in pieces[1:]:
-        joined = packed[-1] + piece
-        if fits(joined):
-            packed[-1] = joined
-        else:
-            packed.append(piece)
-    return packed
-
-
-def can_share_prompts(model: nn.Module, args: RunArgs) -> bool:
-    """Whether the rollouts of a problem can share one pass over its prompt, through its KV cache.
-
-    Not with a recurrent state, nor with checkpointing, which would append to the cache again.
-    """
-    return not args.gradient_checkpointing and not is_recurrent(model)
-
-
 def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
     """Last hidden states, after the final norm, that predict the response tokens of n rollouts.
 
@@ -568,33 +519,7 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
     return update_mask / (responses * max_new_tokens)
 
 
-def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
-    """transformers' learning-rate schedule, imported late: it takes 2 s, too long for --help."""
-    from transformers import get_scheduler
-
-    return get_scheduler(name, optimizer, warmup, updates)
-
-
 # ------------------------------------------------------------------ metrics and evaluation
-
-
-class TokenValues(dict[str, Tensor]):
-    """What micro-batches record about each response token of a step, by name: [P, G, T]."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    @torch.no_grad()
-    def add(self, batch: MicroBatch, **values: Tensor) -> None:
-        """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
-        for name, value in values.items():
-            if name not in self:
-                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
-            self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
-
-    def means(self, *names: str) -> dict[str, Tensor]:
-        return {name: self[name][self.mask].mean() for name in names}
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
@@ -631,10 +556,3 @@ def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) 
         "eval/greedy": np.mean([group.correct[0] for group in greedy]),
         "eval/length": np.mean([len(row) for group in sampled for row in group.tokens]),
     }
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean of [problems] values, resampling problems."""
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
-    return float(low), float(high)

@@ -291,6 +291,16 @@ def save_model(policy: nn.Module, tokenizer: Any, folder: Path) -> None:
         raise StopRun(f"the saved model would not load: {wrong[:3]}; the checkpoints are complete")
 
 
+# ------------------------------------------------------------------ schedule
+
+
+def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
+    """transformers' learning-rate schedule, imported late: it takes 2 s, too long for --help."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, warmup, updates)
+
+
 # ------------------------------------------------------------------ reference
 
 

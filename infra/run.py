@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +96,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
+
+
+# ------------------------------------------------------------------ metrics
+
+
+class TokenValues(dict[str, Tensor]):
+    """What micro-batches record about each response token of a step, by name: [P, G, T]."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    @torch.no_grad()
+    def add(self, batch: Any, **values: Tensor) -> None:
+        """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
+        for name, value in values.items():
+            if name not in self:
+                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
+            self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
+
+    def means(self, *names: str) -> dict[str, Tensor]:
+        return {name: self[name][self.mask].mean() for name in names}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean of [problems] values, resampling problems."""
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 # ------------------------------------------------------------------ the run
