@@ -56,7 +56,7 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # of a list: one of them is right, or all as one
+    references: Literal["any", "all"] = "any"  # a list of answers: each is right, or all together
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -72,7 +72,7 @@ class RunArgs:
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response, in addition to the model's own
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
     generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
-    overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
+    overlong_buffer: int = 0  # B: the reward falls by up to 1/2 over the last B tokens (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
     max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
@@ -92,7 +92,7 @@ class RunArgs:
     token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens of a micro-batch
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; auto: bfloat16 on CUDA
 
     # Run
     seed: int = 1  # of everything random
@@ -220,24 +220,23 @@ def collect(
     """P verified groups for one step.
 
     generate: rolls out groups; a method may have its own.
-    Under dynamic sampling, groups whose verdicts are all equal are replaced by groups of new
-    problems. After the last round such groups fill the places that are left.
+    Dynamic sampling discards groups whose verdicts are all equal, and rolls out as many new
+    problems. Its last round keeps them, so that there are P groups.
     """
     groups: list[Group] = []
-    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
+    rounds = args.generation_rounds if args.dynamic_sampling else 1
+    for attempt in range(rounds):
         batch = problems.take(args.prompts_per_step - len(groups), args.seed)
         with run.time("rollout"):
             new = generate(engine, batch, args, (args.seed, step, attempt))
         with run.time("verify"):
             verify(grader, new)
-        mixed = [group for group in new if 0 < sum(group.correct) < args.group_size]
-        groups += mixed if args.dynamic_sampling else new
+        if attempt < rounds - 1:
+            new = [group for group in new if 0 < sum(group.correct) < args.group_size]
+        groups += new
         if len(groups) == args.prompts_per_step:
-            return groups
-    # Dynamic sampling is out of rounds. The last one asked for exactly the missing groups, and its
-    # mixed ones are in `groups` already.
-    equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + equal
+            break
+    return groups
 
 
 def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> Rollouts:
@@ -461,14 +460,14 @@ def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor,
     (unbiased), 0 by the count. The standard deviation of equal values, or of fewer than two, is
     exactly 0: it is set to 0 if lowest == highest, because rounding would leave a remainder.
     """
-    group = {"dim": (-2, -1), "keepdim": True}
-    count = mask.sum(**group)
-    mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
-    squares = torch.where(mask, x - mean, 0.0).square().sum(**group)
+    over_group = {"dim": (-2, -1), "keepdim": True}
+    count = mask.sum(**over_group)
+    mean = torch.where(mask, x, 0.0).sum(**over_group) / count.clamp(min=1)
+    squares = torch.where(mask, x - mean, 0.0).square().sum(**over_group)
     std = (squares / (count - correction).clamp(min=1)).sqrt()
 
-    lowest = torch.where(mask, x, torch.inf).amin(**group)
-    highest = torch.where(mask, x, -torch.inf).amax(**group)
+    lowest = torch.where(mask, x, torch.inf).amin(**over_group)
+    highest = torch.where(mask, x, -torch.inf).amax(**over_group)
     return mean, torch.where(lowest < highest, std, 0.0)
 
 
@@ -543,10 +542,13 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
 
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, Any]:
     """On held-out problems: accuracy of samples with a 95% interval, greedy accuracy, length."""
-    chosen, samples = problems[: args.eval_problems], args.eval_samples
-    sampled = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
-    greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), group_size=1, temperature=0.0)
+    chosen = problems[: args.eval_problems]
+    seed = (args.seed, "evaluation")
+    sampled = roll_out(engine, chosen, args, seed, group_size=args.eval_samples)
+    seed = (args.seed, "greedy")
+    greedy = roll_out(engine, chosen, args, seed, group_size=1, temperature=0.0)
     verify(grader, sampled + greedy)
+
     accuracy = np.array([np.mean(group.correct) for group in sampled])
     low, high = bootstrap_interval(accuracy)
     return {

@@ -387,7 +387,7 @@ def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable)
 def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
     args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
     groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
-    assert counts(groups) == [2, 1, 4, 0]
+    assert counts(groups) == [2, 4, 1, 0]
     assert taken == 7
 
 
