@@ -155,7 +155,7 @@ class Run:
         self.seconds: dict[str, float] = {}  # of the step's parts
         self.failures, self.skipped_updates = 0, 0
         self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)
-        self.first_gap = math.inf
+        self.first_gap: float | None = None  # mean gap between engine and trainer at the first step
         self.interrupted, self.stopped = False, False
 
     def check_folder(self) -> None:
@@ -251,14 +251,14 @@ class Run:
     def check_health(self, metrics: dict[str, float]) -> None:
         """Warn once if nothing can be learned, or if engine and trainer drift apart."""
         for name, (value, why) in NOTHING_TO_LEARN.items():
-            if name == "boxed" and getattr(self.args, "answer_format", name) != name:
+            if name == "boxed" and self.args.answer_format != "boxed":
                 continue
             idle = metrics.get(name) == value
             self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
             if self.idle_steps[name] == 5:
                 warn(f"warning: for 5 steps {why}")
         gap = metrics.get("logp_gap/mean", 0.0)
-        if self.first_gap == math.inf:
+        if self.first_gap is None:
             self.first_gap = gap
         if gap > 0.05:  # more than rounding in bfloat16
             warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
