@@ -1,12 +1,12 @@
 """The parts of a training step that all methods share, in order of execution:
 
-settings, rollouts and verification, micro-batches and scoring, statistics and loss weights,
-metrics and evaluation.
+settings, rollouts and verification, scoring in micro-batches, statistics and loss weights, metrics
+and evaluation.
 
 Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
 width; n rollouts of a micro-batch, P' problems of an update.
-Everything else is in infra/ (models, engines, data, run folder, command line) and in grading/. A
-script imports only this module, so this one also re-exports what scripts need.
+Everything else is in infra/ (models, forward passes, engines, data, run folder, command line) and
+in grading/. A script imports only this module, so this one also re-exports what scripts need.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class RunArgs:
 
     @property
     def warmup_updates(self) -> int:
+        """The first updates, over which the learning rate rises from 0."""
         return math.ceil(self.warmup_ratio * self.updates)
 
 
@@ -134,7 +135,7 @@ class Group:
 
     problem: Problem
     tokens: list[list[int]] = field(default_factory=list)  # response ids, the EOS token included
-    engine_logp: list[list[float]] = field(default_factory=list)  # as the engine computed them
+    engine_logp: list[list[float]] = field(default_factory=list)  # of each token, by the engine
     texts: list[str] = field(default_factory=list)
     correct: list[float] = field(default_factory=list)  # 1.0 or 0.0, once verified
     notes: list[Any] = field(default_factory=list)  # per rollout, for the method's own use
@@ -147,7 +148,7 @@ class Rollouts:
     problems: list[Problem]
     tokens: Tensor  # [P, G, T] token ids
     mask: Tensor  # [P, G, T] true on response tokens, the EOS token included
-    engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample; padding: 0
+    engine_logp: Tensor  # [P, G, T] by the engine; NaN on tokens it did not sample; padding: 0
     correct: Tensor  # [P, G] 1.0 or 0.0
     truncated: Tensor  # [P, G] true if a response does not end in a stop token
     texts: list[list[str]]

@@ -421,15 +421,15 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
 
 
 def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
-    """Messages as text, with each content as a text, or as a list of parts if that fails.
+    """Messages as text. A user's message is followed by the beginning of the assistant's turn.
 
-    A user's message is followed by the beginning of the assistant's turn.
     Raises ValueError if the template fails or leaves the last message out.
     """
     wanted = without_space(chat[-1]["content"])
     add = chat[-1]["role"] == "user"
+    in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
     failures = []
-    for messages in (chat, in_parts(chat)):
+    for messages in (chat, in_parts):  # some templates want each content as a list of parts
         try:
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add, **arguments
@@ -452,15 +452,6 @@ def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) ->
         prompt = prompt_tokens(tokenizer, chat, **arguments)
         same = prompt == prompt_tokens(tokenizer, chat[1:], **arguments)
         require(not same, "--system-prompt", text, "the chat template leaves it out")
-
-
-def in_parts(chat: list[Row]) -> list[Row]:
-    """The messages with each content as a list of parts, as some templates want it."""
-    messages = []
-    for message in chat:
-        part = {"type": "text", "text": message["content"]}
-        messages.append(message | {"content": [part]})
-    return messages
 
 
 def special_tokens(tokenizer: Any) -> set[int]:

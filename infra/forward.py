@@ -1,4 +1,4 @@
-"""Forward passes over prompts and their responses, with little padding.
+"""Micro-batches of rollouts, and forward passes over prompts and responses with little padding.
 
 A prompt can be computed once for all its responses, in the update and in the transformers engine.
 """

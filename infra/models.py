@@ -1,4 +1,4 @@
-"""The policy: device, precision, seeds; tokenizer, weights, LoRA; saving; the frozen reference.
+"""The policy: device, precision, seeds; tokenizer, weights, LoRA; saving; schedule; reference.
 
 `args` are a script's settings (common.RunArgs).
 """
