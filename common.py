@@ -1,12 +1,12 @@
 """The parts of a training step that all methods share, in order of execution:
 
-settings, rollouts and verification, micro-batches and scoring, statistics and loss weights,
-metrics and evaluation.
+settings, rollouts and verification, scoring in micro-batches, statistics and loss weights, metrics
+and evaluation.
 
 Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
 width; n rollouts of a micro-batch, P' problems of an update.
-Everything else is in infra/ (models, engines, data, run folder, command line) and in grading/. A
-script imports only this module, so this one also re-exports what scripts need.
+Everything else is in infra/ (models, forward passes, engines, data, run folder, command line) and
+in grading/. A script imports only this module, so this one also re-exports what scripts need.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch.nn.utils.rnn import pad_sequence
 from grading import Grader, last_boxed
 from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, grade, load_problems
-from infra.forward import forward_passes, left_pad, response_states
+from infra.forward import can_share_prompts, left_pad, micro_batches, response_states
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
     Reference,
     autocast,
     base_model,
     device,
-    is_recurrent,
+    get_scheduler,
     load_policy,
     load_tokenizer,
     precision,
     seed_for,
 )
-from infra.run import Run
+from infra.run import Run, TokenValues, bootstrap_interval
 from infra.vllm_engine import Engine, make_engine
 
 # ------------------------------------------------------------------ settings
@@ -56,7 +56,7 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # of a list: one of them is right, or all as one
+    references: Literal["any", "all"] = "any"  # a list of answers: each is right, or all together
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -72,7 +72,7 @@ class RunArgs:
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response, in addition to the model's own
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
     generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
-    overlong_buffer: int = 0  # last tokens over which the reward falls by up to 1/2 (DAPO); 0: off
+    overlong_buffer: int = 0  # B: the reward falls by up to 1/2 over the last B tokens (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
     max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
@@ -92,7 +92,7 @@ class RunArgs:
     token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens of a micro-batch
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; auto: bfloat16 on CUDA
 
     # Run
     seed: int = 1  # of everything random
@@ -122,6 +122,7 @@ class RunArgs:
 
     @property
     def warmup_updates(self) -> int:
+        """The first updates, over which the learning rate rises from 0."""
         return math.ceil(self.warmup_ratio * self.updates)
 
 
@@ -134,7 +135,7 @@ class Group:
 
     problem: Problem
     tokens: list[list[int]] = field(default_factory=list)  # response ids, the EOS token included
-    engine_logp: list[list[float]] = field(default_factory=list)  # as the engine computed them
+    engine_logp: list[list[float]] = field(default_factory=list)  # of each token, by the engine
     texts: list[str] = field(default_factory=list)
     correct: list[float] = field(default_factory=list)  # 1.0 or 0.0, once verified
     notes: list[Any] = field(default_factory=list)  # per rollout, for the method's own use
@@ -147,7 +148,7 @@ class Rollouts:
     problems: list[Problem]
     tokens: Tensor  # [P, G, T] token ids
     mask: Tensor  # [P, G, T] true on response tokens, the EOS token included
-    engine_logp: Tensor  # [P, G, T] NaN on tokens that the engine did not sample; padding: 0
+    engine_logp: Tensor  # [P, G, T] by the engine; NaN on tokens it did not sample; padding: 0
     correct: Tensor  # [P, G] 1.0 or 0.0
     truncated: Tensor  # [P, G] true if a response does not end in a stop token
     texts: list[list[str]]
@@ -220,24 +221,23 @@ def collect(
     """P verified groups for one step.
 
     generate: rolls out groups; a method may have its own.
-    Under dynamic sampling, groups whose verdicts are all equal are replaced by groups of new
-    problems. After the last round such groups fill the places that are left.
+    Dynamic sampling discards groups whose verdicts are all equal, and rolls out as many new
+    problems. Its last round keeps them, so that there are P groups.
     """
     groups: list[Group] = []
-    for attempt in range(args.generation_rounds if args.dynamic_sampling else 1):
+    rounds = args.generation_rounds if args.dynamic_sampling else 1
+    for attempt in range(rounds):
         batch = problems.take(args.prompts_per_step - len(groups), args.seed)
         with run.time("rollout"):
             new = generate(engine, batch, args, (args.seed, step, attempt))
         with run.time("verify"):
             verify(grader, new)
-        mixed = [group for group in new if 0 < sum(group.correct) < args.group_size]
-        groups += mixed if args.dynamic_sampling else new
+        if attempt < rounds - 1:
+            new = [group for group in new if 0 < sum(group.correct) < args.group_size]
+        groups += new
         if len(groups) == args.prompts_per_step:
-            return groups
-    # Dynamic sampling is out of rounds. The last one asked for exactly the missing groups, and its
-    # mixed ones are in `groups` already.
-    equal = [group for group in new if sum(group.correct) in (0, args.group_size)]
-    return groups + equal
+            break
+    return groups
 
 
 def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> Rollouts:
@@ -278,55 +278,6 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 # ------------------------------------------------------------------ scoring
 
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
-
-
-def micro_batches(
-    rollouts: Rollouts, token_budget: int, problems: Tensor, can_share: bool = True
-) -> Iterator[Index]:
-    """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
-
-    A batch holds whole groups. A group that exceeds the budget is split; a rollout that exceeds it
-    is a batch of its own. Padding counts. A prompt counts once if its rollouts can share it.
-    """
-    prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
-    lengths = rollouts.mask.sum(-1).tolist()  # [P, G]
-
-    def fits(rows: list[tuple[int, int]]) -> bool:
-        which, of_rows = [], []
-        for p, g in rows:
-            which.append(p)
-            of_rows.append(lengths[p][g])
-        passes = forward_passes(which, prompt_lengths, of_rows, can_share)
-        return sum(part.tokens for part in passes) <= token_budget
-
-    groups = []
-    for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
-        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)  # to pad little
-        groups.append([(p, g) for g in by_length])
-    for batch in pack(groups, fits):
-        parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
-        for part in parts:
-            yield tuple(torch.tensor(sorted(part)).T)  # pairs (p, g) as two index tensors, [n]
-
-
-def pack(pieces: list[list[Any]], fits: Callable[[list[Any]], bool]) -> list[list[Any]]:
-    """Join consecutive pieces for as long as they fit."""
-    packed = pieces[:1]
-    for piece in pieces[1:]:
-        joined = packed[-1] + piece
-        if fits(joined):
-            packed[-1] = joined
-        else:
-            packed.append(piece)
-    return packed
-
-
-def can_share_prompts(model: nn.Module, args: RunArgs) -> bool:
-    """Whether the rollouts of a problem can share one pass over its prompt, through its KV cache.
-
-    Not with a recurrent state, nor with checkpointing, which would append to the cache again.
-    """
-    return not args.gradient_checkpointing and not is_recurrent(model)
 
 
 def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs) -> Tensor:
@@ -510,14 +461,14 @@ def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor,
     (unbiased), 0 by the count. The standard deviation of equal values, or of fewer than two, is
     exactly 0: it is set to 0 if lowest == highest, because rounding would leave a remainder.
     """
-    group = {"dim": (-2, -1), "keepdim": True}
-    count = mask.sum(**group)
-    mean = torch.where(mask, x, 0.0).sum(**group) / count.clamp(min=1)
-    squares = torch.where(mask, x - mean, 0.0).square().sum(**group)
+    over_group = {"dim": (-2, -1), "keepdim": True}
+    count = mask.sum(**over_group)
+    mean = torch.where(mask, x, 0.0).sum(**over_group) / count.clamp(min=1)
+    squares = torch.where(mask, x - mean, 0.0).square().sum(**over_group)
     std = (squares / (count - correction).clamp(min=1)).sqrt()
 
-    lowest = torch.where(mask, x, torch.inf).amin(**group)
-    highest = torch.where(mask, x, -torch.inf).amax(**group)
+    lowest = torch.where(mask, x, torch.inf).amin(**over_group)
+    highest = torch.where(mask, x, -torch.inf).amax(**over_group)
     return mean, torch.where(lowest < highest, std, 0.0)
 
 
@@ -568,33 +519,7 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
     return update_mask / (responses * max_new_tokens)
 
 
-def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
-    """transformers' learning-rate schedule, imported late: it takes 2 s, too long for --help."""
-    from transformers import get_scheduler
-
-    return get_scheduler(name, optimizer, warmup, updates)
-
-
 # ------------------------------------------------------------------ metrics and evaluation
-
-
-class TokenValues(dict[str, Tensor]):
-    """What micro-batches record about each response token of a step, by name: [P, G, T]."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    @torch.no_grad()
-    def add(self, batch: MicroBatch, **values: Tensor) -> None:
-        """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
-        for name, value in values.items():
-            if name not in self:
-                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
-            self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
-
-    def means(self, *names: str) -> dict[str, Tensor]:
-        return {name: self[name][self.mask].mean() for name in names}
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
@@ -618,10 +543,13 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
 
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, Any]:
     """On held-out problems: accuracy of samples with a 95% interval, greedy accuracy, length."""
-    chosen, samples = problems[: args.eval_problems], args.eval_samples
-    sampled = roll_out(engine, chosen, args, (args.seed, "evaluation"), group_size=samples)
-    greedy = roll_out(engine, chosen, args, (args.seed, "greedy"), group_size=1, temperature=0.0)
+    chosen = problems[: args.eval_problems]
+    seed = (args.seed, "evaluation")
+    sampled = roll_out(engine, chosen, args, seed, group_size=args.eval_samples)
+    seed = (args.seed, "greedy")
+    greedy = roll_out(engine, chosen, args, seed, group_size=1, temperature=0.0)
     verify(grader, sampled + greedy)
+
     accuracy = np.array([np.mean(group.correct) for group in sampled])
     low, high = bootstrap_interval(accuracy)
     return {
@@ -631,10 +559,3 @@ def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) 
         "eval/greedy": np.mean([group.correct[0] for group in greedy]),
         "eval/length": np.mean([len(row) for group in sampled for row in group.tokens]),
     }
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean of [problems] values, resampling problems."""
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
-    return float(low), float(high)

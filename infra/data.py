@@ -108,7 +108,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         chat = as_chat(question)
         if not chat:
             discarded[f"problems have no text in {column!r}"] += 1
-        elif holds_any(chat, of_template):
+        elif any(token in message["content"] for message in chat for token in of_template):
             discarded[f"prompts hold {' or '.join(of_template)}, {TEMPLATED}"] += 1
         elif not texts:
             unreadable.append(repr(answer)[:40])
@@ -416,18 +416,29 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
     if not arguments.get("chat_template", tokenizer.chat_template):
         return tokenizer.encode("\n\n".join(message["content"] for message in chat))
 
+    prompt = apply_template(tokenizer, chat, **arguments)
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
+    """Messages as text. A user's message is followed by the beginning of the assistant's turn.
+
+    Raises ValueError if the template fails or leaves the last message out.
+    """
     wanted = without_space(chat[-1]["content"])
+    add = chat[-1]["role"] == "user"
+    in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
     failures = []
-    for messages in (chat, in_parts(chat)):
+    for messages in (chat, in_parts):  # some templates want each content as a list of parts
         try:
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **arguments
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add, **arguments
             )
         except Exception as error:  # a template can raise anything
             failures.append(first_line(error))
             continue
-        if wanted in without_space(prompt):
-            return tokenizer.encode(prompt, add_special_tokens=False)
+        if wanted in without_space(text):
+            return text
         failures.append("it leaves the question out")
     raise ValueError(failures[0])
 
@@ -441,15 +452,6 @@ def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) ->
         prompt = prompt_tokens(tokenizer, chat, **arguments)
         same = prompt == prompt_tokens(tokenizer, chat[1:], **arguments)
         require(not same, "--system-prompt", text, "the chat template leaves it out")
-
-
-def in_parts(chat: list[Row]) -> list[Row]:
-    """The messages with each content as a list of parts, as some templates want it."""
-    messages = []
-    for message in chat:
-        part = {"type": "text", "text": message["content"]}
-        messages.append(message | {"content": [part]})
-    return messages
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
@@ -472,15 +474,6 @@ def template_tokens(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
     return tokenizer.convert_ids_to_tokens(sorted(special_tokens(tokenizer).intersection(prompt)))
 
 
-def holds_any(chat: list[Row], tokens: list[str]) -> bool:
-    """Whether a message contains one of these tokens as text."""
-    for message in chat:
-        for token in tokens:
-            if token in message["content"]:
-                return True
-    return False
-
-
 def turn_ends(args: Any, tokenizer: Any) -> set[int]:
     """The ids of special tokens that end an assistant's turn: the first after its content.
 
@@ -489,22 +482,15 @@ def turn_ends(args: Any, tokenizer: Any) -> set[int]:
     """
     question, answer = "What is 3+4?", "It is 7."
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    arguments = {"chat_template": None} | template_arguments(args)  # None: the model's
-    texts = []
-    for template in (None, arguments.pop("chat_template")):
-        for messages in (chat, in_parts(chat)):
-            with contextlib.suppress(Exception):  # a template can raise anything
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, chat_template=template, **arguments
-                )
-                texts.append(text)
-
+    arguments = template_arguments(args)
     special, ends = special_tokens(tokenizer), set()
-    for text in texts:
-        before, _, after = text.rpartition(answer)
-        if question in before:
-            ids = tokenizer.encode(after, add_special_tokens=False)
-            ends.update([number for number in ids if number in special][:1])
+    for template in (None, arguments.pop("chat_template", None)):  # None: the model's
+        with contextlib.suppress(ValueError):  # a template that fails ends no turn
+            text = apply_template(tokenizer, chat, chat_template=template, **arguments)
+            before, _, after = text.rpartition(answer)
+            if question in before:
+                ids = tokenizer.encode(after, add_special_tokens=False)
+                ends.update([number for number in ids if number in special][:1])
     return ends
 
 

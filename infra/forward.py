@@ -1,17 +1,19 @@
-"""Forward passes over prompts and their responses, with little padding.
+"""Micro-batches of rollouts, and forward passes over prompts and responses with little padding.
 
 A prompt can be computed once for all its responses, in the update and in the transformers engine.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from infra.models import TokenIds, base_model
+from infra.models import TokenIds, base_model, is_recurrent
 
 # A pass of fewer tokens does not become cheaper with less padding.
 MIN_TOKENS = 1024
@@ -184,3 +186,58 @@ def left_pad(prompts: list[TokenIds], device: torch.device) -> tuple[Tensor, Ten
 def positions(is_token: Tensor) -> Tensor:
     """Position ids, [n, L]: 0 for the first token of each row, then 1, 2, and so on."""
     return (is_token.cumsum(-1) - 1).clamp(min=0)
+
+
+# ------------------------------------------------------------------ micro-batches
+
+
+def micro_batches(
+    rollouts: Any, token_budget: int, problems: Tensor, can_share: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rollouts of some problems, [P'] indices, in batches of at most `token_budget` tokens.
+
+    rollouts: common.Rollouts. Yields (problem, rollout) indices of the n rollouts of a batch.
+    A batch holds whole groups. A group that exceeds the budget is split; a rollout that exceeds it
+    is a batch of its own. Padding counts. A prompt counts once if its rollouts can share it.
+    """
+    prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
+    lengths = rollouts.mask.sum(-1).tolist()  # [P, G]
+
+    def fits(rows: list[tuple[int, int]]) -> bool:
+        which, of_rows = [], []
+        for p, g in rows:
+            which.append(p)
+            of_rows.append(lengths[p][g])
+        tokens = 0
+        for part in forward_passes(which, prompt_lengths, of_rows, can_share):
+            tokens += part.tokens
+        return tokens <= token_budget
+
+    groups = []
+    for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
+        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)  # to pad little
+        groups.append(list(itertools.product([p], by_length)))
+    for batch in pack(groups, fits):
+        parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
+        for part in parts:
+            yield tuple(torch.tensor(sorted(part)).T)  # pairs (p, g) as two index tensors, [n]
+
+
+def pack(pieces: list[list[Any]], fits: Callable[[list[Any]], bool]) -> list[list[Any]]:
+    """Join consecutive pieces for as long as they fit."""
+    packed = pieces[:1]
+    for piece in pieces[1:]:
+        joined = packed[-1] + piece
+        if fits(joined):
+            packed[-1] = joined
+        else:
+            packed.append(piece)
+    return packed
+
+
+def can_share_prompts(model: nn.Module, args: Any) -> bool:
+    """Whether the rollouts of a problem can share one pass over its prompt, through its KV cache.
+
+    Not with a recurrent state, nor with checkpointing, which would append to the cache again.
+    """
+    return not args.gradient_checkpointing and not is_recurrent(model)

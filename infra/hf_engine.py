@@ -55,6 +55,7 @@ class HFEngine(Engine):
         uniform = [uniform_numbers(seed, longest) for seed in seeds]
         uniform = torch.stack(uniform, dim=1).to(model.device)  # [T, n]
         limits = torch.tensor(lengths, device=model.device)
+        counts = torch.zeros_like(limits)  # tokens of each response
         stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.long, device=model.device)
 
         sampled: list[Tensor] = []
@@ -67,16 +68,16 @@ class HFEngine(Engine):
                 token, logp = sample(logits, temperature, uniform[len(sampled)])
                 sampled.append(token)
                 logps.append(logp)
-                ended |= torch.isin(token, stop_tokens) | (limits == len(sampled))
+                counts += ~ended
+                ended |= torch.isin(token, stop_tokens) | (counts == limits)
                 inputs = token[:, None]
                 is_token = pad(is_token, (0, 1), value=True)
 
         rows = torch.stack(sampled, dim=1).tolist()
         logps = torch.stack(logps, dim=1).tolist()
         responses = []
-        for row, logp, length in zip(rows, logps, lengths, strict=True):
-            end = self.end_of(row[:length])
-            responses.append((row[:end], logp[:end]))
+        for row, logp, count in zip(rows, logps, counts.tolist(), strict=True):
+            responses.append((row[:count], logp[:count]))
         return responses
 
     def prefill(self, model: nn.Module, prompts: list[TokenIds]) -> tuple[Tensor, Tensor, Any]:
@@ -95,13 +96,6 @@ class HFEngine(Engine):
         inputs = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
         is_token = pad(is_token, (0, 1), value=True)
         return inputs, is_token, {"past_key_values": cache}
-
-    def end_of(self, tokens: TokenIds) -> int:
-        """The length of a response: up to its first stop token, that token included."""
-        for position, token in enumerate(tokens):
-            if token in self.stop_tokens:
-                return position + 1
-        return len(tokens)
 
 
 def decode_step(

@@ -1,4 +1,4 @@
-"""The policy: device, precision, seeds; tokenizer, weights, LoRA; saving; the frozen reference.
+"""The policy: device, precision, seeds; tokenizer, weights, LoRA; saving; schedule; reference.
 
 `args` are a script's settings (common.RunArgs).
 """
@@ -289,6 +289,16 @@ def save_model(policy: nn.Module, tokenizer: Any, folder: Path) -> None:
     wrong = sorted(info["missing_keys"] | info["unexpected_keys"])
     if wrong:
         raise StopRun(f"the saved model would not load: {wrong[:3]}; the checkpoints are complete")
+
+
+# ------------------------------------------------------------------ schedule
+
+
+def get_scheduler(name: str, optimizer: torch.optim.Optimizer, warmup: int, updates: int) -> Any:
+    """transformers' learning-rate schedule, imported late: it takes 2 s, too long for --help."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, warmup, updates)
 
 
 # ------------------------------------------------------------------ reference

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +98,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# ------------------------------------------------------------------ metrics
+
+
+class TokenValues(dict[str, Tensor]):
+    """What micro-batches record about each response token of a step, by name: [P, G, T]."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    @torch.no_grad()
+    def add(self, batch: Any, **values: Tensor) -> None:
+        """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
+        for name, value in values.items():
+            if name not in self:
+                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
+            self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
+
+    def means(self, *names: str) -> dict[str, Tensor]:
+        return {name: self[name][self.mask].mean() for name in names}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean of [problems] values, resampling problems."""
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 # ------------------------------------------------------------------ the run
 
 # Metrics that at this value leave nothing to learn, and the warning after five such steps.
@@ -125,7 +155,7 @@ class Run:
         self.seconds: dict[str, float] = {}  # of the step's parts
         self.failures, self.skipped_updates = 0, 0
         self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)
-        self.first_gap = math.inf
+        self.first_gap: float | None = None  # mean gap between engine and trainer at the first step
         self.interrupted, self.stopped = False, False
 
     def check_folder(self) -> None:
@@ -221,14 +251,14 @@ class Run:
     def check_health(self, metrics: dict[str, float]) -> None:
         """Warn once if nothing can be learned, or if engine and trainer drift apart."""
         for name, (value, why) in NOTHING_TO_LEARN.items():
-            if name == "boxed" and getattr(self.args, "answer_format", name) != name:
+            if name == "boxed" and self.args.answer_format != "boxed":
                 continue
             idle = metrics.get(name) == value
             self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
             if self.idle_steps[name] == 5:
                 warn(f"warning: for 5 steps {why}")
         gap = metrics.get("logp_gap/mean", 0.0)
-        if self.first_gap == math.inf:
+        if self.first_gap is None:
             self.first_gap = gap
         if gap > 0.05:  # more than rounding in bfloat16
             warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")

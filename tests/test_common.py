@@ -196,7 +196,7 @@ class Verdicts:
     [
         ("mmmm", 10, [0, 1, 2, 3], [4]),
         ("mcmnncmm", 10, [0, 2, 6, 7], [4, 2, 2]),
-        ("mcmnnm", 2, [0, 2, 5, 4], [4, 2]),  # filled from the last round
+        ("mcmnnm", 2, [0, 2, 4, 5], [4, 2]),  # the last round keeps all
         ("cncncncn", 2, [4, 5, 6, 7], [4, 4]),
         ("mcmn", None, [0, 1, 2, 3], [4]),
     ],

@@ -275,7 +275,7 @@ def test_each_response_has_its_own_length_limit(setup, kind):
         assert tokens == complete[:length] and len(logp) == len(tokens)
 
 
-def test_sample_and_end_of_a_response_by_hand(tied_model):
+def test_sample_by_hand():
     logits = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(7, 4)
     uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.99, 1.0])
     token, logp = hf_engine.sample(logits, 1.0, uniform)
@@ -287,11 +287,6 @@ def test_sample_and_end_of_a_response_by_hand(tied_model):
     assert logp[3].item() == pytest.approx(math.log(9 / 38))
     token, logp = hf_engine.sample(logits, 0.0, uniform)
     assert token.tolist() == [0] * 7 and logp[0].item() == pytest.approx(math.log(0.5))
-
-    args = settings(tied_model)
-    engine = HFEngine(args, load_policy(args), load_tokenizer(args), 200)
-    assert engine.stop_tokens == [256]
-    assert [engine.end_of(row) for row in ([5, 256, 256], [256], [5, 6], [])] == [2, 1, 2, 0]
 
 
 @tied

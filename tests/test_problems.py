@@ -855,6 +855,7 @@ def test_a_question_as_a_text_without_a_chat_template():
         ({"rag": TRIMMED}, {}, ": "),
         (NO_SYSTEM + TRIMMED, {"system_prompt": "S"}, ", given --system-prompt S: no system"),
         (TRIMMED, {"template_args": '{"tokenize": 1}'}, ', given --template-args {"tokenize": 1}:'),
+        (TRIMMED, {"template_args": '{"add_generation_prompt": 0}'}, ", given --template-args "),
     ],
 )
 def test_a_template_that_fails(prompt, template, settings, why, rejection):
