@@ -73,10 +73,10 @@ GRADERS = {
 def kinds() -> list[str]:
     """The docstrings of the kinds, in the order in which they are tried."""
     rows = ["| kind | examples |", "|---|---|"]
-    for kind in KINDS:
+    for _, kind in KINDS:
         text, _, examples = " ".join(kind.__doc__.split()).partition(": `")
         examples = examples.replace("|", r"\|")
-        rows.append(f"| {kind.__name__}: {text[0].lower()}{text[1:]} | `{examples} |")
+        rows.append(f"| {text} | `{examples} |")
     return rows
 
 
