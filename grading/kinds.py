@@ -229,7 +229,7 @@ LIST = rf"(?:{COMMA}) *(?:and|or)\b|{COMMA}|\band\b|{OR}"
 
 
 def parse_all(texts: list[str]) -> tuple[Kind, ...]:
-    return tuple(parse(text.strip()) for text in texts if text.strip())
+    return tuple(parse(text) for text in texts if text)
 
 
 SET = r"\{"
@@ -263,8 +263,8 @@ def list_of_items(text, brackets=""):
     `x<1 \text{ and } x>2`."""
     parts = []
     for part in split(text, LIST):
-        signs = "+-" if r"\pm" in part else " "
-        parts += [part.replace(r"\pm", sign) for sign in signs]
+        signed = [re.sub(r"\\pm(?![a-z]) *", sign, part) for sign in "+-"]
+        parts += dict.fromkeys(signed)  # one if there is no sign
     if len(parts) < 2 and not brackets:
         return None
     items = parse_all(parts)
@@ -393,7 +393,7 @@ def words(text):
     plain = re.sub(r"_\{[^{}]*\}|\\[A-Za-z]+|\^\{[^{}]*\}", " ", text)
     found = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
     if found or re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
-        return Words(rewrite(text.casefold(), PHRASE).strip() or text)
+        return Words(rewrite(text.casefold(), PHRASE).strip())
 
 
 FOR_PARSER = {  # what the parser of math-verify reads otherwise
@@ -453,7 +453,7 @@ def read(text: str) -> Kind:
     text = tidy(text)
     if any(depth > MAX_DEPTH for _, depth in tokens(text)):
         return Words(text)
-    return parse(rewrite(text, AROUND).strip() or text)
+    return parse(rewrite(text, AROUND).strip())
 
 
 def leaves(value: Any) -> list[Expression]:

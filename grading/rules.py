@@ -22,7 +22,6 @@ from grading.kinds import (
     Quantity,
 )  # fmt: skip
 
-PERCENT = (("%", 1),)
 # Operations that are left to do, so that an answer is not yet a number
 OPERATION = (
     r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
@@ -82,7 +81,7 @@ def without_unit(judge, quantity, plain):
     """A unit may be left out, except in 5 feet 3 inches; p% is p and p/100."""
     if quantity.parts == 1 and judge.equal(quantity.value, plain):
         return True
-    return quantity.powers == PERCENT and judge.equal(Number(quantity.amount), plain)
+    return quantity.powers == (("%", 1),) and judge.equal(Number(quantity.amount), plain)
 
 
 def without_base(judge, a, b):
