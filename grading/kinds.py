@@ -116,7 +116,7 @@ class BaseNumber(Kind):
     base: str
 
 
-@kind(r"\(?([\da-fA-F]+)\)?_\{?\(?(\d\d?|[a-z]{3,})\)?\}?")
+@kind(r"\(?(\d+|[\da-fA-F]+(?=\)?_\{?1\d))\)?_\{?\(?(\d\d?|[a-z]{3,})\)?\}?")
 def base_number(digits, base):
     r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, not `101_3`;
     `101_2` is `101`: the base may be left out; `AF_{16}` is `af_{16}`, not `FA_{16}`."""
@@ -259,8 +259,8 @@ def set_in_braces(text):
 @kind()
 def list_of_items(text, brackets=""):
     r"""A list or union, in any order: `1,2` is `2,1`, `1 \text{ or } 2`, `x=1, x=2`, not `1`;
-    `\pm 2` is `2,-2`, not `2`; `(-\infty,1)\cup(2,\infty)` is `x<1 \text{ or } x>2`, not
-    `x<1 \text{ and } x>2`."""
+    `\pm 2` is `2,-2`, not `2`; `(1,3)` is not `1<x, y<3`; `(-\infty,1)\cup(2,\infty)` is
+    `x<1 \text{ or } x>2`, not `x<1 \text{ and } x>2`."""
     parts = []
     for part in split(text, LIST):
         signed = [re.sub(r"\\pm(?![a-z]) *", sign, part) for sign in "+-"]
@@ -270,8 +270,8 @@ def list_of_items(text, brackets=""):
     items = parse_all(parts)
     if len(items) == 1:
         return items[0]
-    both = all(isinstance(item, Interval) for item in items) and not compiled(OR).search(text)
-    if brackets or not both:
+    intervals = all(isinstance(item, Interval) for item in items)
+    if brackets or not intervals or compiled(OR).search(text):  # not x<1 and x>2
         return Items(items, brackets)
 
 
@@ -297,14 +297,15 @@ def sequence(left, inner, right):
 
 @kind(r"(.*(?::|\bto\b).*)")
 def ratio(text):
-    r"""A ratio: `2:4` is `1:2`, `1 \text{ to } 2`, `\frac12`, not `2:1`, `2:4:6`."""
+    r"""A ratio: `2:4` is `1:2`, `1 \text{ to } 2`, `\frac12`, not `2:1`, `2:4:6`; `\sqrt2:1`
+    is not `\sqrt2:3`."""
     parts = split(text, r":(?!=)|\bto\b")
     items = parse_all(parts) if len(parts) > 1 else ()
     if not items or not all(isinstance(item, Number | Expression) for item in items):
         return None
-    last = items[-1]
-    if all(isinstance(item, Number) for item in items) and last.value:
-        items = tuple(Number(item.value / last.value) for item in items)
+    if any(isinstance(item, Expression) or not item.value for item in items):
+        return Items(items, ":")
+    items = tuple(Number(item.value / items[-1].value) for item in items)
     return items[0] if len(items) == 2 else Items(items, ":")
 
 
@@ -328,7 +329,7 @@ class Interval(Kind):
     subject: str = ""
 
 
-@kind(rf"(.*?) *({COMPARISON}) *(.*?)(?: *({COMPARISON}) *((?:(?!{COMPARISON}).)*))?")
+@kind(rf"(.*?) *({COMPARISON}) *([^,;]*?)(?: *({COMPARISON}) *((?:(?!{COMPARISON}).)*))?")
 def inequality(first, sign, second, other, third):
     r"""An inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`, not `[1,2]`, `1 \le x`;
     `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`; `[-2,2]` is `|x| \le 2`, not `x \le 2`."""
