@@ -399,8 +399,9 @@ def words(text):
 
 FOR_PARSER = {  # what the parser of math-verify reads otherwise
     r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+    r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+    r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",
-    r"(?<=\d),(?=\d{3})": "",
     r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
     # math-verify adds 2(3)
     r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
