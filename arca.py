@@ -2,7 +2,8 @@ r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
 A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
 adapter has moved the hidden state that predicts each of them. --credit selects the signals that
-the paper compares with. Plain policy gradient: one on-policy update, no ratio. Page: docs/arca.md.
+the paper compares with. Plain policy gradient: one on-policy update, without ratio, clip and KL.
+Equations and their sources: docs/arca.md. [code]: the authors' code; [open]: our choice.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
@@ -10,7 +11,6 @@ the paper compares with. Plain policy gradient: one on-policy update, no ratio. 
         --lr 5e-6 --lr-schedule cosine --warmup-ratio 0.1 --lora-dropout 0.05
 
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
-Left out of grpo.py: clip, KL penalty, several updates per step, other averages of the loss.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def credit_weights(
 
 @torch.no_grad()
 def residual_norm(adapted_hidden: Tensor, base_hidden: Tensor) -> Tensor:
-    """How far the adapter has moved each hidden state, in float32: [..., D] twice -> [...]."""
+    """How far the adapter has moved each hidden state: two [..., D] -> [...] in float32."""
     return (adapted_hidden.float() - base_hidden.float()).norm(dim=-1)  # Eq. residual [paper]
 
 
@@ -105,9 +105,9 @@ def arca_weights(
     sharpening: float = 2.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """`credit_weights` of the residual norm, [N, T, D] twice -> [N, T]."""
-    alpha = residual_norm(adapted_hidden, base_hidden)
-    return credit_weights(alpha, mask, sharpening=sharpening, eps=eps)
+    """`credit_weights` of the residual norm: two [N, T, D] -> [N, T]."""
+    norm = residual_norm(adapted_hidden, base_hidden)
+    return credit_weights(norm, mask, sharpening=sharpening, eps=eps)
 
 
 @torch.no_grad()
@@ -119,10 +119,9 @@ def residuals(
     args: Args,
     adapted: Tensor | None = None,
 ) -> Tensor:
-    """`residual_norm` where the response tokens of n rollouts are predicted: [tokens].
+    """`residual_norm` of the hidden states that predict the tokens of n rollouts: [tokens].
 
-    In the order of `rollouts.mask[index]`. adapted: the policy's hidden states, [tokens, D], if
-    they are known; otherwise they are computed without dropout.
+    adapted: the policy's, [tokens, D], or None: computed without dropout. Both as `hidden_states`.
     """
     if adapted is None:
         adapted = common.hidden_states(policy, rollouts, index, args)
@@ -232,7 +231,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update: before it, log-probabilities and hidden states may not exist.
+        advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
@@ -260,17 +259,16 @@ def main(args: Args) -> None:
                         case "divergence":
                             signal = divergence(batch.old_logp, batch.ref_logp)
                         case "arca":
-                            # Under dropout the update's hidden states would be noisy.
+                            # The update's hidden states, unless dropout has made them noisy
                             hidden = None if args.lora_dropout else batch.hidden
-                            moved = residuals(policy, base, rollouts, batch.index, args, hidden)
+                            norms = residuals(policy, base, rollouts, batch.index, args, hidden)
                             signal = torch.zeros_like(batch.old_logp)
-                            signal = signal.masked_scatter(batch.trained, moved)
+                            signal = signal.masked_scatter(batch.trained, norms)
                     credit = credit_weights(signal, batch.mask, sharpening=args.sharpening)
-                    advantage = grpo_advantages(rewards[batch.problems], scale=args.scale_rewards)
-                    # Times the length, because the loss is averaged over each response.
-                    length = batch.mask.sum(-1, keepdim=True)
-                    advantage = advantage[..., None] * credit * length
                     per_token.add(batch, credit=credit)
+                    # The loss is averaged over each response: its length cancels.
+                    length = batch.mask.sum(-1, keepdim=True)
+                    advantage = advantages[batch.problems] * credit * length
                     loss = -advantage * batch.logp  # Eq. gradient [paper]
                     clipped = torch.zeros_like(batch.mask)  # there is no ratio to clip
                     loss = (loss * loss_weights).sum()

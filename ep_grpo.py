@@ -225,20 +225,21 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    signals = (
-                        rewards[batch.problems],
+                    group_rewards = rewards[batch.problems]
+                    advantage = ep_grpo_advantages(
+                        group_rewards,
                         batch.entropy,
                         batch.old_logp,
                         batch.ref_logp,
                         batch.mask,
+                        gamma=args.gamma,
+                        eta=args.eta,
+                        buckets=args.buckets,
+                        reward_threshold=args.reward_threshold,
                     )
-                    settings = {
-                        "gamma": args.gamma,
-                        "buckets": args.buckets,
-                        "reward_threshold": args.reward_threshold,
-                    }
-                    advantage = ep_grpo_advantages(*signals, eta=args.eta, **settings)
-                    outcome = ep_grpo_advantages(*signals, eta=0.0, **settings)  # for the log
+                    # The advantage without progress, and what progress adds, for the log.
+                    gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
+                    outcome = gate * grpo_advantages(group_rewards)[..., None]
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)
                     loss, clipped = clipped_loss(
                         batch.logp, batch.old_logp, advantage, args.clip_low, args.clip_high

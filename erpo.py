@@ -1,10 +1,13 @@
 r"""ERPO: Token-Level Entropy-Regulated Policy Optimization (arXiv 2603.28204).
 
-grpo.py, except that progress is added to GRPO's advantage. Progress is the log-ratio of policy to
-reference, standardised over the group's tokens in the same bucket of relative position, signed by
-the outcome, and gated: the gate rises with the token's entropy relative to its group. The sum is
-standardised over the group's tokens. Equations and their sources: docs/erpo.md. There and below,
-[paper] marks what the paper states, [second-hand] what summaries of it state, [open] our choice.
+grpo.py, except that each token's advantage is GRPO's plus eta x progress, as a z-score over the
+group's tokens.
+- Progress: log π - log π_ref of the sampled token, as a z-score over the group's tokens in the same
+  bucket of relative position, negated if the rollout's advantage is negative, times the gate,
+  rescaled to a standard deviation of 1.
+- Gate: the sigmoid of the z-score of the token's entropy in its group.
+Equations and their sources: docs/erpo.md. [paper] marks what the paper states, [second-hand] what
+summaries of it state, [open] our choice.
 
     python erpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python erpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -256,7 +259,7 @@ def main(args: Args) -> None:
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
         log_ratio = rollouts.old_logp - rollouts.ref_logp
-        flipped = per_token["advantage"] * per_token["outcome"] < 0
+        flipped = per_token["advantage"] * per_token["outcome"] < 0  # progress reversed the sign
         metrics |= {
             "kl_to_reference": kl_estimate(rollouts.old_logp, rollouts.ref_logp)[mask].mean(),
             "credit/outcome": per_token["outcome"][mask].abs().mean(),

@@ -1,8 +1,9 @@
 r"""FIPO: Future-KL Influenced Policy Optimization (arXiv 2603.19835).
 
-DAPO's loss, with each advantage times a weight near 1: the clipped exponential of how far earlier
-updates of the step raised the log-probability of the token and, fading with distance, of those
-after it. In a step's first update all weights are 1. Page: docs/fipo.md.
+grpo.py with DAPO's clip, except that each advantage is multiplied by a weight near 1. The weight is
+exp(F), clipped, where F sums how far earlier updates of the step have raised the log-probability of
+the token and of later tokens; a later token counts less with its distance. In a step's first update
+all weights are 1. Equations and their sources: docs/fipo.md. [code]: the authors' code.
 
     python fipo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python fipo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -37,15 +38,15 @@ class Args(common.RunArgs):
     updates_per_rollout: int = 4
     """optimiser updates per step, each on its share of the problems (paper: 8)"""
     half_life: float = 32.0
-    """τ, tokens: distance at which a later token's change counts half"""
+    """τ: distance, in tokens, at which a later token's change counts half"""
     influence_low: float = 0.0
     """e_low: weights are clipped at 1 - e_low (paper, 7B: 0.2)"""
     influence_high: float = 0.2
     """e_high: weights are clipped at 1 + e_high"""
     ratio_cap: float = 10.0
-    """c: tokens whose ratio exceeds it change no weight; the loss caps the ratio there"""
+    """c: a token whose ratio exceeds c is left out of the sums F; the loss caps its ratio at c"""
     safety: float = 10.0
-    """s: the weight of a negative advantage is at most 1 if the ratio exceeds s (paper, 7B: 3)"""
+    """s: the weight of a negative advantage is kept in [0.8, 1] if the ratio exceeds s (7B: 3)"""
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     clip_low: float = 0.2
@@ -99,14 +100,14 @@ def fipo_weights(
     ratio_cap: float = 10.0,
     safety: float = 10.0,
 ) -> Tensor:
-    """What each token's advantage is multiplied by, 0 outside the mask. All [..., T].
+    """The weight that each token's advantage is multiplied by, 0 outside the mask. All [..., T].
 
     logp is the current policy's, old_logp that of the policy that sampled. A response with a
     negative advantage and more than one ratio above `ratio_cap` is dropped: its weights are 0.
     """
     shift = torch.where(mask, logp - old_logp, 0.0)  # Eq. 3 [paper]
     above_cap = shift > math.log(ratio_cap)
-    # F_t = Σ_k γ^(k-t) shift_k over k = t ... t+n-1, with n doubled in each round.
+    # F_t = Σ_k γ^(k-t) shift_k, γ = 0.5^(1/τ), over k = t ... t+n-1. Each round doubles n.
     future = shift.masked_fill(above_cap, 0.0)  # Eq. 5 [paper]
     n = 1
     while n < mask.shape[-1]:
@@ -208,10 +209,17 @@ def main(args: Args) -> None:
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
-                    given = batch.logp, batch.old_logp, advantage, batch.mask
-                    bounds = {"low": args.influence_low, "high": args.influence_high}
-                    caps = {"ratio_cap": args.ratio_cap, "safety": args.safety}
-                    influence = fipo_weights(*given, half_life=args.half_life, **bounds, **caps)
+                    influence = fipo_weights(
+                        batch.logp,
+                        batch.old_logp,
+                        advantage,
+                        batch.mask,
+                        half_life=args.half_life,
+                        low=args.influence_low,
+                        high=args.influence_high,
+                        ratio_cap=args.ratio_cap,
+                        safety=args.safety,
+                    )
                     advantage = advantage * influence  # Eq. 7, advantage [paper]
                     cap = batch.old_logp + math.log(args.ratio_cap)
                     logp = torch.minimum(batch.logp, cap)  # Eq. dual clip [paper]

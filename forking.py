@@ -71,7 +71,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 
 @torch.no_grad()
 def forking_mask(entropy: Tensor, mask: Tensor, *, top: float = 0.2) -> Tensor:
-    """The share `top` of all tokens of the mask with the highest entropy: [P, G, T], bool.
+    """True on the share `top` of the mask's tokens with the highest entropy: [P, G, T].
 
     entropy, mask: [P, G, T], of one optimiser update. The threshold is common to all responses.
     At least one token is kept, and all tokens whose entropy equals the threshold.

@@ -1,16 +1,15 @@
 r"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 
-GTPO (--level token) compares tokens at the same position of a group. A token of a correct rollout
-earns more if the policy was uncertain. A token of a wrong rollout loses more if it was certain.
+GTPO (--level token) compares tokens at the same position of a group: those of correct rollouts
+earn more if the policy was uncertain, those of wrong rollouts lose more if it was certain.
 GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one ratio per rollout.
+Equations and their sources: docs/gtpo.md. [paper] marks what the paper states, [open] our choice.
 
     python gtpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-What the paper leaves open is a flag: see docs/gtpo.md.
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
-Left out: several GPUs, asynchronous rollouts, reward models.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import common
-from common import standardize
 
 
 # Below the imports, scripts may differ only between the marks <method> and </method>. A region that
@@ -38,7 +36,7 @@ class Args(common.RunArgs):
     alpha2: float = 0.1
     """α₂ (β₂ in GRPO-S): weight of the entropy, next to the verdict's α₁ = 1 [paper]"""
     normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros"
-    """GTPO: the tokens over which r+ and r- are standardised [open]"""
+    """GTPO: the tokens over which shaped rewards are standardised, see `gtpo_advantages` [open]"""
     scope: Literal["group", "batch"] = "group"
     """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
     overlong_gamma: float = 0.0
@@ -63,9 +61,8 @@ class Args(common.RunArgs):
         if self.level == "sequence":
             why = "has no effect with --level sequence"
             common.require(self.normalize == "with-zeros", "--normalize", self.normalize, why)
-            valid = self.loss_average != "constant"
-            common.require(valid, "--loss-average", self.loss_average, why)
-            self.loss_average = "sequence"
+            average, self.loss_average = self.loss_average, "sequence"
+            common.require(average != "constant", "--loss-average", average, why)
 
     # </method>
 
@@ -82,21 +79,20 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G] verdicts; entropy (nats; at least 1e-6 [open]), mask: [P, G, T]. alpha1 weighs
-    the verdict. alpha2 weighs the token's share of the entropy at its position of the group, or of
-    1 / entropy in a wrong rollout.
+    correct: [P, G], positive if so; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1],
+    weighs the verdict; alpha2 the entropy relative to its mean, or 1 / entropy in a wrong rollout.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
-    entropy = entropy.clamp(min=1e-6)
-    entropy_right = torch.where(right, entropy, 0.0)
-    inverse_wrong = torch.where(wrong, 1 / entropy, 0.0)
-    # Sums over the rollouts that have a token at this position: [P, 1, T].
-    total_right, count_right = entropy_right.sum(-2, keepdim=True), right.sum(-2, keepdim=True)
-    total_wrong, count_wrong = inverse_wrong.sum(-2, keepdim=True), wrong.sum(-2, keepdim=True)
-    positive = alpha1 + alpha2 * entropy_right / total_right * count_right  # Eq. 3 [paper]
-    negative = -alpha1 - alpha2 * inverse_wrong / total_wrong * count_wrong  # Eq. 5 [paper]
-    return torch.where(right, positive, 0.0), torch.where(wrong, negative, 0.0)
+    entropy = entropy.clamp(min=1e-6)  # [open]
+    bonus = torch.where(right, entropy, 0.0)
+    penalty = torch.where(wrong, 1 / entropy, 0.0)
+    # Relative to the mean over the rollouts of that verdict that have a token at this position.
+    bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
+    penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
+    positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
+    negative = torch.where(wrong, -alpha1 - penalty, 0.0)  # Eq. 5 [paper]
+    return positive, negative
 
 
 def gtpo_advantages(
@@ -106,16 +102,15 @@ def gtpo_advantages(
     *,
     alpha1: Tensor | float = 1.0,
     alpha2: float = 0.1,
-    normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros",
-    scope: Literal["group", "batch"] = "group",
+    normalize: str = "with-zeros",
+    scope: str = "group",
     eps: float = 1e-6,
 ) -> Tensor:
-    """GTPO's advantage of each token, [P, G, T], 0 outside the mask. Arguments: `shaped_rewards`.
+    """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
-    normalize: how r+ and r- are standardised over the group. with-zeros: each over all tokens,
-    with 0 on those of the other verdict; own-set: each over its own tokens; joint: both as one.
-    scope: "batch" makes all P G rollouts one group; alpha1 is then a number or [P, G, 1].
-    A group whose verdicts are all equal gives zeros [open].
+    Arguments: `shaped_rewards`. normalize: how r+ and r- are standardised over the group.
+    with-zeros: each over all tokens, 0 on those of the other verdict; own-set: each over its own
+    tokens; joint: both as one. scope: "batch" makes all P G rollouts one group.
     """
     shape = mask.shape
     if scope == "batch":
@@ -127,8 +122,8 @@ def gtpo_advantages(
     if normalize == "joint":
         positive = negative = positive + negative
     own_set = normalize == "own-set"
-    plus = standardize(positive, right if own_set else mask, eps)
-    minus = standardize(negative, wrong if own_set else mask, eps)
+    plus = common.standardize(positive, right if own_set else mask, eps)
+    minus = common.standardize(negative, wrong if own_set else mask, eps)
     advantages = torch.where(right, plus, minus)  # Eq. 6 [paper]
     both_verdicts = right.any((-2, -1), keepdim=True) & wrong.any((-2, -1), keepdim=True)
     return torch.where(both_verdicts, advantages, 0.0).view(shape)
@@ -141,57 +136,52 @@ def grpo_s_advantages(
     *,
     beta1: Tensor | float = 1.0,
     beta2: float = 0.1,
-    scope: Literal["group", "batch"] = "group",
+    scope: str = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GRPO-S's advantage of each rollout, [P, G]: GTPO's, with each rollout as a single token."""
     entropy = masked_mean(entropy, mask)  # [P, G, 1]  # Eq. 8 [paper]
     one_token = mask.any(-1, keepdim=True)
-    weights = {"alpha1": beta1, "alpha2": beta2}
-    advantages = gtpo_advantages(correct, entropy, one_token, **weights, scope=scope, eps=eps)
-    return advantages[..., 0]  # Eq. 9 [paper]
+    settings = {"alpha1": beta1, "alpha2": beta2, "scope": scope, "eps": eps}
+    return gtpo_advantages(correct, entropy, one_token, **settings)[..., 0]  # Eq. 9 [paper]
 
 
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
-    """Group-relative length punishment, from 0 down to -1/2 (Appendix D).
+    """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    correct: [P, G] verdicts; lengths: [P, G] in tokens. Returns [P, G].
-    gamma, in (1/2, 1], is the accuracy from which a group is easy: its long correct rollouts are
-    punished, relative to the lengths of the correct ones. In a hard group, with accuracy at most
-    1 - gamma, none is. Otherwise the rollouts with the majority's verdict are, relative to all
-    lengths; on a tie the wrong ones [open].
+    A group of accuracy gamma, in (1/2, 1], or more is easy: long correct rollouts are punished,
+    relative to the correct ones. A group of accuracy 1 - gamma or less is hard: none is punished.
+    In others the majority is, relative to all; on a tie the wrong ones [open].
     """
-    correct = correct > 0
-    accuracy = correct.float().mean(-1, keepdim=True)
-    easy = accuracy >= gamma
-    hard = (~correct).float().mean(-1, keepdim=True) >= gamma
-    measured = correct | ~easy
-    punished = torch.where(accuracy > 0.5, correct, ~correct) & ~hard
+    right, wrong = correct > 0, correct <= 0
+    accuracy = right.float().mean(-1, keepdim=True)
+    hard = wrong.float().mean(-1, keepdim=True) >= gamma
+    measured = right | (accuracy < gamma)
+    punished = torch.where(accuracy > 0.5, right, wrong) & ~hard
 
     shortest = torch.where(measured, lengths, torch.inf).amin(-1, keepdim=True)
     longest = torch.where(measured, lengths, -torch.inf).amax(-1, keepdim=True)
     limit = torch.maximum((shortest + longest) / 2, masked_mean(lengths, measured))
-    # The paper's slope ends at -1/2 for 2 * limit, which no measured length reaches.
     punishment = ((limit - lengths) / (2 * limit)).clamp(max=0)  # Eq. D [paper]
     return torch.where(punished, punishment, 0.0)
 
 
 def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
-    """The advantage of each token by the settings, [P, G, T]."""
+    """The advantage of each token as the settings have it, [P, G, T]."""
     correct, entropy, mask = rollouts.correct, rollouts.entropy, rollouts.mask
-    alpha1 = torch.ones_like(entropy[..., :1])
+    alpha1 = 1.0
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-        alpha1 += torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
+        alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
     if args.level == "sequence":
         flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
         return grpo_s_advantages(correct, entropy, mask, **flags)[..., None] * mask
-    flags = {"alpha1": alpha1, "alpha2": args.alpha2, "normalize": args.normalize}
-    return gtpo_advantages(correct, entropy, mask, **flags, scope=args.scope)
+    flags = {"alpha1": alpha1, "alpha2": args.alpha2, "scope": args.scope}
+    return gtpo_advantages(correct, entropy, mask, normalize=args.normalize, **flags)
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """logp that gives each token its rollout's ratio, the mean of the token ratios: [..., T]."""
+    """logp by which each token's ratio is its rollout's, the mean of the token ratios: [..., T]."""
     return old_logp + masked_mean((logp - old_logp).exp(), mask).log()  # Eq. 10 [paper]
 
 
@@ -263,7 +253,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update: before it, log-probabilities and entropies may not exist.
+        # In the update: with --scope group, a rollout may have no entropies before its micro-batch.
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
@@ -281,13 +271,12 @@ def main(args: Args) -> None:
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
-                    # With --scope group, groups of later micro-batches may have no entropies yet.
                     advantage = token_advantages(rollouts, args)[batch.problems]
-                    new = batch.logp
+                    logp = batch.logp
                     if args.level == "sequence":
-                        new = rollout_logp(new, batch.old_logp, batch.mask)
+                        logp = rollout_logp(logp, batch.old_logp, batch.mask)
                     loss, clipped = clipped_loss(  # Eq. 7, 11 [paper]
-                        new, batch.old_logp, advantage, args.clip_low, args.clip_high
+                        logp, batch.old_logp, advantage, args.clip_low, args.clip_high
                     )
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)

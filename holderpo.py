@@ -2,15 +2,15 @@ r"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 
 GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
 p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
-with p < 0 those that became less likely. The advantage is GRPO's. Page: docs/holderpo.md.
+with p < 0 those that became less likely. The advantage is GRPO's.
+Equations and their sources: docs/holderpo.md. [code] marks what is from the authors' code.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \boxed{}.'
 
-GSPO: --schedule constant --p-start 0; GMPO: --clip-level token as well.
+GSPO is --schedule constant --p-start 0, GMPO is that with --clip-level token.
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
-Left out of grpo.py: the KL penalty, the asymmetric clip, other averages of the loss.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def holder_loss(
 @torch.no_grad()
 def gradient_weights(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tensor:
     """W, each token's share of its response's gradient, [N, T]: ∇ρ = ρ Σ W_t ∇log π_t."""
-    powers = p * (logp - old_logp).masked_fill(~mask, 0.0)  # log r_t^p
+    powers = p * (logp - old_logp).masked_fill(~mask, 0.0)  # logarithms of r_t^p
     weights = powers.masked_fill(~mask, -math.inf).softmax(-1)  # Eq. 3 [paper]
     return weights.masked_fill(~mask, 0.0)
 
@@ -261,17 +261,15 @@ def main(args: Args) -> None:
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
-                    pair = batch.logp, batch.old_logp, batch.mask
-                    loss, clipped = holder_surrogate(
-                        *pair,
-                        advantage[..., 0],  # the same on every token
-                        p,
-                        clip=args.clip,
-                        clip_level=args.clip_level,
-                    )
+                    policies = batch.logp, batch.old_logp, batch.mask
+                    of_response = advantage[..., 0]  # the same on all of its tokens
+                    clip = {"clip": args.clip, "clip_level": args.clip_level}
+                    loss, clipped = holder_surrogate(*policies, of_response, p, **clip)
                     loss = (loss * loss_weights.sum(-1)).sum()
-                    rhos.append(holder_ratio(*pair, p).detach()[batch.trained.any(-1)])
-                    token_shares = gradient_weights(*pair, p)[batch.trained.any(-1)]
+
+                    trained = batch.trained.any(-1)  # [p, G] responses, for the log
+                    rhos.append(holder_ratio(*policies, p).detach()[trained])
+                    token_shares = gradient_weights(*policies, p)[trained]
                     entropies.append(torch.special.entr(token_shares).sum(-1))
                     # </method>
                     loss.backward()

@@ -71,7 +71,7 @@ def lambda_weights(tokens: Tensor, mask: Tensor) -> Tensor:
     whose tokens are never shared. The tokens [5, 6], [5, 7] and [8] have the weights
     [1/2, 1], [1/2, 1] and [1].
     """
-    sharing = torch.zeros_like(tokens)  # |λ(i, t)|
+    sharing = torch.zeros_like(tokens)  # |λ(i, t)|: rollouts with the same tokens up to t
     for i in range(tokens.shape[1]):
         same = mask & mask[:, i, None] & (tokens == tokens[:, i, None])
         sharing += same.cumprod(-1)  # Eq. process set [code]
@@ -147,7 +147,7 @@ def main(args: Args) -> None:
         # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
-        process_weight = lambda_weights(rollouts.tokens, mask)  # [P, G, T]
+        process_weight = lambda_weights(rollouts.tokens, mask)  # [P, G, T] 1 / |λ(i, t)|
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.

@@ -1,15 +1,14 @@
 r"""REFT: first-token diversification of rollouts (arXiv 2605.28295).
 
-GRPO or DAPO with rollouts that begin differently. K openers are drawn uniformly from the N tokens
-that the policy finds most likely after the prompt, and each begins G / K of the G rollouts.
-Verifier, advantage and objective do not change. Page: docs/reft.md.
+grpo.py, except that the rollouts of a group begin with K different tokens, the openers. They are
+drawn uniformly from the N most likely first tokens, and each begins G / K of the G rollouts.
+Equations and their sources: docs/reft.md. [second-hand]: summaries of the paper, [open]: ours.
 
     python reft.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
-Left out: correcting the opener's probability for the way it was drawn (the method does not).
 """
 
 from __future__ import annotations
@@ -49,15 +48,14 @@ class Args(common.RunArgs):
     openers: int = 4
     """K: different first tokens in a group (paper: 4)"""
     mask_opener: bool = False
-    """leave the first token out of the loss"""
+    """leave the first token of each response out of the loss"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         why = f"must be from 1 to --candidates {self.candidates}"
         common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
         why = f"must be a multiple of --openers {self.openers}"
-        divides = self.group_size % self.openers == 0
-        common.require(divides, "--group-size", self.group_size, why)
+        common.require(self.group_size % self.openers == 0, "--group-size", self.group_size, why)
         why = "must leave room after the first token"
         common.require(self.max_new_tokens > 1, "--max-new-tokens", self.max_new_tokens, why)
 
@@ -89,7 +87,7 @@ def pick_first_tokens(
 ) -> Tensor:
     """The first token of every rollout of every prompt: [P, V] -> [P, G] token ids.
 
-    logits: [P, V], or any values that rank tokens alike; -inf for tokens that cannot be chosen.
+    logits: of the token after the prompt, V the vocabulary; -inf for tokens that cannot be chosen.
     Raises ValueError if the numbers do not fit together, or if a prompt has too few candidates.
     """
     prompts, vocabulary = logits.shape
@@ -108,21 +106,6 @@ def pick_first_tokens(
 
 
 @torch.no_grad()
-def first_token_logits(policy: nn.Module, prompts: list[list[int]], args: Args) -> Tensor:
-    """Logits of the token after each prompt: [P, V]. Prompts are padded on the left."""
-    ids, is_token, position_ids = common.left_pad(prompts, common.device(args))
-    policy.eval()
-    with common.autocast(args):
-        outputs = policy(
-            input_ids=ids,
-            attention_mask=is_token,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    return outputs.logits[:, -1].float()
-
-
 def choose_openers(
     policy: nn.Module,
     engine: common.Engine,
@@ -130,24 +113,22 @@ def choose_openers(
     args: Args,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Every rollout's first token and its rank among the candidates, from 1: two [P, G].
+    """Every rollout's first token and its rank among the allowed tokens, from 1: two [P, G]."""
+    ids, is_token, position_ids = common.left_pad(prompts, common.device(args))
+    inputs = {"input_ids": ids, "attention_mask": is_token, "position_ids": position_ids}
+    policy.eval()
+    with common.autocast(args):
+        outputs = policy(**inputs, use_cache=False, logits_to_keep=1)
+    logits = outputs.logits[:, -1].float().cpu()  # [P, V] of the token after each prompt
 
-    Special tokens and tokens that end a response are never chosen, nor ids beyond the tokenizer's,
-    which pad the embedding.
-    """
     tokenizer = engine.tokenizer
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids, engine.stop_tokens)
-    logits = first_token_logits(policy, prompts, args).cpu()
     logits[:, sorted(special)] = -math.inf  # Eq. forbidden openers [open]
-    logits[:, len(tokenizer) :] = -math.inf
-    tokens = pick_first_tokens(
-        logits,
-        candidates=args.candidates,
-        openers=args.openers,
-        group_size=args.group_size,
-        generator=generator,
-    )
+    logits[:, len(tokenizer) :] = -math.inf  # rows that pad the embedding
+
+    flags = {"candidates": args.candidates, "openers": args.openers, "group_size": args.group_size}
+    tokens = pick_first_tokens(logits, **flags, generator=generator)
     chosen = logits.gather(-1, tokens)  # [P, G]
     ranks = 1 + (logits[:, None] > chosen[..., None]).sum(-1)
     return tokens, ranks
@@ -160,7 +141,7 @@ def roll_out_openers(
     args: Args,
     seed: tuple[int | str, ...],
 ) -> list[common.Group]:
-    """`common.roll_out` with chosen first tokens. Each rollout's note is the rank of its own."""
+    """`common.roll_out` with chosen first tokens. Each rollout's note is its first token's rank."""
     generator = torch.Generator().manual_seed(common.seed_for(*seed, "openers"))
     prompts = [problem.prompt for problem in problems]
     tokens, ranks = choose_openers(policy, engine, prompts, args, generator)
@@ -175,8 +156,7 @@ def opener_metrics(
 ) -> dict[str, float]:
     """Probability and success of openers by rank, and how often the same opener wins.
 
-    All [P, G], of first tokens; the rollouts of an opener are adjacent. An opener wins if its
-    rollouts succeed more often than those of every other opener of its group.
+    All [P, G], with an opener's rollouts adjacent. It wins if no other succeeds as often.
     """
     metrics = {"opener/probability": logp.exp().mean().item()}
     for rank in ranks.unique().tolist():
@@ -185,11 +165,10 @@ def opener_metrics(
         metrics[f"opener/success_of_rank_{rank:02}"] = correct[of_rank].mean().item()
     success = correct.unflatten(-1, (openers, -1)).mean(-1)  # [P, K]
     best = success == success.amax(-1, keepdim=True)
-    won = best.sum(-1) == 1
-    if won.any():
-        winners = tokens.unflatten(-1, (openers, -1))[..., 0][best & won[:, None]]
-        counts = winners.unique(return_counts=True)[1]
-        metrics["opener/same_winner"] = (counts.max() / counts.sum()).item()
+    won = best & (best.sum(-1, keepdim=True) == 1)
+    winners = tokens.unflatten(-1, (openers, -1))[..., 0][won]
+    if len(winners):
+        metrics["opener/same_winner"] = (winners.bincount().max() / len(winners)).item()
     return metrics
 
 

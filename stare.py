@@ -1,8 +1,9 @@
 r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236).
 
 grpo.py, except that in a step whose mean entropy is below a target, the most surprising tenth of
-the tokens with a positive advantage counts more (variant O1). With --attenuate 0.9 the most
-surprising tenth with a negative advantage also counts less (C2). Page: docs/stare.md.
+the tokens with a positive advantage counts more (the paper's variant O1). With --attenuate 0.9 the
+most surprising tenth of those with a negative advantage also counts less (C2). Surprisal is -log π.
+Equations and their sources: docs/stare.md. [code]: the authors' code; [open]: our choice.
 
     python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -87,6 +88,7 @@ def most_surprising(logp: Tensor, tokens: Tensor, top: float) -> Tensor:
     count = int(tokens.sum())
     if count == 0:
         return tokens
+    # As floats, 0.07 x 100 is above 7.
     k = max(1, math.ceil(top * count - 1e-6))  # Eq. 4.1 [code]
     threshold = logp[tokens].kthvalue(k).values
     return tokens & (logp <= threshold)  # Eq. ties [open]
@@ -102,9 +104,9 @@ def stare_weights(
     amplify: float = 1.1,
     attenuate: float = 1.0,
 ) -> Tensor:
-    """What each token's advantage is multiplied by, [P, G, T], 0 outside the mask.
+    """The weight that each token's advantage is multiplied by, [P, G, T], 0 outside the mask.
 
-    All [P, G, T]; logp of the policy that sampled. The population is all tokens of the step.
+    All [P, G, T]; logp of the policy that sampled. All tokens of the step are ranked together.
     """
     positive = most_surprising(logp, mask & (advantages > 0), top)
     negative = most_surprising(logp, mask & (advantages < 0), top)
@@ -182,8 +184,8 @@ def main(args: Args) -> None:
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         token_weight = mask.float()
-        gate = rollouts.entropy[mask].mean() < args.target_entropy  # Eq. 4.3 [paper]
-        if gate:
+        below_target = rollouts.entropy[mask].mean() < args.target_entropy  # Eq. 4.3 [paper]
+        if below_target:
             token_weight = stare_weights(
                 rollouts.old_logp,
                 advantages,
@@ -236,8 +238,8 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        raised, lowered = token_weight > 1, mask & (token_weight < 1)  # L+ and L-
-        metrics |= {"gate": gate.float(), "weight": token_weight[mask].mean()}
+        raised, lowered = token_weight > 1, mask & (token_weight < 1)
+        metrics |= {"gate": below_target.float(), "weight": token_weight[mask].mean()}
         metrics |= {
             "raised/share": raised.sum() / (advantages > 0).sum().clamp(min=1),
             "raised/surprisal": -rollouts.old_logp[raised].sum() / raised.sum().clamp(min=1),

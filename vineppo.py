@@ -1,21 +1,20 @@
 r"""VinePPO: Monte Carlo values in place of PPO's value network (arXiv 2410.01679).
 
-The advantage of a step is the change it makes to the probability of a correct answer. From the
-start of each step of each rollout the policy samples K continuations to their end, and their mean
-reward is the value there. No value network is trained; the price is tokens. Page: docs/vineppo.md.
+A response is split into steps, such as sentences. From the start of each step the policy samples K
+continuations, whose mean reward is the value there. The advantage of a step's tokens is the value
+after the step minus the value before it; the value after the last step is the reward.
+Equations and their sources: docs/vineppo.md. [code] marks what is from the authors' code.
 
     python vineppo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
-Left out: several GPUs, asynchronous rollouts, reward models.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens,
+S steps of a response.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +22,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 import common
 
@@ -36,11 +34,11 @@ class Args(common.RunArgs):
 
     # <method>
     continuations: int = 9
-    """K: sampled from the start of each step to estimate its value (VinePPO: 9)"""
+    """K: sampled from the start of each step to estimate the value there (released code: 9)"""
     step_end: str = r"\n|[.;]\s"
     """regular expression; the token in which a match ends is the last of its step"""
     whiten: bool = True
-    """standardise advantages over all tokens of the step's rollouts (VinePPO: yes)"""
+    """standardise advantages over all tokens of a training step (released code: yes)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -49,8 +47,7 @@ class Args(common.RunArgs):
     """token: over all tokens (DAPO); sequence: over each response, then over responses
     (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
     kl: float = 1e-4
-    """β: weight of the KL penalty to the frozen initial policy, which is summed over each
-    response's tokens (VinePPO: 1e-4)"""
+    """β: weight of the KL to the initial policy, summed over a response (released code: 1e-4)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,17 +63,21 @@ class Args(common.RunArgs):
 
 # <method>
 def step_ends(pieces: list[str], step_end: str) -> list[int]:
-    """The token count at the end of each step of a response. The last is the response's length.
+    """The number of tokens up to the end of each step. The last is the response's length.
 
     pieces: the text of each token. A step ends with the token in which a match of `step_end` ends:
     the pieces ["2", ".", " So", " 4"] with the pattern "[.]\\s" have the ends [3, 4].
     """
-    reached = list(itertools.accumulate(map(len, pieces)))  # [T] characters up to each token's end
-    ends = set()
+    token_of_character = []
+    for t, piece in enumerate(pieces):
+        token_of_character += [t] * len(piece)
+
+    ends = {len(pieces)}
     for match in re.finditer(step_end, "".join(pieces)):
-        if 0 < match.end() < reached[-1]:
-            ends.add(bisect.bisect_left(reached, match.end()) + 1)
-    return [*sorted(ends - {len(pieces)}), len(pieces)]
+        # Not at the end of the text: EOS, which has no text, belongs to the step before it.
+        if 0 < match.end() < len(token_of_character):
+            ends.add(token_of_character[match.end() - 1] + 1)
+    return sorted(ends)
 
 
 def vineppo_advantages(
@@ -90,10 +91,10 @@ def vineppo_advantages(
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
     advantages = (after - values).gather(-1, steps) * mask  # Eq. 6 [code]
-    if not whiten:
-        return advantages
-    as_one_group = advantages.flatten(0, 1), mask.flatten(0, 1)  # [P G, T]
-    return common.standardize(*as_one_group, eps=1e-8).view_as(advantages)  # Eq. whitening [code]
+    if whiten:  # with all P G rollouts as one group
+        rows, is_token = advantages.flatten(0, 1), mask.flatten(0, 1)
+        advantages = common.standardize(rows, is_token, eps=1e-8)  # Eq. whitening [code]
+    return advantages.view_as(mask)
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
@@ -107,8 +108,8 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
     """The text of each token after another one. Some tokenizers drop a text's leading space."""
     first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
-    alone, *texts = engine.decode([[first], *([first, token] for token in tokens)])
-    return {token: text[len(alone) :] for token, text in zip(tokens, texts, strict=True)}
+    alone, *pairs = engine.decode([[first]] + [[first, token] for token in tokens])
+    return {token: pair[len(alone) :] for token, pair in zip(tokens, pairs, strict=True)}
 
 
 def estimate_values(
@@ -117,66 +118,56 @@ def estimate_values(
     groups: list[common.Group],
     args: Args,
     seed: tuple[int | str, ...],
-) -> None:
-    """Estimate the value of the prefix before each step of each rollout, by K continuations.
+) -> tuple[Tensor, Tensor, int]:
+    """The mean reward of K continuations of the prefix before each step of each rollout.
 
-    Each rollout's note is the step of each token, the value before each step, and the number of
-    tokens sampled. Rollouts of a group that share a prefix share its continuations and value.
+    Returns the step of each token, [P, G, T], the value before each step, [P, G, S], and how many
+    tokens were sampled. Rollouts of a group that share a prefix share its continuations.
     """
-    tokens = {token for group in groups for row in group.tokens for token in row}
+    tokens = set()
+    for group in groups:
+        tokens.update(*group.tokens)
     texts = token_texts(engine, tokens)
-    rollouts = []  # of each: its group, the ends of its steps, the prefixes before them
-    distinct = {}  # all prefixes, each once, in order
-    for p, group in enumerate(groups):
-        for row in group.tokens:
-            ends = step_ends([texts[token] for token in row], args.step_end)
-            prefixes = [(p, tuple(row[:start])) for start in (0, *ends[:-1])]
-            rollouts.append((group, ends, prefixes))
-            distinct |= dict.fromkeys(prefixes)
-    distinct = list(distinct)
 
+    # Split each rollout into steps, and number the different prefixes (p, tokens) before them.
+    longest = max(len(row) for group in groups for row in group.tokens)
+    steps = torch.zeros(len(groups), len(groups[0].tokens), longest, dtype=torch.long)
+    prefix_before = torch.zeros_like(steps)  # [P, G, S], S = T: the number of each step's prefix
+    numbers = {}
+    for p, group in enumerate(groups):
+        for g, row in enumerate(group.tokens):
+            start = 0
+            pieces = [texts[token] for token in row]
+            for s, end in enumerate(step_ends(pieces, args.step_end)):
+                steps[p, g, start:end] = s
+                prefix = p, tuple(row[:start])
+                prefix_before[p, g, s] = numbers.setdefault(prefix, len(numbers))
+                start = end
+
+    # Continue each prefix K times.
     prompts, seeds, lengths = [], [], []
-    for p, prefix in distinct:
+    for p, prefix in numbers:
         for k in range(args.continuations):
             prompts.append(groups[p].problem.prompt + list(prefix))
             seeds.append(common.seed_for(*seed, "value", p, prefix, k))
             lengths.append(args.max_new_tokens - len(prefix))
-    responses = engine.generate(prompts, seeds, lengths, args.temperature)
+    continuations = engine.generate(prompts, seeds, lengths, args.temperature)
 
-    responses_with_prefix, problems = [], []
-    for i, (tokens, _) in enumerate(responses):
-        p, prefix = distinct[i // args.continuations]
-        responses_with_prefix.append([*prefix, *tokens])
+    # The value of a prefix is the mean reward of its K responses, which begin with it.
+    prefixes = list(numbers)
+    responses, problems = [], []
+    for i, (tokens, _) in enumerate(continuations):
+        p, prefix = prefixes[i // args.continuations]
+        responses.append([*prefix, *tokens])
         problems.append(groups[p].problem)
-    verdicts = common.grade(grader, engine.decode(responses_with_prefix), problems)
-    correct = torch.tensor(verdicts, dtype=torch.float32)
-    lengths = torch.tensor([len(row) for row in responses_with_prefix])
-    rewards = correct + common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
+    verdicts = common.grade(grader, engine.decode(responses), problems)
+    lengths = torch.tensor([len(row) for row in responses])
+    penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
+    rewards = torch.tensor(verdicts).float() + penalty
     means = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
-    values = dict(zip(distinct, means.tolist(), strict=True))
-    sampled = torch.tensor([len(tokens) for tokens, _ in responses])
-    sampled = sampled.view(-1, args.continuations).sum(-1)
-    spent = dict(zip(distinct, sampled.tolist(), strict=True))
-
-    for group, ends, prefixes in rollouts:
-        steps = [bisect.bisect_right(ends, t) for t in range(ends[-1])]
-        before = [values[prefix] for prefix in prefixes]
-        # The tokens of a shared prefix are counted for the first rollout that has it.
-        tokens = sum(spent.pop(prefix, 0) for prefix in prefixes)
-        group.notes.append((steps, before, tokens))
-
-
-def stack_values(groups: list[common.Group], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The notes of `estimate_values` as tensors.
-
-    Returns the step of each token, [P, G, T], and the value before each step, [P, G, S].
-    """
-    notes = [note for group in groups for note in group.notes]
-    steps = pad_sequence([torch.tensor(steps) for steps, _, _ in notes], batch_first=True)
-    values = pad_sequence([torch.tensor(values) for _, values, _ in notes], batch_first=True)
-    steps = steps.view(len(groups), -1, steps.shape[-1])
-    values = values.view(len(groups), -1, values.shape[-1])
-    return steps.to(device), values.to(device)
+    sampled = sum(len(tokens) for tokens, _ in continuations)
+    device = common.device(args)
+    return steps.to(device), means[prefix_before].to(device), sampled
 
 
 # </method>
@@ -231,7 +222,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         with run.time("rollout"):
-            estimate_values(engine, grader, groups, args, (args.seed, step, 0))
+            estimates = estimate_values(engine, grader, groups, args, (args.seed, step, 0))
         # </method>
         engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
@@ -249,9 +240,8 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        steps, values = stack_values(groups, mask.device)  # [P, G, T], [P, G, S]
+        steps, values, sampled = estimates  # steps of the responses, not of training
         advantages = vineppo_advantages(values, steps, rewards, mask, whiten=args.whiten)
-        value = values.gather(-1, steps)  # before each token's step
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
@@ -278,7 +268,6 @@ def main(args: Args) -> None:
                         tokens = importance * batch.trained
                         penalty = kl_penalty(batch.logp, batch.ref_logp, tokens).sum()
                         loss = loss + args.kl * penalty / (len(share) * args.group_size)
-                    per_token.add(batch, value=value[batch.problems])
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
@@ -297,12 +286,10 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        sampled = sum(spent for group in groups for *_, spent in group.notes)
-        metrics |= {
-            "value/prompt": values[..., 0].mean(),
-            "value/steps": (steps.amax(-1) + 1.0).mean(),
-            "value/tokens": float(sampled),
-        }
+        per_token["value"] = values.gather(-1, steps)  # before the token's step
+        metrics["value/prompt"] = values[..., 0].mean()
+        metrics["value/steps"] = (steps.amax(-1) + 1.0).mean()
+        metrics["value/tokens"] = float(sampled)
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()

@@ -13,8 +13,6 @@ describes the rules and names the command of each table.
 
 from __future__ import annotations
 
-import functools
-import math
 import os
 import queue
 import re
@@ -27,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 import shared
 import tyro
 from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 from docs import figures
-from infra.cli import first_line, reject
+from infra.cli import first_line, reject, require
 from infra.run import read_lines
 
 METHODS = {
@@ -146,11 +145,13 @@ class Job(NamedTuple):
         return f"{name}-{self.lr}-{self.seed}"
 
 
-@functools.cache
+def job_of(row: dict) -> Job:
+    return Job(row["method"], row["lr"], row["seed"])
+
+
 def code(method: str) -> str:
     """Digest of the code that a method's runs depend on."""
-    script = METHODS[method].split()[0]
-    return shared.code_digest(script, *shared.TRAINING)
+    return shared.training_code(METHODS[method].split()[0])
 
 
 def run_folder(job: Job, args: Args) -> Path:
@@ -162,11 +163,9 @@ def training_command(job: Job, args: Args) -> list[str]:
     flags += shlex.split(TASKS[args.task].method_flags.get(job.method, ""))
     flags += args.settings.split()
     flags += (NO_CURVE if job.seed == SELECTION_SEED else CURVE).split()
-    if "--dynamic-sampling" in flags:
-        # It samples more rollouts per step. The run is cut at a checkpoint within the budget.
-        flags += ["--save-every", "1", "--keep-checkpoints", str(args.steps)]
-    else:
-        flags += ["--save-every", "0"]
+    # Dynamic sampling takes more rollouts per step. `cut` then needs every step's checkpoint.
+    every = int("--dynamic-sampling" in flags)
+    flags += ["--save-every", str(every), "--keep-checkpoints", str(args.steps)]
     flags += ["--dataset", str(args.runs / "train.jsonl")]
     flags += ["--eval-dataset", str(args.runs / "validation.jsonl")]
     flags += ["--steps", str(args.steps), "--prompts-per-step", str(args.prompts)]
@@ -232,6 +231,8 @@ def cut(folder: Path, args: Args) -> Cut:
 
 def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[str, float]]:
     """Accuracy, pass@8 and length of each model. tools/evaluate.py keeps finished evaluations."""
+    if not models:
+        return {}
     output = args.runs / f"{problems.stem}-results.json"
     command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(SAMPLES)]
     command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
@@ -251,7 +252,8 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     metrics = read_lines(run_folder(job, args) / "metrics.jsonl")[: part.step + 1]
     steps = metrics[1:]  # the first line is the evaluation before training
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
-    tokens = part.sampled[part.step] * mean(steps, "length") + continuation_tokens
+    length = statistics.mean(row["length"] for row in steps)
+    tokens = part.sampled[part.step] * length + continuation_tokens
     curve = []  # validation accuracy by rollouts sampled
     for row in metrics:
         if "eval/accuracy" in row:
@@ -260,62 +262,54 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
             curve.append((sampled, row["eval/accuracy"]))
     found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
     found |= {name: round(value, 4) for name, value in evaluated.items()}
-    entropy = round(mean(steps[-10:], "entropy"), 4)
+    entropy = round(statistics.mean(row["entropy"] for row in steps[-10:]), 4)
     found |= {"entropy": entropy, "tokens": round(tokens), "curve": curve}
     return found | {"code": code(job.method)}
 
 
-def select(rows: list[dict], **values: Any) -> list[dict]:
-    """The rows that have the given values."""
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
-
-
-def mean(rows: list[dict], name: str) -> float:
-    return statistics.mean(row[name] for row in rows)
-
-
 def selected_rate(results: dict, method: str) -> str:
     """The learning rate with the highest validation accuracy; the lower rate on a tie."""
-    rows = select(results["selection"], method=RATE_OF.get(method, method))
+    tuned = RATE_OF.get(method, method)
+    rows = [row for row in results["selection"] if row["method"] == tuned]
     rows.sort(key=lambda row: float(row["lr"]))
     best = max(rows, key=lambda row: row["accuracy"], default={"lr": results["rates"][0]})
     return best["lr"]
 
 
-def at_selected_rates(results: dict) -> dict[str, list[dict]]:
-    """The measured runs of each method at its learning rate."""
-    runs: dict[str, list[dict]] = {}
-    for row in results["rows"]:
-        if row["lr"] == selected_rate(results, row["method"]):
-            runs.setdefault(row["method"], []).append(row)
+def by_rate(results: dict) -> dict[tuple[str, str], pd.DataFrame]:
+    """The measured runs of each method at each learning rate, indexed by seed."""
+    rows = pd.DataFrame(results["rows"]).set_index("seed")
+    return dict(iter(rows.groupby(["method", "lr"], sort=False)))
+
+
+def at_selected_rates(results: dict) -> dict[str, pd.DataFrame]:
+    """The measured runs of each method at its learning rate, indexed by seed."""
+    runs = {}
+    for (method, lr), rows in by_rate(results).items():
+        if lr == selected_rate(results, method):
+            runs[method] = rows
     return runs
 
 
-def t_interval(values: list[float]) -> tuple[float, float]:
-    """95% interval of the mean by Student's t distribution."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    reach = T_QUANTILE[len(values) - 2] * error
-    center = statistics.mean(values)
-    return center - reach, center + reach
+def mean(rows: pd.DataFrame, name: str) -> float:
+    """The mean of a column, exact: pandas' own may be rounded to another last digit."""
+    return statistics.mean(rows[name].tolist())
 
 
-def differences(rows: list[dict], baseline: list[dict]) -> list[float]:
-    """Accuracy minus the baseline's accuracy with the same seed, for each seed of both."""
-    accuracy = {row["seed"]: row["accuracy"] for row in baseline}
-    found = []
-    for row in rows:
-        if row["seed"] in accuracy:
-            found.append(row["accuracy"] - accuracy[row["seed"]])
-    return found
+def versus(rows: pd.DataFrame, baseline: pd.DataFrame) -> str:
+    """The mean difference in accuracy to the baseline with the same seed, and its 95% interval.
 
-
-def versus(rows: list[dict], baseline: list[dict]) -> str:
-    """The mean difference to the baseline and its interval; empty for the baseline itself."""
-    values = differences(rows, baseline)
-    if rows == baseline or len(values) < 2:
+    The interval is that of Student's t distribution. Empty for the baseline itself.
+    """
+    differences = (rows.accuracy - baseline.accuracy).dropna()  # of the seeds that both have
+    if rows is baseline or len(differences) < 2:
         return ""
-    low, high = t_interval(values)
-    return f"{statistics.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+    center, reach = (
+        statistics.mean(differences),
+        T_QUANTILE[len(differences) - 2] * differences.sem(),
+    )
+    text = f"{center:+.3f} [{center - reach:+.3f}, {center + reach:+.3f}]"
+    return text.replace("-", "−")
 
 
 def table(results: dict) -> str:
@@ -325,14 +319,31 @@ def table(results: dict) -> str:
     start = results["start"]
     cells = f"{start['accuracy']:.3f}", f"{start['pass@8']:.3f}", "", f"{start['length']:.1f}"
     lines = [["before training", "", *cells, "", ""]]
-    runs = at_selected_rates(results)
-    for method, lr in dict.fromkeys((row["method"], row["lr"]) for row in results["rows"]):
-        rows = select(results["rows"], method=method, lr=lr)
-        rate = lr if rows == runs[method] else f"{lr} (not selected)"
+    runs = by_rate(results)
+    baseline = runs["GRPO", selected_rate(results, "GRPO")]
+    for (method, lr), rows in runs.items():
+        rate = lr if lr == selected_rate(results, method) else f"{lr} (not selected)"
         cells = [f"{mean(rows, name):.3f}" for name in ("accuracy", "pass@8", "entropy")]
         cells += [f"{mean(rows, 'length'):.1f}", f"{mean(rows, 'tokens') / 1e6:.2f}"]
-        lines.append([method, rate, *cells, versus(rows, runs["GRPO"])])
+        lines.append([method, rate, *cells, versus(rows, baseline)])
     return markdown(head, lines)
+
+
+def accuracy_table(sums: dict, needle: dict) -> str:
+    """Accuracy of each method on both tasks, each with its difference to GRPO's."""
+    lines = [["before training"]]
+    for results in (sums, needle):
+        lines[0] += [f"{results['start']['accuracy']:.3f}", ""]
+    tasks = at_selected_rates(sums), at_selected_rates(needle)
+    for method in tasks[0]:
+        lines.append([method])
+        for runs in tasks:
+            cells = ["not measured", ""]
+            if method in runs:
+                cells = [f"{mean(runs[method], 'accuracy'):.3f}"]
+                cells.append(versus(runs[method], runs["GRPO"]))
+            lines[-1] += cells
+    return markdown(["method", "sums", "minus GRPO's", "needle", "minus GRPO's"], lines)
 
 
 def credit_table(sums: dict, needle: dict) -> str:
@@ -348,15 +359,15 @@ def credit_table(sums: dict, needle: dict) -> str:
 
 def tokens_table(results: dict, longer: dict) -> str:
     """VinePPO, GRPO with as many rollouts and GRPO with as many tokens, on the same seeds."""
-    runs, more = at_selected_rates(results), longer["rows"]
-    seeds, lines = {row["seed"] for row in more}, []
+    runs, [more] = at_selected_rates(results), by_rate(longer).values()
+    lines = []
     for method, rows in (("GRPO", runs["GRPO"]), ("VinePPO", runs["VinePPO"]), ("GRPO", more)):
-        own = [row for row in rows if row["seed"] in seeds]
-        tokens, accuracy = f"{mean(own, 'tokens') / 1e6:.2f}", f"{mean(own, 'accuracy'):.3f}"
-        pass_8 = f"{mean(own, 'pass@8'):.3f}"
-        lines.append([method, own[0]["step"], own[0]["rollouts"], tokens, accuracy, pass_8])
+        own = rows[rows.index.isin(more.index)]
+        cells = [f"{mean(own, 'tokens') / 1e6:.2f}"]
+        cells += [f"{mean(own, name):.3f}" for name in ("accuracy", "pass@8")]
+        lines.append([method, own.step.iloc[0], own.rollouts.iloc[0], *cells])
     head = ["method", "steps", "rollouts", "tokens, M", "accuracy", "pass@8"]
-    caption = f"Means over {len(seeds)} seeds. `{longer['command']}`, {longer['machine']}."
+    caption = f"Means over {len(more)} seeds. `{longer['command']}`, {longer['machine']}."
     return f"{caption}\n\n{markdown(head, lines)}"
 
 
@@ -379,6 +390,7 @@ def blocks(results: dict) -> dict[str, str]:
     """The results blocks of README.md and docs/compare.md."""
     needle = read_table("needle")
     return {
+        "accuracy": accuracy_table(results, needle),
         "compare": described(results),
         "compare-credit": credit_table(results, needle),
         "compare-tokens": tokens_table(results, read_table("tokens")),
@@ -391,9 +403,8 @@ def blocks(results: dict) -> dict[str, str]:
 def draw(results: dict) -> None:
     """Draw the figures of both tasks."""
     for name, of_task in (("compare", results), ("compare-needle", read_table("needle"))):
-        curves = {}
-        for method, rows in at_selected_rates(of_task).items():
-            curves[method] = [row["curve"] for row in rows]
+        runs = at_selected_rates(of_task)
+        curves = {method: rows.curve.tolist() for method, rows in runs.items()}
         figures.draw_compare(f"{name}.svg", curves)
 
 
@@ -402,85 +413,49 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
     name: "selection" or "rows", the list of the results that the runs belong to.
     """
-    finished = set()
-    for row in results[name]:
-        if not args.refresh or row.get("code") == code(row["method"]):
-            finished.add(Job(row["method"], row["lr"], row["seed"]))
+    rows = results[name]
+    if args.refresh:
+        rows = [row for row in rows if row.get("code") == code(row["method"])]
+    finished = {job_of(row) for row in rows}
     jobs = [job for job in jobs if job not in finished]
     with ThreadPoolExecutor(args.jobs) as pool:
         reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
     parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
-    models, start = [ROOT / part.weights for part in parts.values()], ROOT / TASKS[args.task].model
-    if name == "rows" and "start" not in results:
-        models.append(start)
-    evaluated = evaluate(models, problems, args) if models else {}
-    if start in evaluated:
-        results["start"] = evaluated[start]
-    rows = results[name]
-    results[name] = [row for row in rows if (row["method"], row["lr"], row["seed"]) not in reasons]
+    evaluated = evaluate([part.weights for part in parts.values()], problems, args)
+
+    rows = [row for row in results[name] if job_of(row) not in reasons]
+    for job, part in parts.items():
+        rows.append(result_row(job, part, evaluated[ROOT / part.weights], args))
     for job, reason in reasons.items():
-        if not reason:
-            part = parts[job]
-            results[name].append(result_row(job, part, evaluated[ROOT / part.weights], args))
-        elif name == "selection":
+        if reason and name == "selection":
             stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
-            results[name].append(job._asdict() | stopped)
+            rows.append(job._asdict() | stopped)
     order = list(METHODS)
-    results[name].sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
+    rows.sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
+    results[name] = rows
     write_json(args.results, results)
     if name == "rows" and any(reasons.values()):
         sys.exit("a measured run stopped itself; see above")
-
-
-def read_results(args: Args) -> dict:
-    """The results so far. Rejects settings that differ from those of the results."""
-    for rate in args.rates:
-        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", rate):
-            reject("--rates", rate, "is not a learning rate")
-    fixed: dict[str, Any] = {"steps": args.steps, "prompts": args.prompts}
-    fixed |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
-    if not args.results.exists():
-        return fixed | {"selection": [], "rows": []}
-    try:
-        results = read_json(args.results)
-    except (OSError, ValueError) as error:
-        reject("--results", args.results, f"cannot be read: {first_line(error)}")
-    if "rows" not in results:
-        reject("--results", args.results, "holds no results of benchmark/compare.py")
-    if args.write:
-        return results
-    if set(results["rates"]) < set(args.rates):
-        results["rates"] = fixed["rates"]  # finished runs remain valid in a wider grid
-    for name, value in fixed.items():
-        if results[name] != value:
-            reject(f"--{name}", value, f"{args.results} was made with {results[name]}")
-    return results
-
-
-def check(args: Args) -> list[str]:
-    """Reject invalid settings; return the selected methods."""
-    shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
-    if args.seeds > len(T_QUANTILE) + 1:
-        reject("--seeds", args.seeds, f"must be at most {len(T_QUANTILE) + 1}")
-    if not args.write and not (ROOT / TASKS[args.task].model / "train.jsonl").exists():
-        reject("--task", args.task, "needs its model: python benchmark/real.py --make")
-    return shared.parse_names("--only", args.only, METHODS)
 
 
 def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     """Select a learning rate for each method, then measure the method at that rate."""
     args.jobs = min(args.jobs, len(os.sched_getaffinity(0)))
     task = TASKS[args.task]
-    data = ROOT / task.model
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
+    start, test = ROOT / task.model, ROOT / task.model / "test.jsonl"
+    lines = (start / "train.jsonl").read_text().splitlines(keepends=True)
     validation = args.runs / "validation.jsonl"
+    shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
-    # Several commands, each for some of the methods, fill the default file.
-    flags = [] if args.results == Args.results else sys.argv[1:]
-    results["command"] = shlex.join(["python", "benchmark/compare.py", *flags])
+    # `make tables` repeats the command that made the file, not those that added methods to it. The
+    # default file may be filled by several commands, each for some of the methods.
+    is_default = args.results == Args.results
+    command = "python benchmark/compare.py" if is_default else shared.own_command()
+    results.setdefault("command", command)
+    if "start" not in results:
+        results["start"] = evaluate([start], test, args)[start]
     if len(args.rates) > 1:
         grid = []
         for method in dict.fromkeys(RATE_OF.get(method, method) for method in methods):
@@ -493,20 +468,51 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
             second_rate = task.second_rate.get(method, rate)
             for lr in dict.fromkeys([rate, second_rate]):  # they may be equal
                 jobs.append(Job(method, lr, seed))
-        run_phase("rows", jobs, data / "test.jsonl", results, args)
+        run_phase("rows", jobs, test, results, args)
+
+
+def check(args: Args) -> list[str]:
+    """Reject invalid settings; return the selected methods."""
+    shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
+    most = len(T_QUANTILE) + 1
+    require(args.seeds <= most, "--seeds", args.seeds, f"must be at most {most}")
+    has_model = args.write or (ROOT / TASKS[args.task].model / "train.jsonl").exists()
+    require(has_model, "--task", args.task, "needs its model: python benchmark/real.py --make")
+    return shared.parse_names("--only", args.only, METHODS)
+
+
+def read_results(args: Args) -> dict:
+    """The results so far. Rejects settings that differ from those of the results."""
+    settings: dict[str, Any] = {"steps": args.steps, "prompts": args.prompts}
+    settings |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
+    if not args.results.exists():
+        return settings | {"selection": [], "rows": []}
+    try:
+        results = read_json(args.results)
+    except (OSError, ValueError) as error:
+        reject("--results", args.results, f"cannot be read: {first_line(error)}")
+    of_compare = "holds no results of benchmark/compare.py"
+    require("rows" in results, "--results", args.results, of_compare)
+    if args.write:
+        require(results["rows"], "--results", args.results, "contains no finished seed yet")
+        return results
+    if set(results["rates"]) < set(args.rates):
+        results["rates"] = settings["rates"]  # finished runs remain valid in a wider grid
+    for name, value in settings.items():
+        made_with = f"{args.results} was made with {results[name]}"
+        require(results[name] == value, f"--{name}", value, made_with)
+    return results
 
 
 def main(args: Args) -> None:
     methods = check(args)
     results = read_results(args)
-    if not args.write:
-        run_everything(args, results, methods)
-    elif "start" not in results:
-        reject("--results", args.results, "contains no finished seed yet")
-    else:
+    if args.write:
         for page in PAGES:
             shared.write_page(page, blocks(results))
         draw(results)
+    else:
+        run_everything(args, results, methods)
     print(table(results))
 
 

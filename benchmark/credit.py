@@ -11,7 +11,6 @@ advantage of every token. Each method's own function then assigns credit to the 
 from __future__ import annotations
 
 import copy
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -29,24 +28,26 @@ from truth import Credit, Truth, estimates
 
 import arca
 import common
-import ep_grpo
-import erpo
-import fipo
-import forking
-import grpo
-import gtpo
-import holderpo
-import lambda_grpo
-import stare
 import vineppo
 from common import Rollouts
 from docs import figures
+from ep_grpo import ep_grpo_advantages
+from erpo import erpo_advantages
+from fipo import fipo_weights
+from forking import forking_mask
+from grpo import grpo_advantages
+from gtpo import grpo_s_advantages, gtpo_advantages
+from holderpo import holder_surrogate
 from infra.models import load_weights
+from lambda_grpo import lambda_weights
+from stare import stare_weights
 from tiny.steps import check_steps
 
 PAGE = ROOT / "docs" / "credit.md"
 POLICIES = ("starting", "half-trained")
-MAX_NEW_TOKENS, LORA_RANK, LR = 64, 64, 2e-4
+MAX_NEW_TOKENS = 64
+LORA_RANK = 64
+LR = 2e-4
 Row = dict[str, Any]  # the return value of truth.measure for a problem
 Signals = dict[str, Tensor]  # [P, G, T] each
 
@@ -76,50 +77,62 @@ def method_credits(
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
-    residual = torch.zeros_like(logp)
-    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
-        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
-        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
-    outcome = grpo.grpo_advantages(correct)
-    grpo_credit = outcome[..., None] * mask
-    moved = moved_logp(policy, rollouts, outcome, args)
-    scored = (correct, entropy, logp, ref_logp, mask)
-    ep_grpo_credit = ep_grpo.ep_grpo_advantages(*scored)
-    grpo_s_credit = gtpo.grpo_s_advantages(correct, entropy, mask)
     signals = {
         "surprisal": arca.surprisal(logp),
         "entropy": entropy,
         "entropy reduction": arca.entropy_reduction(entropy, mask),
         "divergence": arca.divergence(logp, ref_logp),
-        "residual": residual,
+        "residual": adapter_residuals(policy, reference, rollouts, args),
     }
+    advantages = grpo_advantages(correct)  # [P, G]
+    moved = moved_logp(policy, rollouts, advantages, args)
+    outcome = advantages[..., None] * mask
+    scored = (correct, entropy, logp, ref_logp, mask)
+    ep_grpo_credit = ep_grpo_advantages(*scored)
     credits = {
-        "GRPO": grpo_credit,
+        "GRPO": outcome,
         "EP-GRPO": ep_grpo_credit,
-        "EP-GRPO's progress": ep_grpo_credit - ep_grpo.ep_grpo_advantages(*scored, eta=0.0),
-        "ERPO": erpo.erpo_advantages(*scored),
-        "GTPO": gtpo.gtpo_advantages(correct, entropy, mask),
-        "GRPO-S": grpo_s_credit[..., None] * mask,
-        "HölderPO, p = 2": holder_credit(moved, logp, mask, outcome, 2.0),
-        "HölderPO, p = −2": holder_credit(moved, logp, mask, outcome, -2.0),
-        "FIPO": grpo_credit * fipo.fipo_weights(moved, logp, grpo_credit, mask),
-        "STARE": grpo_credit * stare.stare_weights(logp, grpo_credit, mask),
-        "STARE C2": grpo_credit * stare.stare_weights(logp, grpo_credit, mask, attenuate=0.9),
-        "forking tokens": outcome[..., None] * forking.forking_mask(entropy, mask),
-        "λ-GRPO": outcome[..., None] * lambda_grpo.lambda_weights(rollouts.tokens, mask),
+        "EP-GRPO's progress": ep_grpo_credit - ep_grpo_advantages(*scored, eta=0.0),
+        "ERPO": erpo_advantages(*scored),
+        "GTPO": gtpo_advantages(correct, entropy, mask),
+        "GRPO-S": grpo_s_advantages(correct, entropy, mask)[..., None] * mask,
+        "HölderPO, p = 2": holder_credit(moved, logp, mask, advantages, 2.0),
+        "HölderPO, p = −2": holder_credit(moved, logp, mask, advantages, -2.0),
+        "FIPO": outcome * fipo_weights(moved, logp, outcome, mask),
+        "STARE": outcome * stare_weights(logp, outcome, mask),
+        "STARE C2": outcome * stare_weights(logp, outcome, mask, attenuate=0.9),
+        "forking tokens": outcome * forking_mask(entropy, mask),
+        "λ-GRPO": outcome * lambda_weights(rollouts.tokens, mask),
     }
-    for signal in ("surprisal", "entropy reduction", "divergence", "residual"):
-        name = "ARCA" if signal == "residual" else f"ARCA's {signal}"
-        weights = arca.credit_weights(signals[signal], mask) * mask.sum(-1, keepdim=True)
-        # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must
-        # give equal ranks.
-        credits[name] = outcome[..., None] * weights.round(decimals=6)
+    for signal in ("surprisal", "entropy reduction", "divergence"):
+        credits[f"ARCA's {signal}"] = arca_credit(outcome, signals[signal], mask)
+    credits["ARCA"] = arca_credit(outcome, signals["residual"], mask)
     credits["log π − log π_ref"] = logp - ref_logp  # EP-GRPO and ERPO sign it by the verdict
     credits["VinePPO"] = vineppo.vineppo_advantages(values, steps, correct, mask)
     return credits, signals
 
 
-def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any) -> Tensor:
+def arca_credit(outcome: Tensor, signal: Tensor, mask: Tensor) -> Tensor:
+    """GRPO's advantage, weighted within each response by a signal: [P, G, T]."""
+    weights = arca.credit_weights(signal, mask) * mask.sum(-1, keepdim=True)
+    # Equal weights are 1 / T times T, which may differ from 1 by rounding: equal credit must give
+    # equal ranks.
+    return outcome * weights.round(decimals=6)
+
+
+def adapter_residuals(
+    policy: nn.Module, reference: common.Reference, rollouts: Rollouts, args: vineppo.Args
+) -> Tensor:
+    """ARCA's signal, [P, G, T]."""
+    mask = rollouts.mask
+    residual = torch.zeros(mask.shape, device=mask.device)
+    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
+        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
+        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
+    return residual
+
+
+def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: Any) -> Tensor:
     """Log-probabilities of each half of the problems after an update on the other half, [P, G, T].
 
     In a step's first update HölderPO's and FIPO's credit is GRPO's advantage. It is therefore taken
@@ -133,7 +146,7 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any
         for index in common.micro_batches(rollouts, args.token_budget, other):
             logp, _ = common.token_logp(model, rollouts, index, args)
             means = logp.sum(-1) / mask[index].sum(-1)
-            (-outcome[index] * means).sum().backward()
+            (-advantages[index] * means).sum().backward()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
         with torch.no_grad():
@@ -143,41 +156,53 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, outcome: Tensor, args: Any
 
 
 def holder_credit(
-    logp: Tensor, old_logp: Tensor, mask: Tensor, outcome: Tensor, p: float
+    logp: Tensor, old_logp: Tensor, mask: Tensor, advantages: Tensor, p: float
 ) -> Tensor:
     """The gradient of HölderPO's loss with respect to each log-probability, negated and times T:
     [P, G, T]. It has the scale of an advantage.
     """
     rows = logp.flatten(0, 1).requires_grad_()
-    given = old_logp.flatten(0, 1), mask.flatten(0, 1), outcome.flatten()
-    loss, _ = holderpo.holder_surrogate(rows, *given, p)
+    given = old_logp.flatten(0, 1), mask.flatten(0, 1), advantages.flatten()
+    loss, _ = holder_surrogate(rows, *given, p)
     [gradient] = torch.autograd.grad(loss.sum(), rows)
     return -gradient.view_as(mask) * mask.sum(-1, keepdim=True)
 
 
-def read_truth(row: Row, chosen: list[int], count: int) -> tuple[Truth, list[truth.Curves]]:
-    """The truth about a problem's group, and the curves of each rollout.
+def read_curves(row: Row, chosen: list[int], count: int) -> list[truth.Curves]:
+    """The true values and advantages along each rollout of a problem's group.
 
     chosen: estimates to use; count: continuations of each.
     """
-    true, curves = Truth([], [], row["correct"], []), []
-    tried = count * len(chosen)
-    for g, reward in enumerate(row["correct"]):
-        won = np.array(row["wins"][g])[:, chosen].sum(-1)
-        others = np.array(row["others"][g])
-        curve = truth.true_advantages(others, won, tried, reward)
-        curves.append(curve)
-        true.advantages.append(curve.advantages)
+    curves = []
+    for others, wins, reward in zip(row["others"], row["wins"], row["correct"], strict=True):
+        won = np.array(wins)[:, chosen].sum(-1)
+        tried = count * len(chosen)
+        curves.append(truth.true_advantages(np.array(others), won, tried, reward))
+    return curves
+
+
+def read_steps(problem: str, pieces: list[str]) -> list[tuple[slice, bool]]:
+    """The tokens of each arithmetic step of a response, and whether the step is right.
+
+    pieces: the text of each token.
+    """
+    ends = np.cumsum(list(map(len, pieces)))  # in characters
+    steps = []
+    for start, end, right in check_steps(problem, "".join(pieces)):
+        first, last = np.searchsorted(ends, (start, end - 1), side="right")
+        steps.append((slice(first, last + 1), right))
+    return steps
+
+
+def read_truth(row: Row, curves: list[truth.Curves]) -> Truth:
+    """What the measures need to know about a problem's group."""
+    advantages, clear = [], []
+    for curve in curves:
+        advantages.append(curve.advantages)
         smallest = np.maximum(truth.CLEAR, 2 * curve.errors)
-        true.clear.append(np.abs(curve.advantages) > smallest)
-        pieces = row["pieces"][g]
-        ends = np.cumsum(list(map(len, pieces)))  # in characters
-        steps = []
-        for start, end, right in check_steps(row["problem"], "".join(pieces)):
-            first, last = np.searchsorted(ends, (start, end - 1), side="right")
-            steps.append((slice(first, last + 1), right))
-        true.steps.append(steps)
-    return true, curves
+        clear.append(np.abs(curve.advantages) > smallest)
+    steps = [read_steps(row["problem"], pieces) for pieces in row["pieces"]]
+    return Truth(advantages, clear, row["correct"], steps)
 
 
 def rms(values: Any) -> float:
@@ -186,19 +211,19 @@ def rms(values: Any) -> float:
 
 def soundness(rows: list[Row], count: int) -> dict[str, float]:
     """Checks of the truth against itself and against independent responses."""
-    closing, against_new, repeated = [], [], []
+    closing, against_new = [], []  # of each rollout
+    repeated = []  # of each token
     for row in rows:
         won, tried = row["prompt"]
         new = won / tried
         error_of_new = np.sqrt(new * (1 - new) / tried)
-        _, both = read_truth(row, [0, 1], count)
-        _, first = read_truth(row, [0], count)
-        _, second = read_truth(row, [1], count)
-        for curve, reward in zip(both, row["correct"], strict=True):
+        for curve, reward in zip(read_curves(row, [0, 1], count), row["correct"], strict=True):
             total = curve.advantages.sum()
             error = np.hypot(curve.value_errors[0], error_of_new)
             closing.append(total - (reward - curve.values[0]))
             against_new.append((total - (reward - new)) / error)
+        first = read_curves(row, [0], count)
+        second = read_curves(row, [1], count)
         for once, again, others in zip(first, second, row["others"], strict=True):
             error = np.hypot(once.errors, again.errors).clip(1e-12)
             z = (once.advantages - again.advantages) / error
@@ -236,33 +261,38 @@ def as_lists(tensors: Signals, mask: Tensor) -> dict[str, list[Credit]]:
     return lists
 
 
-def step_sums(group: common.Group, true: Truth) -> Credit:
-    """VinePPO's credit with true values: each token gets the sum over its step."""
+def step_sums(steps: Tensor, true: Truth) -> Credit:
+    """VinePPO's credit with true values: each token gets the sum over its step. steps: [G, T]."""
     credit = []
-    for (steps, *_), advantages in zip(group.notes, true.advantages, strict=True):
-        credit.append(np.bincount(steps, advantages)[steps])
+    for row, advantages in zip(steps.cpu().numpy(), true.advantages, strict=True):
+        of_tokens = row[: len(advantages)]
+        credit.append(np.bincount(of_tokens, advantages)[of_tokens])
     return credit
 
 
 def summarise(
     rows: list[Row],
     groups: list[common.Group],
+    steps: Tensor,
+    values: Tensor,
     policy: nn.Module,
     args: vineppo.Args,
     count: int,
 ) -> dict[str, Any]:
-    """All results for one policy. count: continuations of each estimate."""
+    """All results for one policy. steps, values: VinePPO's. count: continuations per estimate."""
     rollouts = common.stack(groups, [], common.device(args))
     mask = rollouts.mask
-    steps, values = vineppo.stack_values(groups, mask.device)
     given, signals = method_credits(policy, rollouts, steps, values, args)
-    credits, signals = as_lists(given, mask), as_lists(signals, mask)
-    truths = [read_truth(row, [0, 1], count)[0] for row in rows]
-    first = [read_truth(row, [0], count)[0].advantages for row in rows]
-    second = [read_truth(row, [1], count)[0] for row in rows]
+    credits = as_lists(given, mask)
+    truths = []
+    first, second = [], []  # by one of the two estimates each
+    for row in rows:
+        truths.append(read_truth(row, read_curves(row, [0, 1], count)))
+        first.append(read_truth(row, read_curves(row, [0], count)).advantages)
+        second.append(read_truth(row, read_curves(row, [1], count)))
+    credits["VinePPO, true values"] = list(map(step_sums, steps, truths))
     baseline = credits["GRPO"]
-    credits["VinePPO, true values"] = list(map(step_sums, groups, truths))
-    methods, of_signals = {}, {}
+    methods = {}
     for name, credit in credits.items():
         methods[name] = estimates(truth.MEASURES, credit, truths, baseline)
     methods["truth, measured again"] = estimates(truth.MEASURES, first, second, baseline)
@@ -270,7 +300,8 @@ def summarise(
     sizes = []  # a signal has no sign: it is compared with the size of the true advantage
     for true in truths:
         sizes.append(replace(true, advantages=list(map(np.abs, true.advantages))))
-    for name, signal in signals.items():
+    of_signals = {}
+    for name, signal in as_lists(signals, rollouts.mask).items():
         of_signals[name] = estimates(truth.SIGNAL_MEASURES, signal, sizes, signal)
     return {
         "facts": truth.facts(truths),
@@ -285,8 +316,8 @@ def interval(figure: dict[str, Any] | None) -> str:
     """A value and its interval, without brackets if it is the value; bold if unlike GRPO's."""
     if figure is None:
         return "–"
-    numbers = figure["value"], *figure["interval"]
-    value, low, high = (f"{number:.2f}" for number in numbers)
+    value = f"{figure['value']:.2f}"
+    low, high = (f"{end:.2f}" for end in figure["interval"])
     shown = f"**{value}**" if figure["differs"] else value
     return shown if low == value == high else f"{shown} [{low}, {high}]"
 
@@ -307,17 +338,19 @@ def methods_table(methods: dict[str, dict[str, Any]]) -> str:
 
 def tables(results: dict[str, Any]) -> str:
     """All tables of the page."""
-    policies, vllm = results["policies"], results["versions"]["vllm"]
-    parts = [f"`{results['command']}`, {results['machine']}, vLLM {vllm}."]
+    policies = results["policies"]
+    parts = [f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']}."]
     for name, policy in policies.items():
         parts += [f"The {name} policy:", methods_table(policy["methods"])]
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
         rows = []
         for name in policies["starting"][part]:
-            rows.append([name, *(number(policy[part][name]) for policy in policies.values())])
+            cells = [number(policy[part][name]) for policy in policies.values()]
+            rows.append([name, *cells])
         parts.append(markdown([title, *policies], rows))
     head = ["signal, against the size of the true advantage"]
-    head += [f"{measure}, {name}" for name in policies for measure in truth.SIGNAL_MEASURES]
+    for name in policies:
+        head += [f"{measure}, {name}" for measure in truth.SIGNAL_MEASURES]
     rows = []
     for signal in policies["starting"]["signals"]:
         rows.append([signal])
@@ -338,7 +371,7 @@ def train(args: Args) -> Path:
 
 
 def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
-    """The summary of each policy. A problem that was measured before is not measured again."""
+    """The summary of each policy."""
     settings = vineppo.Args(
         model=str(ROOT / "tiny"),
         eval_dataset=str(ROOT / "tiny" / "test.jsonl"),
@@ -349,7 +382,8 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         lr=LR,
         seed=args.seed,
     )
-    summaries, count = {}, args.continuations
+    count = args.continuations
+    summaries = {}
     with common.Grader() as grader:
         tokenizer = common.load_tokenizer(settings)
         policy = common.load_policy(settings)
@@ -361,17 +395,20 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
             if name == "half-trained":
                 load_weights(policy, train(args))
             engine.sync(policy)
-            rows, groups = [], []
+            rows = []
             for i, problem in enumerate(problems):
                 seed = (args.seed, name, i)
-                row = truth.measure(engine, grader, policy, problem, settings, count, seed)
+                rows.append(truth.measure(engine, grader, policy, problem, settings, count, seed))
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
-                rows.append(row)
-                unused_logp = row["others"]
-                groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
             write_json(args.run_dir / f"{name}.json", rows)
-            vineppo.estimate_values(engine, grader, groups, settings, (args.seed, name))
-            summaries[name] = summarise(rows, groups, policy, settings, count)
+
+            groups = []
+            for problem, row in zip(problems, rows, strict=True):
+                unused_logp = row["others"]  # in the place of the engine's, with its shape
+                groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
+            given = engine, grader, groups, settings
+            steps, values, _ = vineppo.estimate_values(*given, (args.seed, name))
+            summaries[name] = summarise(rows, groups, steps, values, policy, settings, count)
     return summaries
 
 
@@ -391,8 +428,8 @@ def main(args: Args) -> None:
     shared.require_at_least(args, prompts=2, group_size=2, continuations=2, train_steps=1)
     names = shared.parse_names("--policies", args.policies, POLICIES)
     summaries = measure_policies(args, names)
-    command = shlex.join(["python", "benchmark/credit.py", *sys.argv[1:]])
-    results = {"command": command, **shared.environment(), "code": code(), "policies": summaries}
+    results = {"command": shared.own_command(), **shared.environment()}
+    results |= {"code": code(), "policies": summaries}
     write_json(args.results, results)
     print(tables(results))
 

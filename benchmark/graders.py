@@ -1,8 +1,13 @@
-"""Compare graders on the shared pairs: python benchmark/graders.py [../shared]
+"""Measure grading/ and other graders on labelled answers.
 
-Writes the tables in grading/README.md, those of kinds and rules too. verl's graders are read from
-the package, if it is installed (`pip install --no-deps --target FOLDER verl pylatexenc`, and FOLDER
-in PYTHONPATH), without what verl imports. `prime_math` is PRM800K's grader as verl distributes it.
+    python benchmark/graders.py FOLDER          # the graders that others use, in minutes
+    python benchmark/graders.py FOLDER --own    # grading/ alone: accuracy by file, and speed
+
+FOLDER holds cases/ and data/ (default: ../shared). Files that it lacks are left out. The first
+command fills the tables of grading/README.md, those of kinds and rules too. The second prints its
+lines. verl's graders are read from the package, if it is installed (`pip install --no-deps --target
+FOLDER verl pylatexenc`, and FOLDER in PYTHONPATH), without what verl imports. `prime_math` is
+PRM800K's grader as verl distributes it.
 """
 
 from __future__ import annotations
@@ -16,18 +21,117 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import shared
+import tyro
+from shared import ROOT, markdown
 
-from grading import Grader, last_boxed  # noqa: E402
-from grading.answers import reference_text  # noqa: E402
-from grading.kinds import KINDS  # noqa: E402
-from grading.rules import RULES  # noqa: E402
+from grading import Grader, last_boxed
+from grading.answers import reference_text
+from grading.kinds import KINDS
+from grading.rules import RULES
 
+README = ROOT / "grading" / "README.md"
 Grade = Callable[[str, str], bool]  # of a response and a reference answer
-LEFT_OUT = "left out: not installed"
+Case = tuple[str, str, bool]  # a response, a reference answer, whether the response is right
+
+# References, and the same value written differently. Each list has an odd length.
+NUMBERS = [("A", "A.0")]
+OF_KINDS = [
+    (r"\frac{A}{7} \text{ cm}", r"\dfrac{A}7\text{ cm}"),
+    ("(3, A]", r"3<x\le A"),
+    (r"\{A, -2\}", r"-2 \text{ and } A"),
+    ("A:30", r"A:30"),
+    (r"\begin{pmatrix}A\\1\end{pmatrix}", "(A,1)"),
+]
+LATEX = [
+    (r"\frac{A\pi}{7}", r"\dfrac{A}{7}\pi"),
+    (r"x^2+Ax-3", r"-3+x^2+Ax"),
+    (r"(3, A\pi]", r"\left(3,\pi A\right]"),
+    (r"A\sqrt{2}, -2", r"-2,\, \sqrt{2} A"),
+    (r"A\sin 5x", r"\sin(5x) \cdot A"),
+    (r"y = Ax + 6", r"y=6+Ax"),
+    (r"\frac{\sqrt{5}}{A}", r"\frac{1}{A}\sqrt{5}"),
+]
+SPEED = {  # forms and number of answers
+    "plain numbers": (NUMBERS, 40_000),
+    "kinds": (OF_KINDS, 10_000),
+    "LaTeX": (LATEX, 2_000),
+}
+SPELLINGS = [("", ""), (" ", r"\, "), (r"\frac", r"\dfrac"), ("", "$")]
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[Path] = Path("../shared")  # holds cases/ and data/
+    own: bool = False  # only grading/: its accuracy in each file, and its speed
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Pairs with verdicts; or references against themselves in other spellings, and solutions."""
+    cases = []
+    for line in path.read_text().strip().split("\n"):
+        row = json.loads(line)
+        if "want" in row:
+            answer = row.get("response") or rf"So the answer is \boxed{{{row['answer']}}}."
+            cases.append((answer, row["gold"], row["want"]))
+        elif isinstance(row.get("answer"), str):
+            for old, new in SPELLINGS:
+                text = row["answer"].replace(old, new) if old else f"{new}{row['answer']}{new}"
+                cases.append((rf"\boxed{{{text}}}", row["answer"], True))
+            if path.stem == "math500":
+                cases.append((row["solution"], row["answer"], True))
+    return cases
+
+
+def count_errors(verdicts: list[bool], cases: list[Case]) -> tuple[int, int]:
+    """Wrong answers accepted, right answers rejected."""
+    accepted = rejected = 0
+    for verdict, (_, _, right) in zip(verdicts, cases, strict=True):
+        accepted += verdict and not right
+        rejected += right and not verdict
+    return accepted, rejected
+
+
+# ------------------------------------------------------------------------------- grading/ alone
+
+
+def make_pairs(forms: list, count: int) -> tuple[list, list]:
+    """Return responses and references. Every other response is wrong."""
+    responses, references = [], []
+    for number in range(count):
+        reference, answer = forms[number % len(forms)]
+        answer = answer.replace("A", str(number + number % 2 + 8))
+        responses.append(rf"So \boxed{{{answer}}}.")
+        references.append(reference.replace("A", str(number + 8)))
+    return responses, references
+
+
+def measure_own(folder: Path) -> None:
+    """Print the errors of grading/ in each file, and its answers per second."""
+    paths = [*folder.glob("cases/verifier_pairs*.jsonl"), *folder.glob("cases/3/responses.jsonl")]
+    paths += folder.glob("data/*.jsonl")
+    with Grader() as grader:
+        for path in sorted(paths):
+            cases = read_cases(path)
+            if cases:
+                responses, references, _ = zip(*cases, strict=True)
+                wrong, missed = count_errors(grader.grade(responses, references), cases)
+                text = f"{wrong} wrong answers accepted, {missed} right ones rejected"
+                print(f"{path.name}: of {len(cases)}, {text}")
+        for name, (forms, count) in SPEED.items():
+            responses, references = make_pairs(forms, count)
+            grader.grade(responses[-8:], references[-8:])  # starts the workers
+            clock = time.perf_counter if name == "LaTeX" else time.process_time  # no worker
+            start = clock()
+            right = sum(grader.grade(responses, references))
+            rate = count / (clock() - start)
+            print(f"{name}: {rate:.0f} per second, {right} of {count} right")
+
+
+# ------------------------------------------------------------------------------- all graders
 
 
 def ours() -> Grade:
@@ -70,69 +174,63 @@ GRADERS = {
 }
 
 
-def kinds() -> list[str]:
+def measure(make: Callable[[], Grade], cases: list[Case]) -> list[str]:
+    """The cells of a grader: wrong answers accepted, right ones rejected, answers per second."""
+    try:
+        grade = make()
+    except (ImportError, AttributeError):  # find_spec returns None if verl is not installed
+        return ["left out: not installed", "", ""]
+    verdicts = []
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        grade(r"\boxed{x+1}", "1+x")  # starts a worker, builds a parser
+        start = time.perf_counter()
+        for response, reference, _ in cases:
+            verdicts.append(False)
+            with contextlib.suppress(Exception):  # counts as a rejection
+                verdicts[-1] = grade(response, reference_text(reference))
+    rate = len(cases) / (time.perf_counter() - start)
+    return [*map(str, count_errors(verdicts, cases)), f"{rate:.0f}"]
+
+
+def graders_table(folder: Path) -> str:
+    cases = []
+    for path in sorted(folder.glob("cases/verifier_pairs*.jsonl")):
+        cases += read_cases(path)
+    right = sum(case[2] for case in cases)
+    head = ["grader", f"accepted, of {len(cases) - right} wrong answers"]
+    head += [f"of {right} right answers rejected", "per second"]
+    return markdown(head, [[name, *measure(make, cases)] for name, make in GRADERS.items()])
+
+
+def kinds_table() -> str:
     """The docstrings of the kinds, in the order in which they are tried."""
-    rows = ["| kind | examples |", "|---|---|"]
+    rows = []
     for _, kind in KINDS:
         text, _, examples = " ".join(kind.__doc__.split()).partition(": `")
         examples = examples.replace("|", r"\|")
-        rows.append(f"| {text} | `{examples} |")
-    return rows
+        rows.append([text, f"`{examples}"])
+    return markdown(["kind", "examples"], rows, words=2)
 
 
-def rules() -> list[str]:
+def rules_table() -> str:
     """The pairs of kinds that may be equal, with the docstrings of their rules."""
-    rows = ["| reference, answer | rule |", "|---|---|"]
+    rows = []
     for (first, second), rule in RULES.items():
         if rule.__name__ != "never":
-            text = " ".join((rule.__doc__ or "").split())
             names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
-            rows.append(f"| {names} | {text} |")
-    return rows
+            rows.append([names, " ".join((rule.__doc__ or "").split())])
+    return markdown(["reference, answer", "rule"], rows, words=2)
 
 
-def measure(grade: Grade, pairs: list[dict]) -> tuple[int, int, float]:
-    """Wrong answers accepted, right answers rejected, answers per second."""
-    accepted, rejected = 0, 0
-    start = time.perf_counter()
-    for pair in pairs:
-        response = rf"So the answer is \boxed{{{pair['answer']}}}."
-        verdict = False
-        with contextlib.suppress(Exception):  # counted as wrong
-            verdict = grade(response, reference_text(pair["gold"]))
-        accepted += verdict and not pair["want"]
-        rejected += pair["want"] and not verdict
-    return accepted, rejected, len(pairs) / (time.perf_counter() - start)
-
-
-def main() -> None:
-    folder = Path([*sys.argv, "../shared"][1], "cases")
-    pairs = []
-    for path in sorted(folder.glob("verifier_pairs*.jsonl")):
-        pairs += [json.loads(line) for line in path.read_text().splitlines()]
-    wrong = sum(not pair["want"] for pair in pairs)
-    head = f"{wrong} wrong answers | of {len(pairs) - wrong} right answers"
-    lines = [f"| grader | accepted, of {head} rejected | per second |", "|---|---:|---:|---:|"]
-    for name, make in GRADERS.items():
-        try:
-            grade = make()
-        except (ImportError, AttributeError):
-            lines.append(f"| {name} | {LEFT_OUT} | | |")
-            continue
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            grade(r"\boxed{x+1}", "1+x")  # starts a worker, builds a parser
-            accepted, rejected, rate = measure(grade, pairs)
-        lines.append(f"| {name} | {accepted} | {rejected} | {rate:.0f} |")
-
-    readme = ROOT / "grading" / "README.md"
-    text = readme.read_text()
-    for name, table in [("kinds", kinds()), ("rules", rules()), ("graders", lines)]:
-        begin, end = f"<!-- results:{name} -->\n", "<!-- /results -->"
-        before, _, rest = text.partition(begin)
-        text = before + begin + "\n".join(table) + "\n" + end + rest.partition(end)[2]
-    readme.write_text(text)
-    print("\n".join(lines))
+def main(args: Args) -> None:
+    if args.own:
+        measure_own(args.folder)
+        return
+    table = graders_table(args.folder)
+    blocks = {"kinds": kinds_table(), "rules": rules_table(), "graders": table}
+    shared.write_page(README, blocks)
+    print(table)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, description=__doc__))

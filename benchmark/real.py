@@ -1,4 +1,4 @@
-"""Train SmolLM2-135M-Instruct: chat template, bfloat16, tied LM head, vLLM, report.
+"""Train SmolLM2-135M-Instruct: chat template, bfloat16, tied LM head, vLLM.
 
     python benchmark/real.py                  # makes the model, trains three methods
     python benchmark/real.py --make           # only makes the model, for compare.py --task real
@@ -12,7 +12,6 @@ command again to resume an interrupted benchmark.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -116,10 +115,9 @@ def write_problems(folder: Path) -> None:
         shared.write_text(folder / f"{name}.jsonl", text)
 
 
-@functools.cache
 def code(method: str) -> str:
     """Digest of the code that a method's run depends on."""
-    return shared.code_digest(f"{METHODS[method]}.py", *shared.TRAINING)
+    return shared.training_code(f"{METHODS[method]}.py")
 
 
 def run_folder(method: str, args: Args) -> Path:
@@ -128,16 +126,15 @@ def run_folder(method: str, args: Args) -> Path:
 
 def train(args: Args, method: str, model: Path) -> float:
     """Start or resume a run; returns its peak memory in GB."""
-    script, folder = METHODS[method], run_folder(method, args)
     flags = [*SETTINGS.split(), "--model", str(model)]
     flags += ["--dataset", str(model / "train.jsonl")]
     flags += ["--eval-dataset", str(model / "test.jsonl")]
-    command = shared.run_command(f"{script}.py", flags, folder)
+    command = shared.run_command(f"{METHODS[method]}.py", flags, run_folder(method, args))
     command = [sys.executable, *command, "--steps", str(args.steps)]
     process = subprocess.Popen(command, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{script}.py failed; run the same command again to resume")
+        sys.exit(f"{method} failed; run the same command again to resume")
     return round(1.024e-6 * usage.ru_maxrss, 2)  # Linux counts in KiB
 
 
@@ -166,25 +163,24 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
     for method, run in results["runs"].items():
         first, last = run["evaluations"][0], run["evaluations"][-1]
         rewards, gap = run["curves"]["reward"], run["curves"]["logp_gap/mean"]
-        row = [
-            method,
-            run["steps"],
-            held_out(first),
-            held_out(last),
-            f"{last['eval/greedy']:.2f}",
-            f"{statistics.mean(rewards[:5]):.3f} → {statistics.mean(rewards[-5:]):.3f}",
-            f"{statistics.mean(gap):.3f}, {run['gap_max']:.2g}",
-        ]
+        start, end = statistics.mean(rewards[:5]), statistics.mean(rewards[-5:])
+        row = {
+            "method": method,
+            "steps": run["steps"],
+            "held-out accuracy before": held_out(first),
+            "after": held_out(last),
+            "greedy": f"{last['eval/greedy']:.2f}",
+            "reward, first → last five steps": f"{start:.3f} → {end:.3f}",
+            "gap: mean, maximum": f"{statistics.mean(gap):.3f}, {run['gap_max']:.2g}",
+        }
         learned.append(row)
         seconds = [f"{run['seconds'].get(part, math.nan):.1f}" for part in PARTS]
         spent.append([method, *seconds, f"{run['memory_gb']:.1f}"])
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     caption = f"`{results['command']}`; each method runs with `{results['settings']}`; "
-    caption += f"{results['machine']}; {versions}. In brackets the 95% interval."
-    head = ["method", "steps", "held-out accuracy before", "after", "greedy"]
-    head += ["reward, first → last five steps", "gap: mean, maximum"]
+    caption += f"{results['machine']}; {shared.versions_of(results)}. In brackets the 95% interval."
+    table = markdown(list(learned[0]), [row.values() for row in learned])
     return {
-        "real": f"{caption}\n\n{markdown(head, learned)}",
+        "real": f"{caption}\n\n{table}",
         "real-seconds": markdown(["method", *PARTS, "memory, GB"], spent),
     }
 
@@ -213,10 +209,6 @@ def main(args: Args) -> None:
             run = logged(run_folder(method, args) / "metrics.jsonl")
             results["runs"][method] = run | {"memory_gb": memory, "code": code(method)}
             write_json(args.results, results)
-    folders = [run_folder(method, args) for method in results["runs"]]
-    folders = [str(folder) for folder in folders if folder.exists()]
-    report = ["tools/report.py", *folders, "--out", str(args.runs / "report.html")]
-    subprocess.run([sys.executable, *report], cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Helpers of the benchmarks: results files, the results blocks of pages, checks of flags."""
+"""What the benchmarks share: training runs, results files, blocks of pages, checks of flags."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
@@ -44,6 +46,14 @@ def require_at_least(args: Any, **minimums: int) -> None:
         require(value >= minimum, flag_of(name), value, f"must be at least {minimum}")
 
 
+def own_command() -> str:
+    """The command that started this process, as a page shows it."""
+    command = ["python", f"benchmark/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    if "--refresh" in command:
+        command.remove("--refresh")
+    return shlex.join(command)
+
+
 def describe_cores(count: int) -> str:
     noun = "core" if count == 1 else "cores"
     return f"{count} {noun}, {platform.machine()}"
@@ -57,6 +67,10 @@ def environment() -> dict[str, Any]:
         if name in distributions:
             versions[name] = version(distributions[name][0])
     return {"machine": describe_cores(len(os.sched_getaffinity(0))), "versions": versions}
+
+
+def versions_of(results: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in results["versions"].items())
 
 
 def code_digest(*files: str) -> str:
@@ -80,6 +94,12 @@ def is_text(statement: ast.stmt) -> bool:
     return constant and isinstance(statement.value.value, str)
 
 
+@functools.cache
+def training_code(script: str) -> str:
+    """Digest of the code that the runs of a script depend on."""
+    return code_digest(script, *TRAINING)
+
+
 def run_command(script: str, flags: list[str], folder: Path) -> list[str]:
     """The command that starts a training run in a folder, or resumes the run in that folder."""
     if (folder / "args.json").exists():
@@ -96,10 +116,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value) + "\n")
 
 
-def as_json(value: Any, indent: str = "") -> str:
-    """JSON with each entry of an object, and each object of a list, on a line of its own."""
-    if isinstance(value, dict) and not indent:
-        lines = [f"{json.dumps(str(name))}: {as_json(part, ' ')}" for name, part in value.items()]
+def as_json(value: Any, top: bool = True) -> str:
+    """JSON with each entry of the top object, and each object of a list in it, on its own line."""
+    if isinstance(value, dict) and top:
+        lines = []
+        for name, part in value.items():
+            lines.append(f"{json.dumps(str(name))}: {as_json(part, top=False)}")
         return "{\n " + ",\n ".join(lines) + "\n}"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         lines = [json.dumps(row, ensure_ascii=False) for row in value]

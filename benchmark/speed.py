@@ -6,8 +6,9 @@
     python benchmark/speed.py --write               # writes the table of docs/speed.md
 
 The sides of a shape run in turn, in several rounds. Each runs in its own process, so that its peak
-memory is its own. A round's results are added to benchmark/results/speed.json when it ends.
-docs/speed.md describes the comparison.
+memory is its own. A round's results are added to benchmark/results/speed.json when it ends. On a
+GPU the memory with vLLM is written to gpu.json, from which docs/memory.py reads it. docs/speed.md
+describes the comparison.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,18 +37,20 @@ from unittest import mock
 import shared
 import torch
 import tyro
-from shared import RESULTS, ROOT, markdown, read_json, write_json, write_text
+from shared import RESULTS, ROOT, markdown, read_json, write_json
 
 import common
 import grpo
-from common import Grader, Run
+from common import Grader, Run, make_engine
 from infra.cli import parse_args
 from infra.run import read_lines
+from infra.vllm_engine import VLLMEngine
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
-BEFORE = not hasattr(common, "scored_micro_batches")  # the scripts are an older commit's
+BEFORE = not hasattr(common, "head_logp")  # the scripts are an older commit's
 PARTS = ("sync", "rollout", "verify", "score", "update", "other")
+GPU_MOMENTS = ("sync", "sleep", "peak")  # when the memory in use is measured
 CONFIGS = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
     "GSM8K": (49152, 576, 30, 9, 3, 1536),  # as SmolLM2-135M
     "0.5B": (151936, 896, 24, 14, 2, 4864),
@@ -76,10 +80,11 @@ SHAPES = {
     "1.5B 8192": Shape("1.5B", "cuda", 16, 8, 1024, 5, 8192),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENGINES = ("transformers", "vllm")
 SECTIONS = [
-    f"{shape}: {engine}"
-    for shape, engine in itertools.product(SHAPES, ("transformers", "vllm"))
-    if SHAPES[shape].device == DEVICE
+    f"{name}: {engine}"
+    for name, engine in itertools.product(SHAPES, ENGINES)
+    if SHAPES[name].device == DEVICE
 ]
 
 
@@ -118,24 +123,6 @@ def model_folder(name: str, folder: Path) -> Path:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def remove_eos(folder: Path) -> None:
-    """Remove what stops a response, so that every response has the same length.
-
-    That is the EOS token, and the token that ends an assistant's turn in the chat template.
-    """
-    for file, name in (
-        ("config.json", "eos_token_id"),
-        ("generation_config.json", "eos_token_id"),
-        ("tokenizer_config.json", "eos_token"),
-    ):
-        settings = read_json(folder / file)
-        settings[name] = None
-        write_json(folder / file, settings)
-    template = folder / "chat_template.jinja"
-    users = "{% for message in messages if message.role == 'user' %}"
-    write_text(template, template.read_text().replace("{% for message in messages %}", users))
 
 
 def problem_file(shape: Shape, folder: Path) -> Path:
@@ -192,19 +179,58 @@ class AlternatingGrader(Grader):
         return [i % 2 == 1 for i in range(len(verdicts))]
 
 
+def endless_engine(*given: Any) -> Any:
+    """The engine of a run, whose responses no token ends before they have the given length."""
+    engine = make_engine(*given)
+    engine.stop_tokens = []
+    if hasattr(engine, "sampling_params"):  # vLLM's
+        engine.sampling_params = functools.partial(engine.sampling_params, ignore_eos=True)
+    return engine
+
+
+def watch_gpu_memory() -> dict[str, float]:
+    """GiB in use on the GPU: after vLLM's last sync, after its last sleep, and at most.
+
+    The values are updated for as long as this process runs.
+    """
+    gib = dict.fromkeys((*GPU_MOMENTS, "now"), 0.0)
+
+    def note(moment: str) -> None:
+        free, total = torch.cuda.mem_get_info()
+        gib[moment] = (total - free) / 2**30
+        gib["peak"] = max(gib.values())
+
+    def noting(name: str) -> Callable[..., None]:
+        method = getattr(VLLMEngine, name)
+
+        def call(*given: Any) -> None:
+            method(*given)
+            note(name)
+
+        return call
+
+    def watch() -> None:
+        while True:
+            note("now")
+            time.sleep(0.02)
+
+    VLLMEngine.sync, VLLMEngine.sleep = noting("sync"), noting("sleep")
+    threading.Thread(target=watch, daemon=True).start()
+    return gib
+
+
 def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     """Measure grpo.py."""
-    model_path = model_folder(shape.model, folder / "model")
-    remove_eos(model_path)
-    problems = str(problem_file(shape, folder))
-    flags = ["--model", str(model_path), "--dataset", problems, "--eval-dataset", problems]
-    flags += ["--prompts-per-step", str(shape.prompts), "--group-size", str(shape.group)]
-    flags += ["--max-new-tokens", str(shape.new_tokens), "--steps", str(shape.steps + 2)]
-    flags += ["--engine", engine, "--device", shape.device, "--run-dir", str(folder / "run")]
-    flags += ["--eval-problems", "1", "--eval-samples", "1", "--eval-every", "0"]
-    flags += ["--save-every", "0", "--token-budget", str(shape.token_budget)]
-    if shape.model in CONFIGS:  # with random weights
-        flags += ["--max-logp-gap", "1e9"]
+    model, problems = model_folder(shape.model, folder / "model"), problem_file(shape, folder)
+    flags = f"--model {model} --dataset {problems} --eval-dataset {problems}"
+    flags += f" --prompts-per-step {shape.prompts} --group-size {shape.group}"
+    flags += f" --max-new-tokens {shape.new_tokens} --token-budget {shape.token_budget}"
+    flags += f" --engine {engine} --device {shape.device} --run-dir {folder / 'run'}"
+    flags += f" --steps {shape.steps + 2} --eval-problems 1 --eval-samples 1 --eval-every 0"
+    flags += " --save-every 0 --max-logp-gap 1e9"  # which random weights exceed
+    found: dict[str, Any] = {}
+    if (shape.device, engine) == ("cuda", "vllm"):
+        found["gib"] = watch_gpu_memory()
     measurement, log_rollouts = Measurement(shape), Run.log_rollouts
     token_logp = common.token_logp if BEFORE else common.head_logp
 
@@ -212,7 +238,7 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
         measurement.at_once = max(measurement.at_once, len(call[2][0]))
         return token_logp(*call)
 
-    def count(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
+    def count_tokens(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
         log_rollouts(run, step, rollouts, *rest, **more)
         prompt_tokens = sum(len(problem.prompt) for problem in rollouts.problems)
         measurement.tokens["prompt"] += prompt_tokens * shape.group
@@ -221,18 +247,47 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
         measurement.tokens["trained"] += int(rollouts.mask.sum())
 
     with (
-        mock.patch.object(Run, "log_rollouts", count),
-        mock.patch.object(common, token_logp.__name__, count_rollouts),
+        mock.patch.object(Run, "log_rollouts", count_tokens),
         mock.patch.object(Run, "save", measurement.end_step),
+        mock.patch.object(common, token_logp.__name__, count_rollouts),
+        mock.patch.object(common, "make_engine", endless_engine),
         mock.patch.object(common, "Grader", AlternatingGrader),
         contextlib.suppress(MeasurementDone),
     ):
-        grpo.main(parse_args(grpo.Args, flags))
+        grpo.main(parse_args(grpo.Args, flags.split()))
     rows = read_lines(folder / "run" / "metrics.jsonl")[-shape.steps :]
     parts = {}
     for part in (*PARTS, "step"):
         parts[part] = statistics.median(row[f"seconds/{part}"] for row in rows)
-    return measurement.results() | {"parts": parts}
+    return found | measurement.results() | {"parts": parts}
+
+
+def trl_settings(shape: Shape, engine: str, rows_at_once: int) -> dict[str, Any]:
+    """The settings of TRL's trainer for the same work."""
+    # No token ends a response before it has the given length.
+    endless = {"min_new_tokens": shape.new_tokens}
+    if engine == "vllm":
+        endless = {"ignore_eos": True}
+    return {
+        "use_cpu": shape.device == "cpu",
+        "bf16": shape.device == "cuda",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": rows_at_once,
+        "gradient_accumulation_steps": shape.prompts * shape.group // rows_at_once,
+        "num_generations": shape.group,
+        "max_completion_length": shape.new_tokens,
+        "generation_kwargs": endless,
+        "max_steps": shape.steps + 1,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "use_vllm": engine == "vllm",
+        "vllm_max_model_length": 28 + 20 * shape.joined + shape.new_tokens,  # the longest prompt
+        "model_init_kwargs": {"dtype": "float32"},
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
 
 
 def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, Any]:
@@ -242,39 +297,10 @@ def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, A
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    rollouts = shape.prompts * shape.group
-    context = 28 + 20 * shape.joined + shape.new_tokens  # enough for the longest prompt
-    while rollouts % at_once:
+    while shape.prompts * shape.group % at_once:
         at_once -= 1
-    # No token ends a response before it has the given length.
-    endless = {"min_new_tokens": shape.new_tokens}
-    if engine == "vllm":
-        endless = {"ignore_eos": True}
-    rows = []
-    for row in read_lines(problem_file(shape, folder)):
-        prompt = [{"role": "user", "content": row["problem"]}]
-        rows.append({"prompt": prompt, "reference": row["answer"]})
-    config = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=shape.device == "cpu",
-        bf16=shape.device == "cuda",
-        gradient_checkpointing=False,
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=rollouts // at_once,
-        num_generations=shape.group,
-        max_completion_length=shape.new_tokens,
-        generation_kwargs=endless,
-        max_steps=shape.steps + 1,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        use_vllm=engine == "vllm",
-        vllm_max_model_length=context,
-        model_init_kwargs={"dtype": "float32"},
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    settings = trl_settings(shape, engine, at_once)
+    config = GRPOConfig(output_dir=str(folder / "trl"), **settings)
     measurement, clock = Measurement(shape), TrainerCallback()
     clock.on_step_end = measurement.end_step
 
@@ -289,16 +315,16 @@ def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, A
             measurement.tokens["trained"] += int(inputs["completion_mask"].sum())
             return super()._compute_loss(model, inputs)
 
-    def reward(completions: list[Any], reference: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        return list(map(float, grader.grade(texts, reference)))
+        return list(map(float, grader.grade(texts, answer)))
 
-    model_path, data = model_folder(shape.model, folder / "model"), Dataset.from_list(rows)
+    rows = read_lines(problem_file(shape, folder))
+    for row in rows:
+        row["prompt"] = [{"role": "user", "content": row.pop("problem")}]
+    model, data = model_folder(shape.model, folder / "model"), Dataset.from_list(rows)
     with AlternatingGrader() as grader, contextlib.suppress(MeasurementDone):
-        trainer = CountingTrainer(
-            str(model_path), reward, config, train_dataset=data, callbacks=[clock]
-        )
-        trainer.train()
+        CountingTrainer(str(model), reward, config, train_dataset=data, callbacks=[clock]).train()
     return measurement.results() | {"trl": version("trl"), "optimizer": str(config.optim)}
 
 
@@ -342,21 +368,27 @@ def measure_round(section: str, before: Path | None) -> dict[str, Any]:
     if before:
         sides["before"] = measure_in_process(f"before: {section}: 0", before)
     sides["ours"] = measure_in_process(f"ours: {section}: 0")
-    at_once = sides["ours"]["at_once"]
-    sides["trl"] = measure_in_process(f"trl: {section}: {at_once}")
+    sides["trl"] = measure_in_process(f"trl: {section}: {sides['ours']['at_once']}")
     return sides
 
 
-GOALS = {  # of each row of the table
-    "rounds": "",
-    "micro-batches": "",
-    "step, s": "",
-    **{f"of it {part}, s": "" for part in PARTS},
-    "TRL's step / ours": "at least 1.5; GSM8K 1.4",
-    "our score + update / before": "at most 0.62",
-    "our peak memory / TRL's": "at most 0.9",
-    "our peak memory / before": "at most 1",
-    "with vLLM: our step, s": "",
+def step_seconds(side: dict[str, Any]) -> float:
+    return statistics.median(side["seconds"])
+
+
+def training_seconds(side: dict[str, Any]) -> float:
+    return side["parts"]["score"] + side["parts"]["update"]
+
+
+def peak_bytes(side: dict[str, Any]) -> float:
+    return side["peak_bytes"]
+
+
+RATIOS = {  # rows of the table: goal, numerator, denominator, what is compared
+    "TRL's step / ours": ("at least 1.5; GSM8K 1.4", "trl", "ours", step_seconds),
+    "our score + update / before": ("at most 0.62", "ours", "before", training_seconds),
+    "our peak memory / TRL's": ("at most 0.9", "ours", "trl", peak_bytes),
+    "our peak memory / before": ("at most 1", "ours", "before", peak_bytes),
 }
 MISSING = "not measured"
 
@@ -375,55 +407,43 @@ def median_ratio(rounds: list[dict[str, Any]], a: str, b: str, value: Callable) 
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def step_seconds(side: dict[str, Any]) -> float:
-    return statistics.median(side["seconds"])
+def median_seconds(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.3g}" if seconds else MISSING
 
 
-def training_seconds(side: dict[str, Any]) -> float:
-    return side["parts"]["score"] + side["parts"]["update"]
-
-
-def peak_bytes(side: dict[str, Any]) -> float:
-    return side["peak_bytes"]
-
-
-def column(sections: dict[str, Any], name: str) -> list[str]:
-    """The cells of one shape, in the order of GOALS."""
-    rounds = sections.get(f"{name}: transformers", [])
-    if not rounds:
-        return [MISSING] * len(GOALS)
-    shape, at_once = SHAPES[name], rounds[0]["ours"]["at_once"]
-    cells = [str(len(rounds)), str(math.ceil(shape.prompts * shape.group / at_once))]
+def column(sections: dict[str, Any], name: str) -> dict[str, str]:
+    """The cells of one shape."""
+    rounds, shape = sections[f"{name}: transformers"], SHAPES[name]
+    micro_batches = shape.prompts * shape.group / rounds[0]["ours"]["at_once"]
+    cells = {"rounds": str(len(rounds)), "micro-batches": str(math.ceil(micro_batches))}
     for part in ("step", *PARTS):
-        seconds = [sides["ours"]["parts"][part] for sides in rounds]
-        cells.append(f"{statistics.median(seconds):.3g}")
-    cells.append(median_ratio(rounds, "trl", "ours", step_seconds))
-    cells.append(median_ratio(rounds, "ours", "before", training_seconds))
-    cells.append(median_ratio(rounds, "ours", "trl", peak_bytes))
-    cells.append(median_ratio(rounds, "ours", "before", peak_bytes))
+        row = "step, s" if part == "step" else f"of it {part}, s"
+        cells[row] = median_seconds([sides["ours"]["parts"][part] for sides in rounds])
+    for row, (_, *ratio) in RATIOS.items():
+        cells[row] = median_ratio(rounds, *ratio)
     with_vllm = [step_seconds(sides["ours"]) for sides in sections.get(f"{name}: vllm", [])]
-    cells.append(f"{statistics.median(with_vllm):.3g}" if with_vllm else MISSING)
-    return cells
+    return cells | {"with vLLM: our step, s": median_seconds(with_vllm)}
 
 
 def table(results: dict[str, Any]) -> str:
     """How the numbers were measured, and the table."""
     captions = []
     for part in results.values():
-        versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
-        captions.append(f"`{part['command']}`, {part['machine']}, {versions}")
-    head, columns, missing = ["", "goal"], [], []
+        captions.append(f"`{part['command']}`, {part['machine']}, {shared.versions_of(part)}")
+    columns, missing = {}, []
     for name, shape in SHAPES.items():
         sections = results.get(shape.device, {}).get("sections", {})
         if f"{name}: transformers" in sections:
-            head.append(f"{name}, {shape.device}")
-            columns.append(column(sections, name))
+            columns[f"{name}, {shape.device}"] = column(sections, name)
         else:
             missing.append(f"*{name}* ({shape.device})")
     if missing:
         captions.append(f"Not measured on this code: {', '.join(missing)}.")
-    rows = zip(GOALS, GOALS.values(), *columns, strict=True)
-    return "\n\n".join([*captions, markdown(head, rows, words=2)])
+    rows = []
+    for row in next(iter(columns.values())):
+        goal, *_ = RATIOS.get(row, ("",))
+        rows.append([row, goal, *(cells[row] for cells in columns.values())])
+    return "\n\n".join([*captions, markdown(["", "goal", *columns], rows, words=2)])
 
 
 @functools.cache
@@ -439,8 +459,7 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
     of_device = results.setdefault(DEVICE, {"sections": {}})
-    of_device["command"] = " ".join(["python benchmark/speed.py", *sys.argv[1:]])
-    of_device.update(shared.environment())
+    of_device.update(shared.environment(), command=shared.own_command())
     if DEVICE == "cuda":
         of_device["machine"] += f", {torch.cuda.get_device_name()}"
     for number, name in itertools.product(range(args.rounds), names):
@@ -452,6 +471,10 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
         rounds.append(measure_round(name, before) | {"code": code()})
         print(f"{name}, round {number + 1}: {rounds[-1]}", flush=True)
         write_json(path, results)
+        gib = rounds[-1]["ours"].get("gib")
+        if gib:
+            memory = {SHAPES[name.split(": ")[0]].model: [gib[when] for when in GPU_MOMENTS]}
+            write_json(RESULTS / "gpu.json", {"memory": {"full": memory}})
     print(table(results))
 
 

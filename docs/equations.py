@@ -1,9 +1,10 @@
-"""Write docs/equations.md: each method's equations with the line of code and the tests.
+"""Point the links of the method pages at lines: those of equations, functions and tests.
 
     python docs/equations.py
 
-Equations and tests come from the tables of the method pages, lines from the tags
-`# Eq. <tag> [<mark>]` in the code. A row without a tag links to its function.
+A row of a page's table of equations begins with a source such as `16-18 [paper]`. The line of code
+that computes the equation ends in `# Eq. 16-18 [paper]`, and the row's link to the code leads
+there. All other links lead to the definition of what they name.
 """
 
 from __future__ import annotations
@@ -29,94 +30,62 @@ PAGES = (
     "fipo",
     "stare",
 )
-HEAD = """# Equations, lines and tests
-
-`python docs/equations.py` writes this page from the tables of the method pages. The first column \
-links the line of code that ends in `# Eq. <tag> [<mark>]`, or without a tag the function. \
-**[paper]** is the paper's text, **[code]** its authors' code, **[second-hand]** summaries that \
-agree or third-party code, **[open]** our choice.
-"""
+LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([^)#]+\.py)(?:#L\d+)?\)")  # [`name`](../file.py#L12)
 
 
 class Row(NamedTuple):
-    """A row of a page's equation table."""
+    """A row of a page's table of equations."""
 
-    tag: str  # a dash if no single line computes the equation
+    source: str  # as in the code after `# Eq. `, or the mark alone if no single line computes it
     equation: str
-    mark: str
     code: list[tuple[str, str]]  # (function or file, path)
     tests: list[tuple[str, str]]
 
 
 def read_rows(page: str) -> list[Row]:
-    """The rows of the equation table in a method page. grpo.md has no tag column."""
-    table = re.search(r"^\| (?:tag \| )?equation \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    table = re.search(r"^\| source \| equation \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
     rows = []
     for line in table[1].splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        tag, equation, source, *linked = ["–", *cells][-5:]
-        links = [re.findall(r"\[`([^`]+)`\]\(\.\./([^)#]+)\)", cell) for cell in linked]
-        rows.append(Row(tag, equation, re.match(r"\[[a-z-]+\]", source)[0], *links))
+        source, equation, code, tests = line.strip("| ").split(" | ")
+        rows.append(Row(source, equation, LINK.findall(code), LINK.findall(tests)))
     return rows
 
 
-def tagged_lines(source: str, tag: str, mark: str) -> list[int]:
-    """Line numbers that end in `# Eq. <tag> [<mark>]`."""
-    end = f"# Eq. {tag} {mark}"
-    return [n for n, line in enumerate(source.splitlines(), 1) if line.endswith(end)]
+def tagged_line(code: str, source: str) -> int | None:
+    """Number of the line that ends in `# Eq. <source>`."""
+    for number, line in enumerate(code.splitlines(), 1):
+        if line.endswith(f"# Eq. {source}"):
+            return number
+    return None
 
 
-def definition_line(source: str, name: str) -> int:
-    """Line number of the definition of a function, method or class."""
-    nodes = ast.walk(ast.parse(source))
-    return next(node.lineno for node in nodes if getattr(node, "name", None) == name)
+def definition_line(code: str, name: str) -> int:
+    """Number of the line that defines a function, method or class."""
+    for node in ast.walk(ast.parse(code)):
+        if getattr(node, "name", None) == name:
+            return node.lineno
+    raise LookupError(f"a page links {name}, which no longer exists")
 
 
-def tests_that_call(source: str, name: str) -> list[str]:
-    """Names of the tests in a file that call a function, in file order."""
-    tests = (n for n in ast.parse(source).body if getattr(n, "name", "").startswith("test_"))
-    call = rf"\b{name}\("
-    return [test.name for test in tests if re.search(call, ast.get_source_segment(source, test))]
+def with_lines(page: str) -> str:
+    """The text of a page with the current line in each link to code."""
+    lines = []
+    for text in page.splitlines():
+        source = text.split(" | ")[0].strip("| ")
 
+        def current(link: re.Match, source: str = source) -> str:
+            name, path = link.groups()
+            code = (ROOT / path).read_text(encoding="utf-8")
+            line = tagged_line(code, source)
+            if line is None and name.isidentifier():
+                line = definition_line(code, name)
+            return f"[`{name}`](../{path}#L{line})" if line else f"[`{name}`](../{path})"
 
-def links(row: Row) -> tuple[str, str]:
-    """The cells of a row that link its code and its tests.
-
-    The tag and the mark link the first tagged line, or the first function if the row has no tag;
-    further lines follow. If the page names a test file, its tests are those that call the function.
-    """
-    targets, tests = [], []
-    for name, path in row.code:
-        source = (ROOT / path).read_text(encoding="utf-8")
-        found = tagged_lines(source, row.tag, row.mark)
-        if not found and name.isidentifier():
-            found = [definition_line(source, name)]
-        targets += [f"{path}#L{line}" for line in found] or [path]
-    for name, path in row.tests:
-        source = (ROOT / path).read_text(encoding="utf-8")
-        called = [test for used, _ in row.code for test in tests_that_call(source, used)]
-        for test in [name] if name.isidentifier() else called:
-            tests.append(f"[`{test}`](../{path}#L{definition_line(source, test)})")
-    first, *others = dict.fromkeys(targets)
-    tag = f"{row.tag} {row.mark}".removeprefix("– ")  # as in the code: `# Eq. 3 [paper]`
-    lines = [f"[{tag}](../{first})"]
-    lines += [f"[{path.replace('#L', ':')}](../{path})" for path in others]
-    return ", ".join(lines), ", ".join(dict.fromkeys(tests))
-
-
-def make_page() -> str:
-    """The text of docs/equations.md."""
-    lines = [HEAD]
-    for page in PAGES:
-        text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
-        title = text.splitlines()[0].removeprefix("# ")
-        lines += [f"## [{title}]({page}.md)", "", "| code | equation | tests |", "|---|---|---|"]
-        for row in read_rows(text):
-            code, tests = links(row)
-            lines.append(f"| {code} | {row.equation} | {tests} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines.append(LINK.sub(current, text))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    (FOLDER / "equations.md").write_text(make_page(), encoding="utf-8")
+    for page in PAGES:
+        file = FOLDER / f"{page}.md"
+        file.write_text(with_lines(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -24,6 +24,10 @@ needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM's CPU build is not in
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+SCRIPTS = (
+    *("grpo", "ep_grpo", "erpo", "gtpo", "holderpo", "arca", "reft", "vineppo"),
+    *("forking", "lambda_grpo", "fipo", "stare"),
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -90,14 +94,14 @@ def save_model(
 
 
 @pytest.fixture(scope="session")
-def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_model(tmp_path_factory) -> Path:
     """LM head tied to the embedding; the pad token is the EOS token."""
     folder = tmp_path_factory.mktemp("models") / "tied"
     return save_model(folder, tied=True, pad="<|im_end|>", eos=("<|im_end|>",))
 
 
 @pytest.fixture(scope="session")
-def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untied_model(tmp_path_factory) -> Path:
     """Its own LM head, two EOS ids, and sampling settings in the folder, as in Qwen2.5's."""
     return save_model(
         tmp_path_factory.mktemp("models") / "untied",
@@ -113,7 +117,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_model(untied_model: Path) -> Path:
+def base_model(untied_model) -> Path:
     """That model as a base model: only its chat template names <|im_end|>, which ends a turn."""
     folder = shutil.copytree(untied_model, untied_model.parent / "base")
     for name, key, value in [
@@ -135,13 +139,12 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def problem_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def problem_file(tmp_path_factory) -> Path:
     """Twelve sums; prompts of three lengths."""
     path = tmp_path_factory.mktemp("problems") / "sums.jsonl"
     sums = [(a, 10**b) for a in range(1, 5) for b in range(3)]
     rows = [{"problem": f"{a}+{b}", "answer": str(a + b)} for a, b in sums]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(path, rows)
 
 
 @pytest.fixture
@@ -152,6 +155,31 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def rejection(capsys) -> Callable[..., str]:
+    """Makes a call that exits with code 2, and returns the line that it prints, without "error: ".
+
+    lines: the number of lines on stderr, of which the error is the last.
+    """
+
+    def rejection(call: Callable, *args: Any, lines: int = 1, **settings: Any) -> str:
+        capsys.readouterr()
+        code = None
+        try:
+            call(*args, **settings)
+        except SystemExit as stop:  # not pytest.raises: its frames hold the lock of a run's folder
+            code = stop.code
+        assert code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        *earlier, line = output.err.splitlines()
+        assert len(earlier) == lines - 1
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return rejection
 
 
 def short_settings(model: Path, problems: Path) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def short_settings(model: Path, problems: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., Any]:
+def make_args(tied_model, problem_file, tmp_path) -> Callable[..., Any]:
     """Settings of a short run of grpo.py; any of them can be overridden."""
     import grpo
 
@@ -185,7 +213,7 @@ def make_args(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
-def short_args(make_args: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+def short_args(make_args, tmp_path) -> Callable[..., Any]:
     """Settings of a short run of any script, each in its own folder, without gradient clipping."""
     from one_step import short_settings
 
@@ -199,7 +227,7 @@ def short_args(make_args: Callable[..., Any], tmp_path: Path) -> Callable[..., A
 
 
 @pytest.fixture
-def record(short_args: Callable[..., Any], signals: None) -> Callable[..., Any]:
+def record(short_args, signals) -> Callable[..., Any]:
     """Runs a script for a step, or for `steps`, and returns its one_step.Recording."""
     from one_step import record_run
 
@@ -212,11 +240,53 @@ def record(short_args: Callable[..., Any], signals: None) -> Callable[..., Any]:
     return record
 
 
+@pytest.fixture
+def record_on_example(short_args, signals) -> Callable[..., Any]:
+    """Records a step of a script on the worked example, as one_step.record_example."""
+    from one_step import record_example
+
+    def record_on_example(script: ModuleType, **settings: Any) -> Any:
+        args = short_args(script, prompts_per_step=1, group_size=4, log_rollouts=1, **settings)
+        return record_example(script, args)
+
+    return record_on_example
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def untimed(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     """The metrics without those that measure time."""
     timed = ("seconds/", "tokens_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics]
+
+
+def content(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return content(folder, "*.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, last: str = "step-000004") -> None:
+    """The same weights, optimiser, scheduler and logs, bit for bit."""
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        rows = [read_lines(folder / log) for folder in (one, other)]
+        assert untimed(rows[0]) == untimed(rows[1]), log
+    last = f"checkpoints/{last}"
+    assert content(one / last, "trainer.pt") == content(other / last, "trainer.pt")
+    for name in ("model", last):
+        assert weights_of(one / name) == weights_of(other / name) != {}

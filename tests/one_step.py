@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
-from infra.run import Run
+import grpo
 
 # ------------------------------------------------------------------------------- recording
 
@@ -171,13 +171,61 @@ def predicting(rollouts: common.Rollouts, p: int) -> slice:
     return slice(len(rollouts.problems[p].prompt) - 1, -1)
 
 
+def plain_distribution(
+    policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of all tokens at each token of a response, from full logits. [T, V]"""
+    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
+    return (logits / temperature).log_softmax(-1)
+
+
 def plain_logp(
     policy: nn.Module, rollouts: common.Rollouts, p: int, g: int, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities of a response's tokens, from full logits. [T]"""
-    logits = plain_outputs(policy, rollouts, p, g).logits[0, predicting(rollouts, p)]
+    """Log-probabilities of a response's tokens. [T]"""
     tokens = response(rollouts, p, g)
-    return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+    distribution = plain_distribution(policy, rollouts, p, g, temperature)
+    return distribution[torch.arange(len(tokens)), tokens]
+
+
+def plain_advantages(recording: Recording, step: int = 1) -> Tensor:
+    """GRPO's advantages of a step, [P, G], as `test_grpo.py` has them by hand."""
+    correct = [group.correct for group in recording.groups[step - 1]]
+    return grpo.grpo_advantages(torch.tensor(correct))
+
+
+Place = tuple[int, int]
+
+
+def plain_losses(
+    recording: Recording,
+    update: Update,
+    advantages: Tensor | dict[Place, Tensor],
+    reference: nn.Module | None = None,
+) -> dict[Place, Tensor]:
+    """Each token's clipped loss and KL penalty in an update of the first step, from full logits.
+
+    advantages: of each response, [P, G], or of each of its tokens, [T] by (problem, rollout).
+    reference: by default the policy before the first update.
+    """
+    args, rollouts = recording.args, recording.rollouts[0]
+    first = recording.updates[0].policy
+    losses = {}
+    for place in places(rollouts):
+        if place[0] not in update.problems:
+            continue
+        at = (rollouts, *place, args.temperature)
+        new = plain_logp(update.policy, *at)
+        old = plain_logp(first, *at).detach()
+        ref = plain_logp(reference or first, *at).detach()
+        advantage = advantages[place]
+
+        ratio = (new - old).exp()
+        clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+        kl = (ref - new).exp() - (ref - new) - 1
+        losses[place] = args.kl * kl - surrogate
+    return losses
 
 
 # ------------------------------------------------------------------------------- other references
@@ -204,9 +252,9 @@ def move(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------- given rollouts
 
 
-def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) -> Recording:
-    """Run one step on the worked example of docs/: its entropies and log-probabilities take the
-    place of the model's, and `correct` that of the grader's verdicts."""
+def record_example(script: ModuleType, args: Any) -> Recording:
+    """Run one step on the worked example of docs/: its entropies, log-probabilities and rewards
+    take the place of the model's and the grader's."""
     logp, ref_logp = example.logp.float(), example.ref_logp.float()
     size = len(example.ENTROPY)
 
@@ -227,7 +275,7 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
 
     def verify(_: Any, groups: list[common.Group]) -> None:
         for group in groups:
-            group.correct = list(correct)[: len(group.texts)]
+            group.correct = example.rewards[0, : len(group.texts)].tolist()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "stack", stack)
@@ -235,25 +283,3 @@ def record_example(script: ModuleType, args: Any, correct: tuple[float, ...]) ->
         patch.setattr(common, "score_rollouts", score)
         patch.setattr(common, "verify", verify)
         return record_run(script, args)
-
-
-def collect(args: Any, rounds: list[list[int]]) -> tuple[list[common.Group], int, list[Any]]:
-    """Call `collect` on 20 problems, with a given count of right rollouts for each group of each
-    round. Returns the groups, the number of problems taken and the seeds of the rounds."""
-    seeds: list[Any] = []
-    remaining = iter(rounds)
-
-    def roll_out(_: Any, batch: list[Any], __: Any, seed: Any) -> list[common.Group]:
-        seeds.append(seed)
-        return [common.Group(problem, [], [], []) for problem in batch]
-
-    def verify(_: Any, groups: list[common.Group]) -> None:
-        for group, right in zip(groups, next(remaining), strict=True):
-            group.correct = [1.0] * right + [0.0] * (4 - right)
-
-    problems = common.Problems(common.Problem(str(i), "", []) for i in range(20))
-    timer = type("Timer", (), {"time": Run.time, "seconds": {}})()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "verify", verify)
-        groups = common.collect(args, 5, problems, None, None, timer, roll_out)
-    return groups, problems.position, seeds

@@ -158,14 +158,14 @@ def float32_batch() -> Batch:
 
 
 @ALL
-def test_not_zero_on_the_example(method: Method):
+def test_not_zero_on_the_example(method):
     """Zeros would have the properties below."""
     assert method(EXAMPLE).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @ALL
-def test_nothing_outside_the_mask_is_read(method: Method, garbage: float):
+def test_nothing_outside_the_mask_is_read(method, garbage):
     for seed in range(20):
         clean, dirty = random_batch(seed), random_batch(seed, fill=garbage)
         result = method(dirty)
@@ -174,7 +174,7 @@ def test_nothing_outside_the_mask_is_read(method: Method, garbage: float):
 
 
 @ALL
-def test_more_padding_changes_nothing(method: Method):
+def test_more_padding_changes_nothing(method):
     for seed in range(20):
         batch = random_batch(seed)
         wider = batch.change(lambda x: pad(x, (0, 3), value=0) if x.dim() == 3 else x)
@@ -185,7 +185,7 @@ def test_more_padding_changes_nothing(method: Method):
 
 
 @ALL
-def test_a_permutation_of_the_rollouts_permutes_the_advantages(method: Method):
+def test_a_permutation_of_the_rollouts_permutes_the_advantages(method):
     for seed in range(20):
         batch = random_batch(seed)
         order = torch.randperm(batch.mask.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -194,7 +194,7 @@ def test_a_permutation_of_the_rollouts_permutes_the_advantages(method: Method):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OF_A_STEP])
-def test_groups_do_not_mix(name: str):
+def test_groups_do_not_mix(name):
     method = METHODS[name]
     other = Batch(
         torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64),
@@ -210,7 +210,7 @@ def test_groups_do_not_mix(name: str):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OF_REWARDS_ALONE])
-def test_no_gradient(name: str):
+def test_no_gradient(name):
     leaves = EXAMPLE.change(
         lambda x: x.clone().requires_grad_() if x.is_floating_point() else x.clone()
     )
@@ -218,7 +218,7 @@ def test_no_gradient(name: str):
 
 
 @ALL
-def test_inputs_are_left_alone(method: Method):
+def test_inputs_are_left_alone(method):
     for batch in (random_batch(1, fill=7.0), float32_batch()):
         before = batch.change(torch.clone)
         method(batch)
@@ -227,7 +227,7 @@ def test_inputs_are_left_alone(method: Method):
 
 
 @ALL
-def test_finite_in_float32(method: Method):
+def test_finite_in_float32(method):
     batch = float32_batch()
     for rewards in (batch.rewards, torch.zeros_like(batch.rewards)):
         result = method(replace(batch, rewards=rewards))
@@ -237,8 +237,8 @@ def test_finite_in_float32(method: Method):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(("g", "erpo"))])
-def test_equal_rewards_give_exact_zeros(name: str, reward: float):
-    """EP-GRPO's do not: see test_a_group_of_equal_rewards_redistributes_credit."""
+def test_equal_rewards_give_exact_zeros(name, reward):
+    """EP-GRPO's do not: see test_worked_example_of_equal_rewards."""
     for seed in range(20):
         batch = random_batch(seed)
         result = METHODS[name](replace(batch, rewards=torch.full_like(batch.rewards, reward)))
@@ -249,7 +249,7 @@ def test_equal_rewards_give_exact_zeros(name: str, reward: float):
     "script",
     ["ep_grpo", "erpo", "holderpo", "arca", "reft", "forking", "lambda_grpo", "fipo", "stare"],
 )
-def test_every_script_has_the_same_grpo_advantages(script: str):
+def test_every_script_has_the_same_grpo_advantages(script):
     """test_grpo.py tests the one of grpo.py."""
     copied = importlib.import_module(script).grpo_advantages
     assert inspect.getsource(copied) == inspect.getsource(grpo_advantages)

@@ -1,26 +1,25 @@
 """HölderPO, ARCA and REFT as runs: the update that they share with GRPO, and what they add."""
 
-import dataclasses
 import gc
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import needs_vllm, untimed
+from conftest import needs_vllm
 from one_step import (
-    Recording,
+    Place,
     assert_same_gradient,
     gradient_of,
     places,
+    plain_advantages,
+    plain_distribution,
     plain_logp,
     plain_outputs,
     predicting,
-    record_run,
     response,
 )
+from test_common import random_rollouts
 from torch import Tensor, nn
 
 import arca
@@ -28,38 +27,18 @@ import common
 import grpo
 import holderpo
 import reft
-from infra.cli import parse_args
 from infra.hf_engine import HFEngine
 from infra.models import Reference, base_model, load_policy, load_tokenizer
-
-
-def plain_advantages(recording: Recording, step: int = 1) -> Tensor:
-    """GRPO's advantages of a step, [P, G], as `test_grpo.py` has them by hand."""
-    correct = [group.correct for group in recording.groups[step - 1]]
-    return grpo.grpo_advantages(torch.tensor(correct))
 
 
 def mean(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def test_a_resumed_lora_run_repeats_the_whole_one(record: Callable):
-    """REFT's openers included; the other scripts are in test_runs.py."""
-    settings = {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "steps": 4, "save_every": 2}
-    complete = record(reft, **settings)
-    folder = Path(complete.args.run_dir)
-    shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / "step-000004")
-    resumed = record_run(reft, dataclasses.replace(complete.args, resume=str(folder)))
-    assert len(resumed.groups) == 2
-    assert untimed(resumed.metrics) == untimed(complete.metrics)
-    assert resumed.metrics[4]["logp_gap/mean"] < 1e-5
-
-
 # ------------------------------------------------------------------------------- HölderPO
 
 
-def test_holder_on_policy_is_grpo_averaged_per_sequence(record: Callable):
+def test_holder_on_policy_is_grpo_averaged_per_sequence(record):
     plain = record(grpo, loss_average="sequence")
     for p in (0.0, 2.0, -2.0):
         for clip_level in ("sequence", "token"):
@@ -71,7 +50,7 @@ def test_holder_on_policy_is_grpo_averaged_per_sequence(record: Callable):
 
 
 @pytest.mark.parametrize(("p", "clip_level"), [(2.0, "sequence"), (-1.0, "token")])
-def test_holder_update_off_policy_is_the_plain_one(p: float, clip_level: str, record: Callable):
+def test_holder_update_off_policy_is_the_plain_one(p, clip_level, record):
     """The second update of a step, from the definition: power means of each response's ratios."""
     settings = {"p_start": p, "schedule": "constant", "clip_level": clip_level, "lr": 0.003}
     recording = record(holderpo, updates_per_rollout=2, token_budget=100, **settings)
@@ -95,7 +74,7 @@ def test_holder_update_off_policy_is_the_plain_one(p: float, clip_level: str, re
     assert recording.metrics[1]["rho/std"] > 1e-3
 
 
-def test_holder_anneals_p_and_logs_its_ratios(record: Callable):
+def test_holder_anneals_p_and_logs_its_ratios(record):
     recording = record(holderpo, steps=4, lr=0.01, max_grad_norm=1.0, seed=3)
     rows = recording.metrics[1:]
     assert [row["p"] for row in rows] == [1, 0, -1, -2]
@@ -107,21 +86,7 @@ def test_holder_anneals_p_and_logs_its_ratios(record: Callable):
     assert max(row["clip_fraction"] for row in rows) > 0
 
 
-def test_holder_steps_may_not_change_where_p_depends_on_them(
-    record: Callable, capsys: pytest.CaptureFixture
-):
-    def resume_longer(schedule: str) -> Any:
-        folder = record(holderpo, schedule=schedule).args.run_dir
-        return parse_args(holderpo.Args, ["--resume", folder, "--steps", "2"])
-
-    assert len(record_run(holderpo, resume_longer("constant")).groups) == 1
-    with pytest.raises(SystemExit) as stop:
-        resume_longer("linear")
-    assert stop.value.code == 2
-    assert "--steps 2: the run started with 1" in capsys.readouterr().err
-
-
-def test_holder_importance_weighs_responses(record: Callable):
+def test_holder_importance_weighs_responses(record):
     """For the engine, every other token is half as likely: its responses count more."""
 
     def other_engine(rollouts: common.Rollouts) -> None:
@@ -141,7 +106,7 @@ def test_holder_importance_weighs_responses(record: Callable):
 # ------------------------------------------------------------------------------- ARCA
 
 
-def test_arca_begins_with_uniform_credit(record: Callable):
+def test_arca_begins_with_uniform_credit(record):
     arca_run = record(arca, credit="arca", lora_rank=4, log_rollouts=4)
     uniform = record(arca, credit="uniform", lora_rank=4)
     plain = record(grpo, loss_average="sequence", lora_rank=4)
@@ -156,32 +121,26 @@ def test_arca_begins_with_uniform_credit(record: Callable):
 
 @torch.no_grad()
 def plain_score(
-    credit: str,
-    policy: nn.Module,
-    base: nn.Module,
-    rollouts: common.Rollouts,
-    place: tuple[int, int],
+    credit: str, policy: nn.Module, base: nn.Module, rollouts: common.Rollouts, place: Place
 ) -> Tensor:
     """The signal of each token of a response, [T], from whole sequences."""
-    adapted, bare = (plain_outputs(model, rollouts, *place) for model in (policy, base))
-    predicts, tokens = predicting(rollouts, place[0]), response(rollouts, *place)
-    logp, base_logp = (x.logits[0, predicts].log_softmax(-1) for x in (adapted, bare))
-    sampled = torch.arange(len(tokens)), tokens
     if credit == "surprisal":
-        return -logp[sampled]
+        return -plain_logp(policy, rollouts, *place)
     if credit == "divergence":
-        return (logp[sampled] - base_logp[sampled]).abs()
+        return (plain_logp(policy, rollouts, *place) - plain_logp(base, rollouts, *place)).abs()
     if credit == "entropy":
+        logp = plain_distribution(policy, rollouts, *place)
         entropy = -(logp.exp() * logp).sum(-1)
         return torch.cat([(entropy[:-1] - entropy[1:]).clamp(min=0), torch.zeros(1)])
     if credit == "arca":
-        hidden, base_hidden = (x.hidden_states[-1][0, predicts] for x in (adapted, bare))
-        return (hidden - base_hidden).norm(dim=-1)
-    return torch.zeros(len(tokens))
+        predicts = predicting(rollouts, place[0])
+        adapted, bare = (plain_outputs(model, rollouts, *place) for model in (policy, base))
+        return (adapted.hidden_states[-1] - bare.hidden_states[-1])[0, predicts].norm(dim=-1)
+    return torch.zeros(len(response(rollouts, *place)))
 
 
 @pytest.mark.parametrize("credit", ["uniform", "surprisal", "entropy", "divergence", "arca"])
-def test_arca_gradient_is_the_plain_one(credit: str, record: Callable, short_args: Callable):
+def test_arca_gradient_is_the_plain_one(credit, record, short_args):
     """In the second step, from the definition; the base model is loaded without an adapter."""
     settings = {"steps": 2, "lr": 0.02, "lora_rank": 4, "token_budget": 100}
     recording = record(arca, credit=credit, **settings)
@@ -213,24 +172,13 @@ def moved_policy(args: Any) -> nn.Module:
     return policy
 
 
-@pytest.fixture
-def rollouts() -> common.Rollouts:
-    """Two problems with three responses of different lengths."""
-    problems = [common.Problem("", "", list(range(20, 30))), common.Problem("", "", [7, 8, 9])]
-    lengths = [[5, 3, 8], [1, 9, 2]]
-    groups = []
-    for problem, of_group in zip(problems, lengths, strict=True):
-        tokens = [list(range(40, 40 + length)) for length in of_group]
-        groups.append(common.Group(problem, tokens, [[0.0] * n for n in of_group], [""] * 3))
-    return common.stack(groups, [0], torch.device("cpu"))
-
-
-def test_arca_base_states_are_the_models_own(short_args: Callable, rollouts: common.Rollouts):
+def test_arca_base_states_are_the_models_own(short_args):
+    rollouts = random_rollouts()
     args = short_args(arca, lora_rank=4, lora_dropout=0.5)
     policy = moved_policy(args)
     bare = load_policy(short_args(grpo))  # never had an adapter
     reference = Reference(policy, args)
-    everything = torch.arange(2)
+    everything = torch.arange(3)
     for index in common.micro_batches(rollouts, 40, everything):
         with torch.no_grad():
             adapted = common.hidden_states(policy, rollouts, index, args)
@@ -253,7 +201,8 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def test_arca_holds_one_copy_of_the_weights(short_args: Callable, rollouts: common.Rollouts):
+def test_arca_holds_one_copy_of_the_weights(short_args):
+    rollouts = random_rollouts()
     args = short_args(arca, lora_rank=2)
     policy = moved_policy(args)
     weights = sum(w.nbytes for w in base_model(policy).state_dict().values())
@@ -263,7 +212,7 @@ def test_arca_holds_one_copy_of_the_weights(short_args: Callable, rollouts: comm
     with reference() as frozen:
         assert frozen is policy
         during = tensor_bytes()
-    (index,) = common.micro_batches(rollouts, 10**6, torch.arange(2))
+    (index,) = common.micro_batches(rollouts, 10**6, torch.arange(3))
     alpha = arca.residuals(policy, reference, rollouts, index, args)
     assert during - before < weights / 50
     assert tensor_bytes() - before - alpha.nbytes < weights / 50
@@ -283,9 +232,7 @@ def first_logp(policy: nn.Module, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def test_reft_opener_is_the_first_token_scored_stored_and_verified(
-    record: Callable, monkeypatch: pytest.MonkeyPatch
-):
+def test_reft_opener_is_the_first_token_scored_stored_and_verified(record, monkeypatch):
     graded, verify = [], common.verify
 
     def keep_texts(grader: Any, groups: list[common.Group]) -> None:
@@ -321,18 +268,7 @@ def test_reft_opener_is_the_first_token_scored_stored_and_verified(
         assert max(map(len, group.tokens)) <= recording.args.max_new_tokens
 
 
-def test_reft_with_one_candidate_takes_the_likeliest(record: Callable):
-    for seed in (1, 2):
-        recording = record(reft, candidates=1, openers=1, seed=seed)
-        policy, tokenizer = load_policy(recording.args), load_tokenizer(recording.args)
-        for group in recording.groups[0]:
-            logp = first_logp(policy, group.problem.prompt)
-            logp[tokenizer.all_special_ids] = -torch.inf
-            assert set(first_tokens(group)) == {logp.argmax().item()}
-            assert group.notes == [1] * 4
-
-
-def test_reft_draws_anew_each_step(record: Callable):
+def test_reft_draws_anew_each_step(record):
     recording = record(reft, steps=3, lr=1e-9, prompts_per_step=12)  # every problem in each step
     drawn = [
         {group.problem.text: tuple(first_tokens(group)) for group in groups}
@@ -342,7 +278,7 @@ def test_reft_draws_anew_each_step(record: Callable):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
-def test_reft_evaluates_without_openers(record: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_reft_evaluates_without_openers(record, monkeypatch):
     calls, roll_out = {}, common.roll_out
 
     def spy(engine: Any, problems: Any, args: Any, seed: tuple, **more: Any) -> Any:
@@ -356,7 +292,7 @@ def test_reft_evaluates_without_openers(record: Callable, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("loss_average", ["token", "sequence"])
-def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average: str, record: Callable):
+def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average, record):
     settings = {"candidates": 6, "openers": 2, "loss_average": loss_average}
     plain, masked = (record(reft, mask_opener=mask, **settings) for mask in (False, True))
     rollouts, advantages = plain.rollouts[0], plain_advantages(plain)
@@ -370,16 +306,14 @@ def test_reft_mask_opener_takes_it_out_of_the_loss(loss_average: str, record: Ca
     assert_same_gradient(difference, gradient_of(loss, policy), 1e-4)
 
 
-def test_reft_on_dapo(record: Callable):
+def test_reft_on_dapo(record):
     recording = record(reft, dynamic_sampling=True, clip_high=0.28, generation_rounds=3)
     assert "eval/greedy" in recording.metrics[0]
     for group in recording.rollouts[0].tokens[..., 0]:
         assert len(group.unique()) == recording.args.openers
 
 
-def test_reft_openers_follow_a_reasoning_marker(
-    record: Callable, tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_reft_openers_follow_a_reasoning_marker(record, tied_model, tmp_path, monkeypatch):
     """If the chat template opens a reasoning section, the marker is the end of the prompt."""
     folder = shutil.copytree(tied_model, tmp_path / "reasoner")
     template = (folder / "chat_template.jinja").read_text()
@@ -401,28 +335,38 @@ def test_reft_openers_follow_a_reasoning_marker(
         assert prompt[-1] == opener
 
 
-def test_reft_rejects_more_candidates_than_tokens(record: Callable, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as stop:
-        record(reft, candidates=260)
-    assert stop.value.code == 2
-    assert "--candidates 260: the tokenizer has 259 tokens" in capsys.readouterr().err
+def test_reft_rejects_more_candidates_than_tokens(record, rejection):
+    line = rejection(record, reft, candidates=260, lines=2)
+    assert line.startswith("--candidates 260: the tokenizer has 259 tokens")
 
 
-def test_first_token_logits_are_the_policys(short_args: Callable):
+def test_first_token_logits_are_the_policys(short_args, monkeypatch):
     """Prompts of different lengths, in one batch and alone."""
+    picked_from, pick = [], reft.pick_first_tokens
+
+    def keep_logits(logits: Tensor, **numbers: Any) -> Tensor:
+        picked_from.append(logits)
+        return pick(logits, **numbers)
+
+    monkeypatch.setattr(reft, "pick_first_tokens", keep_logits)
     args = short_args(reft)
-    policy = load_policy(args)
+    policy, tokenizer = load_policy(args), load_tokenizer(args)
+    engine = HFEngine(args, policy, tokenizer, 64)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    logits = reft.first_token_logits(policy, prompts, args)
+    reft.choose_openers(policy, engine, prompts, args, torch.Generator())
+    [logits] = picked_from
     assert logits.shape == (3, 259)
-    for row, prompt in zip(logits.log_softmax(-1), prompts, strict=True):
-        expected = first_logp(policy, prompt)
-        assert torch.equal(row.topk(30).indices, expected.topk(30).indices)
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    for row, prompt in zip(logits, prompts, strict=True):
+        allowed = row.isfinite()
+        assert allowed.sum() >= 256
+        expected = first_logp(policy, prompt)[allowed].log_softmax(-1)
+        found = row[allowed].log_softmax(-1)
+        assert torch.equal(found.topk(30).indices, expected.topk(30).indices)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @needs_vllm
-def test_reft_on_vllm(record: Callable):
+def test_reft_on_vllm(record):
     """Openers do not depend on the engine. The run compares the engine's log-probabilities."""
     settings = {"candidates": 6, "openers": 2, "steps": 2, "eval_every": 0}
     ours, theirs = (record(reft, engine=name, **settings) for name in ("transformers", "vllm"))

@@ -74,16 +74,6 @@ def test_weights_equal_a_slow_loop(sharpening):
         torch.testing.assert_close(weights[i].tolist(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("sharpening", [1.0, 2.0, 4.0])
-def test_weights_share_out_one_unit_inside_the_mask(scale, sharpening):
-    adapted, base = hidden_states()
-    weights = arca_weights(scale * adapted, scale * base, MASK, sharpening=sharpening)
-    assert (weights >= 0).all() and (weights[MASK] > 0).all()
-    assert (weights[~MASK] == 0).all()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(4))
-
-
 @pytest.mark.parametrize("scale", [1e-3, 0.5, 10.0, 1e4])
 def test_the_scale_of_the_residual_does_not_matter(scale):
     adapted, base = hidden_states()
@@ -125,16 +115,11 @@ def test_uniform_only_where_the_sharpened_scores_sum_to_at_most_1e_8():
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_padding_changes_nothing(garbage):
-    adapted, base = hidden_states()
-    dirty = adapted.masked_fill(~MASK[..., None], garbage)
-    clean_weights = arca_weights(adapted, base, MASK)
-    assert torch.equal(arca_weights(dirty, base, MASK), clean_weights)
-    dirty_weights = clean_weights.masked_fill(~MASK, garbage)
-    assert torch.equal(gini(dirty_weights, MASK), gini(clean_weights, MASK))
-    assert torch.equal(
-        effective_fraction(dirty_weights, MASK), effective_fraction(clean_weights, MASK)
-    )
+def test_padding_changes_no_diagnostic(garbage):
+    clean = arca_weights(*hidden_states(), MASK)
+    dirty = clean.masked_fill(~MASK, garbage)
+    for diagnostic in (gini, effective_fraction):
+        assert torch.equal(diagnostic(dirty, MASK), diagnostic(clean, MASK))
 
 
 def test_a_row_without_response_tokens_has_no_weight():
@@ -228,11 +213,3 @@ def test_diagnostics_equal_slow_loops():
         assert effective_fraction(weights, MASK)[i].item() == pytest.approx(
             1 / (length * sum(x * x for x in w)), abs=1e-6
         )
-
-
-def test_sharpening_concentrates():
-    states = hidden_states()
-    long = [0, 2, 3]  # the other row has a single token
-    blunt, sharp = (arca_weights(*states, MASK, sharpening=s) for s in (1.0, 2.0))
-    assert (gini(sharp, MASK) > gini(blunt, MASK))[long].all()
-    assert (effective_fraction(sharp, MASK) < effective_fraction(blunt, MASK))[long].all()

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from one_step import places, plain_distribution, plain_outputs, predicting, response
 from torch import Tensor, nn
 
 import common
@@ -24,11 +24,9 @@ from common import (
     Rollouts,
     StopRun,
     load_policy,
-    load_tokenizer,
 )
 from infra import forward, lm_head
 from infra.hf_engine import HFEngine
-from infra.models import eos_ids
 
 CPU = torch.device("cpu")
 TEXTS = ["1+1", "What is 12 + 34?", "x"]
@@ -37,17 +35,17 @@ Make = Callable[..., grpo.Args]
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def folder(request: pytest.FixtureRequest) -> Path:
+def folder(request) -> Path:
     return request.getfixturevalue(f"{request.param}_model")
 
 
 @pytest.fixture
-def args(make_args: Make, folder: Path) -> grpo.Args:
+def args(make_args, folder) -> grpo.Args:
     return make_args(model=str(folder), temperature=0.7)
 
 
 @pytest.fixture
-def policy(args: grpo.Args) -> nn.Module:
+def policy(args) -> nn.Module:
     return load_policy(args)
 
 
@@ -86,17 +84,14 @@ def plain_scores(policy: nn.Module, rollouts: Rollouts, temperature: float) -> t
     """log-probabilities, entropies and hidden states from full logits, a sequence at a time."""
     logp, entropy = (torch.zeros(rollouts.mask.shape) for _ in "ab")
     hidden = {}
-    for p, g in np.ndindex(*rollouts.mask.shape[:2]):
-        prompt, response = rollouts.problems[p].prompt, rollouts.tokens[p, g][rollouts.mask[p, g]]
-        output = policy.eval()(
-            torch.cat([torch.tensor(prompt), response])[None], output_hidden_states=True
-        )
-        predicting = slice(len(prompt) - 1, -1)
-        distribution = (output.logits[0, predicting] / temperature).log_softmax(-1)
-        positions = torch.arange(len(response))
-        logp[p, g, positions] = distribution[positions, response]
+    for p, g in places(rollouts):
+        tokens, predicts = response(rollouts, p, g), predicting(rollouts, p)
+        distribution = plain_distribution(policy, rollouts, p, g, temperature)
+        positions = torch.arange(len(tokens))
+        logp[p, g, positions] = distribution[positions, tokens]
         entropy[p, g, positions] = -(distribution.exp() * distribution).sum(-1).detach()
-        hidden[p, g] = output.hidden_states[-1][0, predicting]
+        states = plain_outputs(policy, rollouts, p, g).hidden_states[-1]
+        hidden[p, g] = states[0, predicts]
     return logp, entropy, hidden
 
 
@@ -124,7 +119,7 @@ class FakeGrader:
         return [text.startswith(r) for text, r in zip(responses, references, strict=True)]
 
 
-def test_responses_and_verdicts_belong_to_their_problem(make_args: Make):
+def test_responses_and_verdicts_belong_to_their_problem(make_args):
     args = make_args(group_size=3, max_new_tokens=9)
     problems = [Problem(f"p{i}", f"{i} ", [i] * (i + 1)) for i in range(4)]
     engine = FakeEngine()
@@ -153,7 +148,7 @@ def test_responses_and_verdicts_belong_to_their_problem(make_args: Make):
     assert rollouts.texts[1][1] == "wrong"
 
 
-def test_seeds_depend_on_run_step_problem_and_rollout(make_args: Make):
+def test_seeds_depend_on_run_step_problem_and_rollout(make_args):
     args, engine = make_args(), FakeEngine()
     for seed in [(1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1), (1, "evaluation"), (1, 1, 0)]:
         common.roll_out(engine, [Problem("", "", [1])] * 2, args, seed)
@@ -162,7 +157,7 @@ def test_seeds_depend_on_run_step_problem_and_rollout(make_args: Make):
     assert seeds[5] == seeds[0]
 
 
-def test_first_tokens_begin_the_responses(make_args: Make):
+def test_first_tokens_begin_the_responses(make_args):
     args, engine = make_args(group_size=2, max_new_tokens=9), FakeEngine()
     problems = [Problem("", "", [1, 2]), Problem("", "", [3])]
     first_tokens = torch.tensor([[7, 8], [9, 10]])
@@ -206,9 +201,7 @@ class Verdicts:
         ("mcmn", None, [0, 1, 2, 3], [4]),
     ],
 )
-def test_collect_by_hand(
-    kinds: str, rounds: int | None, kept: list[int], asked: list[int], make_args: Make
-):
+def test_collect_by_hand(kinds, rounds, kept, asked, make_args):
     """rounds: most of them under --dynamic-sampling, or None without it."""
     dynamic = {"dynamic_sampling": True, "generation_rounds": rounds} if rounds else {}
     args = make_args(group_size=2, prompts_per_step=4, **dynamic)
@@ -243,30 +236,15 @@ def test_stack_takes_the_mask_from_lengths():
     assert rollouts.truncated.tolist() == [[False, True], [False, False]]
 
 
-def test_eos_is_trained_if_pad_is_eos(tied_model: Path, make_args: Make):
-    args = make_args(group_size=64, max_new_tokens=24)
-    policy, tokenizer = load_policy(args), load_tokenizer(args)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    engine = HFEngine(args, policy, tokenizer, 200)
-    groups = common.roll_out(engine, [Problem("", "", list(b"1+1"))], args, (1,))
-    rollouts = common.stack(groups, eos_ids(policy, tokenizer), CPU)
-    is_eos = rollouts.tokens == tokenizer.eos_token_id
-    assert 0 < (~rollouts.truncated).sum() < 64
-    assert ((is_eos & rollouts.mask).sum(-1) == ~rollouts.truncated).all()  # one, the last
-    assert rollouts.mask.sum(-1)[rollouts.truncated].eq(24).all()
-    logp, _ = common.score(policy, rollouts, args)
-    assert (logp[is_eos & rollouts.mask] < 0).all()
-
-
 def test_overlong_penalty_by_hand():
     """On rewards of 0 and 1 the longest correct response loses half, so it beats a wrong one.
 
     DAPO's penalty of -1 belongs to rewards of 1 and -1.
     """
-    lengths = torch.tensor([[1, 16, 17, 18, 19, 20]])
-    expected = torch.tensor([[0, 0, -0.125, -0.25, -0.375, -0.5]])
+    lengths = torch.tensor([[1, 16, 17, 18, 19, 20, 25]])
+    expected = torch.tensor([[0, 0, -0.125, -0.25, -0.375, -0.5, -0.5]])
     assert torch.equal(common.overlong_penalty(lengths, 20, 4), expected)
-    assert torch.equal(common.overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
+    assert torch.equal(common.overlong_penalty(lengths, 20, 0), torch.zeros(1, 7))
     lengths = torch.tensor([[3, 20, 5, 7]])
     rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + common.overlong_penalty(lengths, 20, 4)
     assert rewards.tolist() == [[1.0, 0.5, 0.0, 0.0]]
@@ -279,9 +257,7 @@ def test_overlong_penalty_by_hand():
 
 
 @pytest.mark.parametrize("token_budget", [1, 40, 10**6])
-def test_scores_equal_those_of_full_logits(
-    args: grpo.Args, policy: nn.Module, token_budget: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_scores_equal_those_of_full_logits(args, policy, token_budget, monkeypatch):
     monkeypatch.setattr(lm_head, "TILE_SIZE", 259 * 4)
     rollouts = random_rollouts()
     args = dataclasses.replace(args, token_budget=token_budget)
@@ -297,9 +273,7 @@ def test_scores_equal_those_of_full_logits(
 
 @pytest.mark.parametrize("tile_size", [1, 20, 24, 40, 10**6])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (1.7, 0.0), (1.0, 2.0), (0.6, 1.5)])
-def test_head_logp_equals_the_plain_version(
-    scale: float, cap: float, tile_size: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_head_logp_equals_the_plain_version(scale, cap, tile_size, monkeypatch):
     """Tiles of 1, 5, 6 and 10 columns, or all; targets in the first and last of them."""
     monkeypatch.setattr(lm_head, "TILE_SIZE", tile_size)
     generator = torch.Generator().manual_seed(0)
@@ -337,7 +311,7 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("token_budget", [10**6, 70])
 def test_whole_groups_are_scored_by_the_updates_forward_pass(
-    args: grpo.Args, policy: nn.Module, token_budget: int, monkeypatch: pytest.MonkeyPatch
+    args, policy, token_budget, monkeypatch
 ):
     """The reference has a pass of its own. Everything equals a separate scoring pass."""
     args.token_budget = token_budget
@@ -369,7 +343,7 @@ def test_whole_groups_are_scored_by_the_updates_forward_pass(
 @pytest.mark.parametrize(
     "settings", [{"token_budget": 35}, {"updates_per_rollout": 2}, {"lora_dropout": 0.1}], ids=str
 )
-def test_what_needs_a_scoring_pass(args: grpo.Args, policy: nn.Module, settings: dict[str, Any]):
+def test_what_needs_a_scoring_pass(args, policy, settings):
     """A group takes 33 tokens or 36."""
     rollouts = random_rollouts()
     assert not common.needs_scoring_pass(policy, rollouts, args)
@@ -379,7 +353,7 @@ def test_what_needs_a_scoring_pass(args: grpo.Args, policy: nn.Module, settings:
 
 
 @pytest.mark.parametrize("token_budget", [1, 35, 70, 10**6])
-def test_gradients_of_scored_micro_batches(args: grpo.Args, policy: nn.Module, token_budget: int):
+def test_gradients_of_scored_micro_batches(args, policy, token_budget):
     """Parts of a group, one group, or several in a micro-batch: the gradient is the same."""
     args.token_budget = token_budget
     rollouts = random_rollouts()
@@ -405,7 +379,7 @@ def test_gradients_of_scored_micro_batches(args: grpo.Args, policy: nn.Module, t
     assert_same_gradients(ours, gradients(policy, (expected * weights).sum()))
 
 
-def test_no_wrong_policy_is_updated(make_args: Make, monkeypatch: pytest.MonkeyPatch):
+def test_no_wrong_policy_is_updated(make_args, monkeypatch):
     """The engine has stale weights: the run stops after all micro-batches, before the update."""
     args = make_args(token_budget=60, steps=1)
     updates, backward = [], Tensor.backward
@@ -428,7 +402,7 @@ def stale(generate: Callable) -> Callable:
     return generate_stale
 
 
-def test_rows_of_similar_length_share_a_pass(monkeypatch: pytest.MonkeyPatch):
+def test_rows_of_similar_length_share_a_pass(monkeypatch):
     """Prompts of 20 and 30 tokens. Worked by hand: 9 of 10 computed tokens are not padding."""
     monkeypatch.setattr(forward, "MIN_TOKENS", 1)
     plan = forward.forward_passes([0, 0, 1, 1], [20, 30], [10, 12, 70, 5], True)
@@ -447,9 +421,7 @@ def several_passes(*call: Any) -> Tensor:
     return forward.response_states(*call, can_share=True)
 
 
-def test_hidden_states_come_in_the_order_of_the_mask(
-    args: grpo.Args, policy: nn.Module, monkeypatch: pytest.MonkeyPatch
-):
+def test_hidden_states_come_in_the_order_of_the_mask(args, policy, monkeypatch):
     """With a shared prompt or a padded one: values and gradients, rows in any order."""
     rollouts = random_rollouts()
     pairs = [(2, 0), (0, 1), (1, 2), (0, 2), (2, 1), (1, 0)]
@@ -473,9 +445,7 @@ def test_hidden_states_come_in_the_order_of_the_mask(
 @pytest.mark.parametrize(
     ("case", "tile_size"), [("shared", 259), ("checkpointing", 2000), ("recurrent", 10**6)]
 )
-def test_a_prompt_is_computed_once_for_its_rollouts(
-    args: grpo.Args, policy: nn.Module, case: str, tile_size: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_prompt_is_computed_once_for_its_rollouts(args, policy, case, tile_size, monkeypatch):
     """Log-probabilities and gradients are those of a sequence at a time, shared or not."""
     monkeypatch.setattr(lm_head, "TILE_SIZE", tile_size)
     rollouts = random_rollouts([row * 2 for row in LENGTHS])
@@ -496,7 +466,7 @@ def test_a_prompt_is_computed_once_for_its_rollouts(
     assert_same_gradients(ours, gradients(policy, (expected * weights).sum()))
 
 
-def test_gradients_are_bit_identical_each_time(tiny_model: Path, make_args: Make):
+def test_gradients_are_bit_identical_each_time(tiny_model, make_args):
     """With as many rollouts as a step has, threads could sum gradients in any order."""
     args = make_args(model=str(tiny_model))
     policy, generator = load_policy(args), torch.Generator().manual_seed(0)
@@ -515,7 +485,7 @@ def test_gradients_are_bit_identical_each_time(tiny_model: Path, make_args: Make
 
 
 @pytest.mark.parametrize("token_budget", [1, 20, 25, 64, 10**6])
-def test_micro_batches_hold_whole_groups_within_the_budget(token_budget: int):
+def test_micro_batches_hold_whole_groups_within_the_budget(token_budget):
     rollouts = random_rollouts()
     prompt_lengths = [len(problem.prompt) for problem in rollouts.problems]
     seen = []
@@ -580,7 +550,7 @@ def test_importance_weights_by_hand():
         ("constant", [1 / 20] * 4, [1 / 30] * 6),
     ],
 )
-def test_token_weights_by_hand(average: str, of_share: list[float], of_all: list[float]):
+def test_token_weights_by_hand(average, of_share, of_all):
     """of_share, of_all: the weight of a token of each response of two problems, or of all three."""
     lengths = torch.tensor([[1, 3], [2, 2], [3, 1]])
     mask = torch.arange(3) < lengths[..., None]
@@ -613,7 +583,7 @@ def scored(gap: list[list[float]]) -> Rollouts:
     return rollouts
 
 
-def test_the_gap_between_engine_and_trainer_by_hand(make_args: Make):
+def test_the_gap_between_engine_and_trainer_by_hand(make_args):
     rollouts = scored([[0.0, 3e-5], [-9e-5, 0.0]])
     rollouts.engine_logp[0, 0, 0] = math.nan  # the engine did not sample it
     gap = common.check_engine(rollouts, make_args())
@@ -640,7 +610,7 @@ def test_the_gap_between_engine_and_trainer_by_hand(make_args: Make):
         ({"max_logp_gap": 0.1, "precision": "bfloat16"}, 0.11, "0.1"),
     ],
 )
-def test_the_gap_is_bounded(settings: dict[str, Any], gap: float, allowed: str, make_args: Make):
+def test_the_gap_is_bounded(settings, gap, allowed, make_args):
     rollouts = scored([[gap, -gap], [gap, gap]])
     if allowed:
         why = f"differ by {gap:.2g} nats per token .* {gap:.2g} at most, more than --max-logp-gap"
@@ -675,7 +645,7 @@ def test_rollout_metrics_by_hand():
     ],
     ids=str,
 )
-def test_learning_rate_by_hand(settings: dict[str, Any], factors: list[float]):
+def test_learning_rate_by_hand(settings, factors):
     """Of each of four updates, in two steps."""
     args = grpo.Args(steps=2, updates_per_rollout=2, lr=2e-3, **settings)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
@@ -698,7 +668,7 @@ class HalfCorrect:
         return [True, True, False, False, True, True, True, True, False, True]
 
 
-def test_evaluate_by_hand(make_args: Make):
+def test_evaluate_by_hand(make_args):
     args = make_args(eval_problems=2, eval_samples=4)
     problems = common.Problems(Problem("", "", [i] * i) for i in (1, 3, 9))
     result = common.evaluate(FakeEngine(), HalfCorrect(), problems, args)
@@ -709,7 +679,7 @@ def test_evaluate_by_hand(make_args: Make):
     assert (args.group_size, args.temperature) == (4, 1.0)
 
 
-def test_evaluation_is_greedy_and_sampled_with_the_same_seeds_each_time(make_args: Make):
+def test_evaluation_is_greedy_and_sampled_with_the_same_seeds_each_time(make_args):
     engine = FakeEngine()
     for step in range(2):
         args = make_args(eval_problems=2, eval_samples=4, temperature=0.9)
@@ -718,15 +688,3 @@ def test_evaluation_is_greedy_and_sampled_with_the_same_seeds_each_time(make_arg
     calls = engine.calls
     assert [(len(call[0]), call[3]) for call in calls] == [(8, 0.9), (2, 0.0)] * 2
     assert [call[1] for call in calls[:2]] == [call[1] for call in calls[2:]]
-
-
-def test_bootstrap_interval_covers_the_mean():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(300):
-        values = generator.binomial(4, 0.4, size=100) / 4
-        low, high = common.bootstrap_interval(values, resamples=500)
-        assert low <= values.mean() <= high
-        covered += low <= 0.4 <= high
-    assert 0.90 < covered / 300 < 0.99
-    assert common.bootstrap_interval(np.ones(5)) == (1.0, 1.0)

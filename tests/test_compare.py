@@ -12,6 +12,7 @@ from typing import Any
 
 import compare
 import numpy as np
+import pandas as pd
 import pytest
 import shared
 import torch
@@ -63,11 +64,20 @@ def test_expensive_methods_run_only_if_named():
     assert compare.check(Args(only="GRPO,VinePPO by token")) == ["GRPO", "VinePPO by token"]
 
 
+def accuracies(*values: float | None) -> pd.DataFrame:
+    """Runs with seeds 1, 2, ... and these accuracies; None: there is no run with that seed."""
+    runs = pd.DataFrame({"accuracy": values}, range(1, 1 + len(values)), dtype=float)
+    return runs.dropna()
+
+
 def test_paired_interval_by_hand():
     # Differences 1, 2, 3, 4, 5: mean 3, variance 2.5, standard error sqrt(2.5 / 5) = sqrt(0.5).
-    interval = 3 - 2.776 * math.sqrt(0.5), 3 + 2.776 * math.sqrt(0.5)
-    assert compare.t_interval([1, 2, 3, 4, 5]) == pytest.approx(interval)
-    assert compare.t_interval([0.5, 0.5]) == (0.5, 0.5)
+    assert 3 - 2.776 * math.sqrt(0.5) == pytest.approx(1.037, abs=1e-3)
+    found = compare.versus(accuracies(1, 2.5, 3, 4, 5), accuracies(0, 0.5, 0, 0, 0))
+    assert found == "+3.000 [+1.037, +4.963]"
+    same = accuracies(0.5, 0.25)
+    assert compare.versus(same, accuracies(1, 0.75)) == "−0.500 [−0.500, −0.500]"
+    assert compare.versus(same, same) == ""
 
 
 def test_quantiles_of_t_by_their_density():
@@ -81,9 +91,10 @@ def test_quantiles_of_t_by_their_density():
 
 
 def test_differences_are_paired_by_seed():
-    baseline = [row("GRPO", "", 2, 0.5), row("GRPO", "", 1, 0.9)]  # GRPO has no seed 3
-    rows = [row("M", "", 1, 1.0), row("M", "", 2, 0.75), row("M", "", 3, 0.1)]
-    assert compare.differences(rows, baseline) == pytest.approx([0.1, 0.25])
+    baseline = accuracies(0.9, 0.5, None, 0.5)[::-1]  # has no seed 3
+    found = compare.versus(accuracies(1.0, 0.6, 0.1), baseline)
+    assert found == "+0.100 [+0.100, +0.100]"
+    assert compare.versus(accuracies(1.0), baseline) == ""  # one seed has no interval
 
 
 @pytest.mark.parametrize(("steps", "last"), [(4, 3), (5, 4)])
@@ -131,8 +142,11 @@ def test_the_second_rate_is_measured_once(
 ):
     phases = []
     monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
+    monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
     args = Args(rates=(selected,), seeds=2, runs=tmp_path, results=tmp_path / "x.json")
-    compare.run_everything(args, compare.read_results(args), ["EP-GRPO"])
+    results = compare.read_results(args) | {"command": "the first"}
+    compare.run_everything(args, results, ["EP-GRPO"])
+    assert results["command"] == "the first"
     assert phases == [[Job("EP-GRPO", lr, seed) for lr in measured] for seed in (1, 2)]
 
 
@@ -266,6 +280,17 @@ def test_tables_by_hand():
     assert last == f"| ERPO | 2e-4 | 0.800 | {cells} | +0.150 [−0.485, +0.785] |"
     cells = f"0.500 | {cells} | −0.150 [−0.785, +0.485]"
     assert other == f"| ERPO | 1e-4 (not selected) | {cells} |"
+
+
+def test_the_table_of_both_tasks_by_hand():
+    sums = {"rates": RATES, "selection": [], "rows": [], **START}
+    for method, gain in (("GRPO", 0.0), ("ERPO", 0.1)):
+        sums["rows"] += [row(method, RATES[0], s, 0.5 + (0.1 + gain) * s) for s in (1, 2)]
+    needle = sums | {"rows": sums["rows"][:2], "start": {"accuracy": 0.3}}
+    before, grpo, erpo = compare.accuracy_table(sums, needle).splitlines()[2:]
+    assert before == "| before training | 0.400 |  | 0.300 |  |"
+    assert grpo == "| GRPO | 0.650 |  | 0.650 |  |"
+    assert erpo == "| ERPO | 0.800 | +0.150 [−0.485, +0.785] | not measured |  |"
 
 
 def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():

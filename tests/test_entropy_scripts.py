@@ -1,7 +1,5 @@
 """EP-GRPO, ERPO and GTPO as runs: the gradient of an update and the metrics of the method."""
 
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,11 +12,10 @@ from one_step import (
     gradient_of,
     moved_reference,
     places,
-    plain_logp,
-    record_example,
+    plain_losses,
     trainable,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 import ep_grpo
@@ -29,78 +26,13 @@ from tools.metrics import pass_at_k
 
 WITH_PROGRESS = pytest.mark.parametrize("script", [ep_grpo, erpo], ids=lambda s: s.__name__)
 
-# ------------------------------------------------------------------------------- a toy policy
-
-TOKENS, VOCABULARY = 6, 11
-Shape = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # rewards, entropy, logps, mask
-
-
-def with_gtpo(rewards: Tensor, entropy: Tensor, _: Tensor, __: Tensor, mask: Tensor) -> Tensor:
-    alpha1 = 1.0 - entropy.mean(-1, keepdim=True) / 10
-    return gtpo.gtpo_advantages(rewards, entropy, mask, alpha1=alpha1, alpha2=0.5)
-
-
-def with_grpo_s(rewards: Tensor, entropy: Tensor, _: Tensor, __: Tensor, mask: Tensor) -> Tensor:
-    return gtpo.grpo_s_advantages(rewards, entropy, mask, beta2=0.5)[..., None] * mask
-
-
-def with_grpo(rewards: Tensor, _: Tensor, __: Tensor, ___: Tensor, mask: Tensor) -> Tensor:
-    return grpo.grpo_advantages(rewards)[..., None] * mask
-
-
-SHAPES: dict[str, Shape] = {
-    "ep_grpo": ep_grpo.ep_grpo_advantages,
-    "erpo": erpo.erpo_advantages,
-    "gtpo": with_gtpo,
-    "grpo_s": with_grpo_s,
-}
-
-
-def toy_gradient(shape: Shape, rewards: Tensor, *, detach: bool) -> Tensor:
-    """The gradient of one on-policy update of a small policy. Without `detach`, the inputs of the
-    advantages still depend on the policy's parameters."""
-    torch.manual_seed(0)
-    policy = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)).double()
-    previous, chosen = torch.randint(VOCABULARY, (2, *rewards.shape, TOKENS))
-    mask = torch.arange(TOKENS) < torch.randint(2, TOKENS + 1, (*rewards.shape, 1))
-    table = policy(previous).log_softmax(-1)
-    entropy = -(table.exp() * table).sum(-1)
-    logp = table.gather(-1, chosen[..., None])[..., 0]
-    ref_logp = logp.detach() + 0.1 * torch.randn(logp.shape, dtype=logp.dtype)
-    inputs = (entropy, logp, ref_logp)
-    if detach:
-        inputs = tuple(x.detach() for x in inputs)
-    advantages = shape(rewards, *inputs, mask)
-    loss, _ = grpo.clipped_loss(logp, logp.detach(), advantages, 0.2, 0.2)
-    return gradient_of((loss * mask).sum(), policy)
-
-
-VARIED = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
-EQUAL = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_no_gradient_flows_through_what_shapes_the_advantage(shape: Shape):
-    attached, detached = (toy_gradient(shape, VARIED, detach=detach) for detach in (False, True))
-    assert detached.norm() > 0.1
-    assert torch.equal(attached, detached)
-
-
-def test_only_ep_grpo_learns_from_groups_of_equal_rewards():
-    assert toy_gradient(ep_grpo.ep_grpo_advantages, EQUAL, detach=True).norm() > 0.1
-    for shape in (with_grpo, erpo.erpo_advantages, with_gtpo, with_grpo_s):
-        assert not toy_gradient(shape, EQUAL, detach=True).any()
-
-
 # ------------------------------------------------------------------------------- progress in a run
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @WITH_PROGRESS
-def test_progress_is_exactly_zero_until_the_policy_has_moved(
-    record: Callable, script: ModuleType, lora_rank: int, precision: str
-):
+def test_progress_is_exactly_zero_until_the_policy_has_moved(record, script, lora_rank, precision):
     """Also in bfloat16: a reference that rounds differently would add noise to the first step."""
     settings = {"lora_rank": lora_rank, "precision": precision, "max_logp_gap": 1.0}
     settings |= {"lr": 1e-2, "max_grad_norm": 1.0, "token_budget": 100}
@@ -108,17 +40,15 @@ def test_progress_is_exactly_zero_until_the_policy_has_moved(
     assert metrics[1]["kl_to_reference"] == 0
     assert metrics[1]["credit/progress"] == 0
     assert metrics[1]["credit/outcome"] > 0.1
-    assert metrics[3]["credit/progress"] > 0.1
+    assert metrics[3]["credit/progress"] > 0.01
 
 
 @pytest.fixture
-def with_moved_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_moved_reference(monkeypatch) -> None:
     monkeypatch.setattr(common, "Reference", moved_reference)
 
 
-def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
-    record: Callable, with_moved_reference: None
-):
+def test_only_ep_grpo_learns_from_groups_of_equal_rewards(record, with_moved_reference):
     settings = {"grade": all_wrong, "kl": 0.0}
     metrics = record(ep_grpo, **settings).metrics[1]
     assert metrics["zero_variance"] == 1
@@ -132,19 +62,14 @@ def test_in_a_run_too_only_ep_grpo_learns_from_groups_of_equal_rewards(
 # ------------------------------------------------------------------------------- the update
 
 
-def plain_loss(recording: Recording, kl: float) -> Tensor:
-    """The mean of -A log π + β k3 over all tokens, with A as rollouts.jsonl has it."""
-    policy, rollouts = recording.updates[0].policy, recording.rollouts[0]
-    lines = iter(recording.lines)
-    terms = []
-    with moved_reference(policy, recording.args)() as reference:
-        for p, g in places(rollouts):
-            advantage = torch.tensor(next(lines)["advantage"])
-            new = plain_logp(policy, rollouts, p, g)
-            ref = plain_logp(reference, rollouts, p, g).detach()
-            k3 = (ref - new).exp() - (ref - new) - 1
-            terms.append(kl * k3 - advantage * new)
-    return torch.cat(terms).mean()
+def plain_loss(recording: Recording) -> Tensor:
+    """The mean of the losses of all tokens, with the advantages that rollouts.jsonl has."""
+    update, rollouts = recording.updates[0], recording.rollouts[0]
+    rows = zip(places(rollouts), recording.lines, strict=True)
+    advantages = {place: torch.tensor(line["advantage"]) for place, line in rows}
+    with moved_reference(update.policy, recording.args)() as reference:
+        losses = plain_losses(recording, update, advantages, reference)
+    return torch.cat([*losses.values()]).mean()
 
 
 def assert_same_for_each_weight(recording: Recording, loss: Tensor) -> None:
@@ -157,13 +82,12 @@ def assert_same_for_each_weight(recording: Recording, loss: Tensor) -> None:
 
 
 @WITH_PROGRESS
-def test_the_loss_has_a_kl_term_of_weight_0_001(
-    record: Callable, with_moved_reference: None, script: ModuleType
-):
+def test_the_loss_has_a_kl_term_of_weight_0_001(record, with_moved_reference, script):
     """With advantages of zero, it is the whole loss."""
     settings = {"grade": all_wrong, "eta": 0.0}
     recording = record(script, log_rollouts=99, **settings)
-    loss = plain_loss(recording, kl=0.001)
+    loss = plain_loss(recording)
+    assert recording.args.kl == 0.001
     assert loss > 1e-5
     assert recording.metrics[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert_same_for_each_weight(recording, loss)
@@ -176,29 +100,15 @@ def test_the_loss_has_a_kl_term_of_weight_0_001(
     [(ep_grpo, 0.001), (erpo, 0.001), (gtpo, 0.0)],
     ids=["ep_grpo", "erpo", "gtpo"],
 )
-def test_the_gradient_is_the_plain_one(
-    record: Callable, with_moved_reference: None, script: ModuleType, kl: float
-):
+def test_the_gradient_is_the_plain_one(record, with_moved_reference, script, kl):
     """With advantages that differ between tokens, and the KL term of the defaults."""
     recording = record(script, log_rollouts=99)
-    assert_same_for_each_weight(recording, plain_loss(recording, kl))
+    assert recording.args.kl == kl
+    assert_same_for_each_weight(recording, plain_loss(recording))
     assert recording.metrics[1]["grad_norm"] > 0.01
 
 
 # ------------------------------------------------------------------------------- metrics by hand
-
-
-@pytest.fixture
-def on_example(short_args: Callable, signals: None) -> Callable[..., Recording]:
-    """Runs one step of a script on the worked example of the pages."""
-
-    def on_example(
-        script: ModuleType, correct: tuple[int, ...] = (1, 1, 0, 0), **settings: Any
-    ) -> Recording:
-        args = short_args(script, prompts_per_step=1, group_size=4, **settings)
-        return record_example(script, args, tuple(float(verdict) for verdict in correct))
-
-    return on_example
 
 
 CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and docs/erpo.md have them
@@ -218,8 +128,8 @@ CREDIT = {  # of nine tokens; advantages and outcomes as docs/ep_grpo.md and doc
 
 
 @WITH_PROGRESS
-def test_credit_by_hand(on_example: Callable, script: ModuleType):
-    recording = on_example(script, buckets=2)
+def test_credit_by_hand(record_on_example, script):
+    recording = record_on_example(script, buckets=2)
     metrics = recording.metrics[1]
     found = {name: value for name, value in metrics.items() if name.startswith("credit/")}
     assert found == pytest.approx(CREDIT[script.__name__], abs=1e-4)
@@ -229,9 +139,9 @@ def test_credit_by_hand(on_example: Callable, script: ModuleType):
 
 
 @WITH_PROGRESS
-def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: ModuleType):
+def test_credit_where_progress_is_the_larger_part(record_on_example, script):
     settings = {"buckets": 2, "eta": 3.0}
-    metrics = on_example(script, **settings).metrics[1]
+    metrics = record_on_example(script, **settings).metrics[1]
     method, rewards = getattr(slow, script.__name__), [1.0, 1.0, 0.0, 0.0]
     example_group = slow.Group(rewards, example.ENTROPY, example.LOGP, example.REF_LOGP)
     without_progress = slow.Group(rewards, example.ENTROPY, example.LOGP, example.LOGP)
@@ -257,7 +167,7 @@ def test_credit_where_progress_is_the_larger_part(on_example: Callable, script: 
     ],
     ids=["token", "sequence", "flags", "batch"],
 )
-def test_gtpo_runs(record: Callable, settings: dict[str, Any]):
+def test_gtpo_runs(record, settings):
     recording = record(gtpo, steps=3, lr=1e-2, **settings)
     metrics, rollout = recording.metrics[1], recording.lines[0]
     assert metrics["grad_norm"] > 0.01
@@ -271,7 +181,7 @@ def first_group_is_right(_: Any, texts: list[str], references: list[str]) -> lis
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable, level: str):
+def test_batch_scope_compares_all_rollouts_of_a_step(record, level):
     """Also in several micro-batches. The first group has equal verdicts."""
     settings = {"token_budget": 200, "log_rollouts": 4, "level": level}
     recording = record(gtpo, scope="batch", grade=first_group_is_right, **settings)
@@ -288,7 +198,7 @@ def test_batch_scope_compares_all_rollouts_of_a_step(record: Callable, level: st
     assert not any(any(line["advantage"]) for line in other.lines[:4])
 
 
-def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable):
+def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record):
     ours = record(gtpo, level="sequence", alpha2=0.0, clip_high=0.2).metrics[1]
     theirs = record(grpo, loss_average="sequence").metrics[1]
     token = record(grpo, loss_average="token").metrics[1]
@@ -297,7 +207,7 @@ def test_grpo_s_without_entropy_is_grpo_averaged_over_responses(record: Callable
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_grpo_s_clips_whole_rollouts(record: Callable):
+def test_grpo_s_clips_whole_rollouts(record):
     """From the second update of a step on, ratios differ, and each rollout is clipped or not."""
     settings = {"clip_low": 0.001, "clip_high": 0.001, "updates_per_rollout": 2, "seed": 2}
     settings |= {"steps": 1, "lr": 1e-2}
@@ -311,6 +221,6 @@ def test_grpo_s_clips_whole_rollouts(record: Callable):
 
 
 @pytest.mark.parametrize(("right", "percent"), [(3, 9.69), (14, 38.20), (25, 58.10), (45, 79.84)])
-def test_pass_at_16_of_one_pool(right: int, percent: float):
+def test_pass_at_16_of_one_pool(right, percent):
     """EP-GRPO's pass@16 on AIME25, in per cent: 30 problems with 16 samples each, pooled."""
     assert round(100 * pass_at_k(30 * 16, right, 16), 2) == percent

@@ -29,7 +29,7 @@ def test_worked_example():
 
 
 @pytest.mark.parametrize(("reward", "direction"), [(0.0, 1), (1.0, -1)], ids=["wrong", "right"])
-def test_worked_example_of_equal_rewards(reward: float, direction: int):
+def test_worked_example_of_equal_rewards(reward, direction):
     expected = [[-0.1323, 0.1323, -0.1323], [-0.2, -0.2646], [0.2, -0.1323, 0.2646], [0.2646]]
     advantages = on_example(torch.full_like(example.rewards, reward), buckets=2, eps=0)
     torch.testing.assert_close(advantages, direction * pad(expected), atol=5e-5, rtol=0)
@@ -46,7 +46,7 @@ def test_worked_example_of_a_policy_equal_to_the_reference():
     [{}, {"gamma": 2.5, "buckets": 3, "eta": 1.0}, {"reward_threshold": 0.05, "eps": 0}],
     ids=str,
 )
-def test_agrees_with_a_loop_over_tokens(settings: dict):
+def test_agrees_with_a_loop_over_tokens(settings):
     for seed in range(200):
         group = slow.random_group(seed)
         advantages = ep_grpo_advantages(*tensors(group), **settings)
@@ -55,7 +55,7 @@ def test_agrees_with_a_loop_over_tokens(settings: dict):
 
 
 @pytest.mark.parametrize("left_out", ["signal", "eta"])
-def test_without_progress_the_gated_outcome_is_left(left_out: str):
+def test_without_progress_the_gated_outcome_is_left(left_out):
     advantages = equal_policies(eps=0) if left_out == "signal" else on_example(eta=0, eps=0)
     gate = pad(slow.gates(example.ENTROPY, gamma=5, eps=0))
     outcome = grpo_advantages(example.rewards, eps=0)[..., None]
@@ -77,7 +77,7 @@ def test_an_equal_signal_is_not_noise_divided_by_eps():
 
 
 @pytest.mark.parametrize("factor", [0.01, 3.0, 100.0])
-def test_the_scale_of_the_log_ratio_cancels(factor: float):
+def test_the_scale_of_the_log_ratio_cancels(factor):
     for seed in range(20):
         rewards, entropy, logp, ref_logp, mask = tensors(slow.random_group(seed))
         once = ep_grpo_advantages(rewards, entropy, logp, ref_logp, mask, eps=0)
@@ -87,7 +87,7 @@ def test_the_scale_of_the_log_ratio_cancels(factor: float):
 
 
 @pytest.mark.parametrize("eta", [0.2, 0.7])
-def test_progress_has_mean_zero_and_deviation_eta_in_each_bucket(eta: float):
+def test_progress_has_mean_zero_and_deviation_eta_in_each_bucket(eta):
     spreads = 0
     for seed in range(50):
         group = slow.random_group(seed)
@@ -105,18 +105,6 @@ def test_progress_has_mean_zero_and_deviation_eta_in_each_bucket(eta: float):
     assert spreads > 50
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
-def test_a_group_of_equal_rewards_redistributes_credit(reward: float):
-    rewards = torch.full_like(example.rewards, reward)
-    assert torch.equal(grpo_advantages(rewards), torch.zeros_like(rewards))
-    advantages = on_example(rewards, buckets=2)
-    assert advantages.abs().max() > 0.2
-    bucket = pad(slow.entropy_buckets(example.ENTROPY, 2), fill=-1)
-    for k in range(2):
-        assert advantages[bucket == k].any()
-        assert advantages[bucket == k].mean().abs() < 1e-12
-
-
 def test_all_wrong_and_all_right_are_opposite():
     wrong = on_example(torch.zeros_like(example.rewards))
     right = on_example(torch.ones_like(example.rewards))
@@ -130,7 +118,7 @@ def test_rewards_at_the_threshold_have_no_polarity():
 
 
 @pytest.mark.parametrize("nothing", [0.0, -1e-8])  # rounding can leave an entropy below 0
-def test_a_rollout_without_entropy_lies_in_the_first_bucket(nothing: float):
+def test_a_rollout_without_entropy_lies_in_the_first_bucket(nothing):
     # tau is 0 on both tokens of the first rollout, 1/2 and 1 on those of the others.
     rows = [[nothing, nothing], [1.0, 1.0], [1.0, 1.0]]
     logp = pad([[-0.1, -0.3], [-0.2, -0.4], [-0.5, -0.7]])

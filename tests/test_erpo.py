@@ -25,7 +25,7 @@ def on_example(rewards: Tensor = example.rewards, **settings: float) -> Tensor:
         (0.5, [[1.0108, 0.8067, 0.8455], [0.8089, 0.9729], [-1.1470, -1.2621, -1.1439], [-0.8917]]),
     ],
 )
-def test_worked_example(sigma_target: float, expected: list[list[float]]):
+def test_worked_example(sigma_target, expected):
     advantages = on_example(buckets=2, sigma_target=sigma_target, eps=0)
     torch.testing.assert_close(advantages, pad(expected), atol=5e-5, rtol=0)
 
@@ -35,7 +35,7 @@ def test_worked_example(sigma_target: float, expected: list[list[float]]):
     [{}, {"gamma": 2.5, "buckets": 3}, {"eps": 0}, {"eta": 1, "sigma_target": 2}],
     ids=str,
 )
-def test_agrees_with_a_loop_over_tokens(settings: dict):
+def test_agrees_with_a_loop_over_tokens(settings):
     for seed in range(200):
         group = slow.random_group(seed)
         advantages = erpo_advantages(*tensors(group), **settings)
@@ -44,7 +44,7 @@ def test_agrees_with_a_loop_over_tokens(settings: dict):
 
 
 @pytest.mark.parametrize("left_out", ["signal", "eta"])
-def test_without_progress_it_is_the_token_z_score_of_grpo(left_out: str):
+def test_without_progress_it_is_the_token_z_score_of_grpo(left_out):
     """Nine tokens: five of right answers and four of wrong ones, so 2/√5 and -√5/2."""
     if left_out == "eta":
         advantages = on_example(eta=0, eps=0)
@@ -55,12 +55,6 @@ def test_without_progress_it_is_the_token_z_score_of_grpo(left_out: str):
     right, wrong = 2 / math.sqrt(5), math.sqrt(5) / 2
     expected = right * example.rewards - wrong * (1 - example.rewards)
     torch.testing.assert_close(advantages, expected[..., None] * example.mask)
-
-
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
-def test_a_group_of_equal_rewards_gives_exact_zeros(reward: float):
-    advantages = on_example(torch.full_like(example.rewards, reward), eps=0)
-    assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
 def test_advantages_sum_to_zero_and_have_variance_one():
@@ -76,7 +70,7 @@ def test_advantages_sum_to_zero_and_have_variance_one():
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (100.0, 0.0), (3.0, -0.7)])
-def test_an_affine_change_of_the_signal_inside_a_bucket_cancels(scale: float, shift: float):
+def test_an_affine_change_of_the_signal_inside_a_bucket_cancels(scale, shift):
     for seed in range(20):
         group = slow.random_group(seed)
         rewards, entropy, logp, ref_logp, mask = tensors(group)

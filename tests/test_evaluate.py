@@ -186,7 +186,7 @@ def test_differences_are_paired_by_problem():
 
 
 @pytest.fixture
-def run(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def run(tied_model, problem_file, tmp_path) -> Callable[..., dict[str, Any]]:
     """A short evaluation with the transformers engine; any setting can be overridden."""
 
     def run(**settings: Any) -> dict[str, Any]:
@@ -196,23 +196,6 @@ def run(tied_model: Path, problem_file: Path, tmp_path: Path) -> Callable[..., d
         return tool.main(tool.Args(**defaults | settings))
 
     return run
-
-
-@pytest.fixture
-def rejection(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """The only line on stderr of a call that exits with code 2."""
-
-    def rejection(function: Callable, *args: Any, **more: Any) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            function(*args, **more)
-        assert stop.value.code == 2
-        output = capsys.readouterr()
-        assert output.out == ""
-        [line] = output.err.splitlines()
-        return line
-
-    return rejection
 
 
 def saved_files(folder: Path) -> dict[str, str]:
@@ -278,15 +261,15 @@ def test_settings_that_differ_from_the_saved_ones(
     ]:
         line = rejection(run, **mine | {name: value})
         value = list(value) if isinstance(value, tuple) else value
-        assert line.startswith(f"error: --{name.replace('_', '-')} {value}: ")
+        assert line.startswith(f"--{name.replace('_', '-')} {value}: ")
         assert f"was made with {was}; choose another --folder" in line
 
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert rejection(run, **mine).startswith(f"error: --models {model} (")
+    assert rejection(run, **mine).startswith(f"--models {model} (")
     shutil.copy(tied_model / "model.safetensors", weights)
     problems.write_text('{"problem": "1+1", "answer": "2"}\n')
-    assert rejection(run, **mine).startswith(f"error: --datasets {problems} (")
+    assert rejection(run, **mine).startswith(f"--datasets {problems} (")
     assert saved_files(tmp_path / "saved") == before
 
 
@@ -307,8 +290,9 @@ def test_spellings_of_a_path(run, tied_model, problem_file, tmp_path, monkeypatc
 
     monkeypatch.setattr(tool, "evaluate_model", lambda *_: pytest.fail("evaluated again"))
     for model in (*models, str(tmp_path / "runs" / "model")):
-        for dataset in (*datasets, str(tmp_path / "data" / "train.jsonl")):
-            run(models=(model,), datasets=(dataset,), problems=2)
+        run(models=(model,), datasets=datasets[:1], problems=2)
+    for dataset in (*datasets, str(tmp_path / "data" / "train.jsonl")):
+        run(models=models[:1], datasets=(dataset,), problems=2)
     assert saved_files(tmp_path / "saved") == before
 
 
@@ -316,15 +300,8 @@ def test_names_that_are_no_paths_do_not_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "a@b:c.jsonl").touch()
-    unchanged = [
-        "gsm8k",
-        "Qwen/Qwen3-1.7B",
-        "openai/gsm8k:main@test",
-        "no/such/",
-        "",
-        "a@b:c.jsonl",
-    ]
-    assert [tool.canonical(name) for name in unchanged] == unchanged
+    unchanged = ["gsm8k", "Qwen/Qwen3-1.7B", "openai/gsm8k:main@test", "no/such/", "a@b:c.jsonl"]
+    assert [tool.canonical(name) for name in ("", *unchanged)] == ["", *unchanged]
     assert tool.canonical("./gsm8k:main@test") == "gsm8k:main@test"
     assert tool.canonical("./a@b:c.jsonl") == "a@b:c.jsonl"
     assert tool.canonical("..") == str(tmp_path.parent)
@@ -340,7 +317,7 @@ def test_two_models_with_one_folder(
     weights = tmp_path / "a-b" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     line = rejection(run, models=("a/b", "a-b"), problems=1)
-    assert line.startswith("error: --models a-b (") and "was made with a/b (" in line
+    assert line.startswith("--models a-b (") and "was made with a/b (" in line
 
 
 def test_any_or_all_of_a_list_of_references(run, tmp_path, grader, rejection):
@@ -364,7 +341,7 @@ def test_any_or_all_of_a_list_of_references(run, tmp_path, grader, rejection):
     path.write_text('{"problem": "1+1", "answer": ["1", "2"]}\n')
     run(datasets=(str(path),))
     line = rejection(run, datasets=(str(path),), references="all")
-    assert line.startswith(f"error: --datasets {path} (") and "was made with" in line
+    assert line.startswith(f"--datasets {path} (") and "was made with" in line
 
 
 def test_a_second_writer_is_rejected(run, rejection, tmp_path):
@@ -372,7 +349,7 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
     [saved] = (tmp_path / "saved").rglob("*.jsonl")
     with filelock.FileLock(saved.parent / "lock"):
         line = rejection(run)
-    assert line == f"error: --folder {saved.parent}: another process is writing here"
+    assert line == f"--folder {saved.parent}: another process is writing here"
 
 
 @pytest.mark.parametrize(
@@ -399,19 +376,17 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
 def test_flags_that_cannot_work(flags, line, tiny_model, rejection, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = tyro.cli(tool.Args, args=[*flags.split(), "--folder", str(tmp_path)])
-    assert rejection(tool.main, args).startswith(f"error: {line}")
+    assert rejection(tool.main, args).startswith(line)
 
 
 @pytest.mark.parametrize(("damage", "why"), BROKEN)
-def test_a_model_that_cannot_be_loaded_is_rejected(damage, why, run, tied_model, tmp_path, capsys):
+def test_a_model_that_cannot_be_loaded_is_rejected(
+    damage, why, run, tied_model, tmp_path, rejection
+):
     folder = shutil.copytree(tied_model, tmp_path / "model")
     damage(folder)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(models=(str(folder),))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2
-    assert line.startswith(f"error: --models {folder}: ") and why in line
+    line = rejection(run, models=(str(folder),))
+    assert line.startswith(f"--models {folder}: ") and why in line
 
 
 def test_known_names(tmp_path, monkeypatch):
@@ -469,10 +444,10 @@ def test_a_lora_checkpoint(run, make_args, tmp_path, untied_model, rejection):
 
     (folders[1] / "adapter_model.safetensors").unlink()
     line = rejection(run, models=(str(folders[1]),), folder=str(tmp_path / "again"))
-    assert line.startswith(f"error: --models {folders[1]}: cannot be loaded: ")
+    assert line.startswith(f"--models {folders[1]}: cannot be loaded: ")
     (folders[1] / "adapter_config.json").write_text("{}")
     line = rejection(run, models=(str(folders[1]),))
-    assert line.startswith(f"error: --models {folders[1]}: its adapter_config.json cannot be read")
+    assert line.startswith(f"--models {folders[1]}: its adapter_config.json cannot be read")
 
 
 # ------------------------------------------------------------------ with vLLM

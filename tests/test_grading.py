@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grading_targets import LATEX, make_pairs
+from graders import LATEX, make_pairs
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed

@@ -4,22 +4,26 @@ import functools
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import untimed
-from one_step import Recording, assert_same_gradient, collect, gradient_of, plain_logp
+from one_step import (
+    Recording,
+    Update,
+    assert_same_gradient,
+    gradient_of,
+    plain_advantages,
+    plain_losses,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
-from common import overlong_penalty, token_weights
 from grpo import clipped_loss, grpo_advantages, kl_estimate
-from infra.models import load_policy
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -28,12 +32,6 @@ def test_worked_example():
     advantages = grpo_advantages(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), eps=0)
     expected = torch.tensor([[0.8660, 0.8660, -0.8660, -0.8660]])
     torch.testing.assert_close(advantages, expected, atol=5e-5, rtol=0)
-
-
-def test_groups_are_normalised_apart():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [10.0, 0.0, 10.0, 10.0]])
-    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.5, -1.5, 0.5, 0.5]])
-    torch.testing.assert_close(grpo_advantages(rewards, eps=0), expected)
 
 
 def test_affine_invariance():
@@ -51,7 +49,7 @@ def test_affine_invariance():
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-def test_equal_rewards_give_exact_zeros(reward: float, size: int, scale: bool, eps: float):
+def test_equal_rewards_give_exact_zeros(reward, size, scale, eps):
     advantages = grpo_advantages(torch.full((2, size), reward), scale=scale, eps=eps)
     assert torch.equal(advantages, torch.zeros(2, size))
 
@@ -60,13 +58,6 @@ def test_without_scale_only_the_mean_goes():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     expected = torch.tensor([[0.75, -0.25, -0.25, -0.25]])
     assert torch.equal(grpo_advantages(rewards, scale=False), expected)
-
-
-def test_advantages_leave_their_input_alone():
-    rewards = torch.tensor([[1.0, 0.0, 0.5]])
-    before = rewards.clone()
-    assert not grpo_advantages(rewards).requires_grad
-    assert torch.equal(rewards, before)
 
 
 # ------------------------------------------------------------------------------- the loss
@@ -87,7 +78,7 @@ CLIP = {
 
 
 @pytest.mark.parametrize("case", CLIP.values(), ids=CLIP)
-def test_clip_by_hand(case: tuple[float, float, float, float, bool]):
+def test_clip_by_hand(case):
     ratio, advantage, expected, slope, is_clipped = case
     old_logp = torch.tensor([[-1.7]], dtype=torch.float64, requires_grad=True)
     logp = (old_logp.detach() + math.log(ratio)).requires_grad_()
@@ -130,72 +121,23 @@ def test_kl_estimate_has_the_kl_as_its_mean():
     torch.testing.assert_close(mean, (policy.exp() * (policy - reference)).sum())
 
 
-MASK = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 0, 0, 0]]]).bool()
-WEIGHTS = {  # of a token of each response; 8 tokens in 4 responses, T = 5
-    "token": [1 / 8, 1 / 8, 1 / 8, 1 / 8],
-    "sequence": [1 / 8, 1 / 16, 1 / 4, 1 / 4],
-    "constant": [1 / 20, 1 / 20, 1 / 20, 1 / 20],
-}
-
-
-@pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_by_hand(average: str):
-    expected = torch.tensor(WEIGHTS[average]).view(2, 2, 1) * MASK
-    torch.testing.assert_close(token_weights(MASK, torch.arange(2), average, 5), expected)
-
-
-@pytest.mark.parametrize("average", WEIGHTS)
-def test_token_weights_of_a_share_of_the_problems(average: str):
-    """An update counts its own tokens and responses, not those of the whole step."""
-    alone = token_weights(MASK[1:], torch.tensor([0]), average, 5)
-    of_share = token_weights(MASK, torch.tensor([1]), average, 5)
-    torch.testing.assert_close(of_share, torch.cat([0 * alone, alone]))
-
-
-def test_overlong_penalty_by_hand():
-    lengths = torch.tensor([[1, 12, 16, 18, 20, 25]])
-    expected = torch.tensor([[0.0, 0.0, 0.0, -0.25, -0.5, -0.5]])
-    torch.testing.assert_close(overlong_penalty(lengths, max_length=20, buffer=4), expected)
-    assert torch.equal(overlong_penalty(lengths, 20, 0), torch.zeros(1, 6))
-
-
 # ------------------------------------------------------------------------------- the update
 
 
-def plain_gradients(recording: Recording) -> list[Tensor]:
-    """The gradient of each update from the definition: full logits, one sequence at a time."""
-    args, rollouts = recording.args, recording.rollouts[0]
-    first, reference = recording.updates[0].policy, load_policy(args)
-    gradients = []
-    for update in recording.updates:
-        losses = []
-        for p in update.problems:
-            rewards = [float(len(text) % 2 == 0) for text in rollouts.texts[p]]
-            mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
-            for g, reward in enumerate(rewards):
-                advantage = (reward - mean) / (std + 1e-6)
-                response = (rollouts, p, g, args.temperature)
-                new = plain_logp(update.policy, *response)
-                with torch.no_grad():
-                    old = plain_logp(first, *response)
-                    ref = plain_logp(reference, *response)
-                ratio = (new - old).exp()
-                clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-                gain = torch.minimum(ratio * advantage, clipped * advantage)
-                kl = (ref - new).exp() - (ref - new) - 1
-                losses.append(args.kl * kl - gain)
-        total = sum(loss.sum() for loss in losses)
-        loss = {
-            "token": total / sum(len(loss) for loss in losses),
-            "sequence": sum(loss.mean() for loss in losses) / len(losses),
-            "constant": total / len(losses) / args.max_new_tokens,
-        }[args.loss_average]
-        gradients.append(gradient_of(loss, update.policy))
-    return gradients
+def plain_gradient(recording: Recording, update: Update) -> Tensor:
+    """From the definition: full logits, one sequence at a time."""
+    losses = plain_losses(recording, update, plain_advantages(recording)).values()
+    total = sum(loss.sum() for loss in losses)
+    loss = {
+        "token": total / sum(len(loss) for loss in losses),
+        "sequence": sum(loss.mean() for loss in losses) / len(losses),
+        "constant": total / len(losses) / recording.args.max_new_tokens,
+    }[recording.args.loss_average]
+    return gradient_of(loss, update.policy)
 
 
 @pytest.fixture
-def updates(record: Callable, untied_model: Path) -> Callable[..., Recording]:
+def updates(record, untied_model) -> Callable[..., Recording]:
     """Records one step of grpo.py on responses of many lengths."""
     return functools.partial(record, grpo, model=str(untied_model), max_new_tokens=24)
 
@@ -209,20 +151,12 @@ AVERAGES = pytest.mark.parametrize("loss_average", ["token", "sequence", "consta
     [{}, {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "temperature": 0.8}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(updates: Callable, loss_average: str, settings: dict):
+def test_gradient_is_the_plain_one(updates, loss_average, settings):
     recording = updates(loss_average=loss_average, **settings)
     assert len(recording.updates) == settings.get("updates_per_rollout", 1)
     assert len(recording.rollouts[0].mask.sum(-1).unique()) > 3  # lengths
-    for update, plain in zip(recording.updates, plain_gradients(recording), strict=True):
-        assert_same_gradient(update.gradient, plain, 1e-5)
-
-
-@AVERAGES
-def test_gradient_does_not_depend_on_micro_batches(updates: Callable, loss_average: str):
-    budgets = [1, 60, 150, 10**6]  # one rollout at a time .. all at once
-    first, *others = [updates(loss_average=loss_average, token_budget=n) for n in budgets]
-    for other in others:
-        assert_same_gradient(other.updates[0].gradient, first.updates[0].gradient, 1e-5)
+    for update in recording.updates:
+        assert_same_gradient(update.gradient, plain_gradient(recording, update), 1e-5)
 
 
 def widen(rollouts: common.Rollouts) -> None:
@@ -240,15 +174,22 @@ def shuffle(groups: list[common.Group]) -> None:
     groups.reverse()
 
 
+OTHER_WAYS = [  # to compute the same gradient
+    *[{"token_budget": budget} for budget in (1, 60, 150)],  # from one rollout at a time
+    {"edit_rollouts": widen},
+    {"edit_groups": shuffle},
+]
+
+
 @AVERAGES
-def test_gradient_does_not_depend_on_padding_or_order(updates: Callable, loss_average: str):
-    plain = updates(loss_average=loss_average).updates[0]
-    for edit in ({"edit_rollouts": widen}, {"edit_groups": shuffle}):
-        other = updates(loss_average=loss_average, **edit).updates[0]
+def test_gradient_does_not_depend_on_micro_batches_padding_or_order(updates, loss_average):
+    plain = updates(loss_average=loss_average, token_budget=10**6).updates[0]
+    for change in OTHER_WAYS:
+        other = updates(loss_average=loss_average, **change).updates[0]
         assert_same_gradient(other.gradient, plain.gradient, 1e-5)
 
 
-def test_importance_cap_reaches_the_gradient(updates: Callable):
+def test_importance_cap_reaches_the_gradient(updates):
     def other_engine(rollouts: common.Rollouts) -> None:
         rollouts.engine_logp[rollouts.mask] -= math.log(1.5)
 
@@ -259,7 +200,7 @@ def test_importance_cap_reaches_the_gradient(updates: Callable):
         assert_same_gradient(weighted, factor * plain, 1e-5)
 
 
-def test_overlong_penalty_reaches_the_gradient(updates: Callable):
+def test_overlong_penalty_reaches_the_gradient(updates):
     plain, penalised = (updates(overlong_buffer=n).updates[0].gradient for n in (0, 8))
     assert (penalised - plain).norm() > 0.1 * plain.norm()
 
@@ -278,7 +219,7 @@ EVALUATION = {
 }
 
 
-def test_three_steps_log_everything(record: Callable, capsys: pytest.CaptureFixture):
+def test_three_steps_log_everything(record, capsys):
     recording = record(grpo, steps=3, eval_every=2, kl=0.05)
     metrics = recording.metrics
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
@@ -299,7 +240,7 @@ def test_three_steps_log_everything(record: Callable, capsys: pytest.CaptureFixt
         assert word in printed
 
 
-def test_model_folder_holds_the_trained_policy(record: Callable, tied_model: Path):
+def test_model_folder_holds_the_trained_policy(record, tied_model):
     folder = Path(record(grpo, steps=2).args.run_dir) / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     start = AutoModelForCausalLM.from_pretrained(tied_model).state_dict()
@@ -308,14 +249,14 @@ def test_model_folder_holds_the_trained_policy(record: Callable, tied_model: Pat
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_same_command_same_metrics(record: Callable):
+def test_same_command_same_metrics(record):
     first, second, other = (untimed(record(grpo, steps=2, seed=seed).metrics) for seed in (1, 1, 2))
     assert first == second
     assert first[1] != other[1]
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_lora_run(record: Callable, untied_model: Path, untied: bool):
+def test_lora_run(record, untied_model, untied):
     settings = {"model": str(untied_model)} if untied else {}
     settings |= {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2, "kl": 0.1}
     recording = record(grpo, steps=3, **settings)
@@ -329,9 +270,7 @@ def test_lora_run(record: Callable, untied_model: Path, untied: bool):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
-def test_the_update_has_no_dropout_but_loras(
-    record: Callable, tied_model: Path, tmp_path: Path, lora_dropout: float
-):
+def test_the_update_has_no_dropout_but_loras(record, tied_model, tmp_path, lora_dropout):
     """Not the model's own: the first update's ratio is 1, and the engine computes the same."""
     model = shutil.copytree(tied_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.1}
@@ -344,13 +283,13 @@ def test_the_update_has_no_dropout_but_loras(
     assert metrics[2]["logp_gap/max"] < 1e-5
 
 
-def test_updates_per_rollout(record: Callable):
+def test_updates_per_rollout(record):
     metrics = record(grpo, steps=2, updates_per_rollout=4, lr=0.02).metrics
     assert metrics[1]["kl_to_old"] > 1e-4  # the later updates are off policy
     assert 0 < metrics[1]["clip_fraction"] < 1
 
 
-def test_rollouts_file_is_what_the_metrics_say(record: Callable):
+def test_rollouts_file_is_what_the_metrics_say(record):
     recording = record(grpo, steps=2, log_rollouts=99)
     for step in (1, 2):
         metrics = recording.metrics[step]
@@ -368,36 +307,7 @@ def test_rollouts_file_is_what_the_metrics_say(record: Callable):
             assert row["reward"] == (len(row["text"]) % 2 == 0)
 
 
-# ------------------------------------------------------------------------------- collecting
-
-
-def counts(groups: list[common.Group]) -> list[int]:
-    return [int(sum(group.correct)) for group in groups]
-
-
-def test_dynamic_sampling_replaces_groups_without_variance(short_args: Callable):
-    args = short_args(grpo, dynamic_sampling=True)
-    groups, taken, seeds = collect(args, [[0, 2, 4, 3], [4, 1], [2]])
-    assert counts(groups) == [2, 3, 1, 2]
-    assert taken == 7
-    assert len(set(seeds)) == 3
-    assert len({group.problem.text for group in groups}) == 4
-
-
-def test_dynamic_sampling_fills_up_after_the_last_round(short_args: Callable):
-    args = short_args(grpo, dynamic_sampling=True, generation_rounds=2)
-    groups, taken, _ = collect(args, [[0, 2, 4, 0], [4, 1, 0]])
-    assert counts(groups) == [2, 1, 4, 0]
-    assert taken == 7
-
-
-def test_without_dynamic_sampling_every_group_stays(short_args: Callable):
-    groups, taken, _ = collect(short_args(grpo), [[0, 2, 4, 0]])
-    assert counts(groups) == [0, 2, 4, 0]
-    assert taken == 4
-
-
-def test_dynamic_sampling_run_keeps_all_groups(record: Callable):
+def test_dynamic_sampling_run_keeps_all_groups(record):
     recording = record(grpo, steps=2, dynamic_sampling=True, group_size=2, log_rollouts=99)
     assert len([row for row in recording.lines if row["step"] == 1]) == 8
     assert recording.metrics[1]["zero_variance"] == 0
@@ -409,7 +319,7 @@ def test_dynamic_sampling_run_keeps_all_groups(record: Callable):
 @pytest.mark.parametrize(
     "settings", [{"kl": 0.1}, {"lora_rank": 4, "kl": 0.1}], ids=["all", "LoRA"]
 )
-def test_bfloat16_run(record: Callable, settings: dict):
+def test_bfloat16_run(record, settings):
     """Only the forward pass is in bfloat16: float32 weights still move at a small lr."""
     settings |= {"precision": "bfloat16", "lr": 1e-4, "max_logp_gap": 0.1}
     metrics = record(grpo, steps=2, **settings).metrics
@@ -422,7 +332,7 @@ def test_bfloat16_run(record: Callable, settings: dict):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_run_on_cuda(record: Callable, precision: str, lora_rank: int):
+def test_run_on_cuda(record, precision, lora_rank):
     settings = {"updates_per_rollout": 2, "gradient_checkpointing": True, "max_logp_gap": 0.1}
     settings |= {"precision": precision, "lora_rank": lora_rank}
     metrics = record(grpo, steps=2, device="cuda", **settings).metrics

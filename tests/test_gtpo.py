@@ -95,7 +95,7 @@ def test_worked_example_grpo_s():
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("settings", [{}, {"alpha1": 0.9, "alpha2": 0.3}], ids=str)
-def test_gtpo_agrees_with_a_loop_over_tokens(normalize: str, settings: dict):
+def test_gtpo_agrees_with_a_loop_over_tokens(normalize, settings):
     for seed in range(200):
         group = slow.random_group(seed)
         advantages = gtpo_advantages(*tensors(group), normalize=normalize, **settings)
@@ -104,7 +104,7 @@ def test_gtpo_agrees_with_a_loop_over_tokens(normalize: str, settings: dict):
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta1": 0.9, "beta2": 0.3}], ids=str)
-def test_grpo_s_agrees_with_a_loop_over_rollouts(settings: dict):
+def test_grpo_s_agrees_with_a_loop_over_rollouts(settings):
     for seed in range(200):
         group = slow.random_group(seed)
         advantages = grpo_s_advantages(*tensors(group), **settings)
@@ -125,7 +125,7 @@ def test_the_shaping_only_redistributes():
 
 
 @pytest.mark.parametrize("alpha2", [0.0, 0.1])
-def test_without_differences_in_entropy_a_verdict_has_one_advantage(alpha2: float):
+def test_without_differences_in_entropy_a_verdict_has_one_advantage(alpha2):
     entropy = example.entropy if alpha2 == 0 else torch.full_like(example.entropy, 0.7)
     shared = {"alpha2": alpha2, "eps": 0}
     advantages = gtpo_advantages(example.correct, entropy, example.mask, **shared)
@@ -138,7 +138,7 @@ def test_without_differences_in_entropy_a_verdict_has_one_advantage(alpha2: floa
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_uncertain_successes_earn_more_and_confident_errors_lose_more(normalize: str):
+def test_uncertain_successes_earn_more_and_confident_errors_lose_more(normalize):
     compared = 0
     for seed in range(200):
         correct, entropy, mask = tensors(slow.random_group(seed))
@@ -161,16 +161,6 @@ def test_with_zeros_reinforces_correct_rollouts_and_own_set_does_not():
     assert own[right].mean().abs() < 1e-12
     other = gtpo_advantages(*EXAMPLE, normalize="own-set", alpha1=3, alpha2=0.5, eps=0)
     torch.testing.assert_close(own, other)
-
-
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("verdict", [True, False])
-def test_a_group_without_contrast_gives_exact_zeros(verdict: bool, normalize: str):
-    correct = torch.full_like(example.correct, verdict)
-    advantages = gtpo_advantages(correct, example.entropy, example.mask, normalize=normalize)
-    assert torch.equal(advantages, torch.zeros_like(advantages))
-    rollouts = grpo_s_advantages(correct, example.entropy, example.mask)
-    assert torch.equal(rollouts, torch.zeros_like(rollouts))
 
 
 def test_a_certain_token_takes_the_whole_share():
@@ -265,7 +255,7 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient():
         ([0, 0, 0, 0], [90, 10, 20, 100], [0, 0, 0, 0]),
     ],
 )
-def test_overlong_punishment(correct: list[int], lengths: list[int], expected: list[float]):
+def test_overlong_punishment(correct, lengths, expected):
     punishment = overlong_punishment(
         torch.tensor([correct]).bool(), torch.tensor([lengths]), gamma=0.75
     )

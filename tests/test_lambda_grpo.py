@@ -8,11 +8,12 @@ import torch
 import worked_example as example
 from one_step import (
     Recording,
-    all_wrong,
+    Update,
     assert_same_gradient,
     gradient_of,
     places,
-    plain_logp,
+    plain_advantages,
+    plain_losses,
     response,
 )
 from torch import Tensor
@@ -96,38 +97,6 @@ def test_agrees_with_a_loop_over_tokens():
         torch.testing.assert_close(weights_of(rows).double(), expected, atol=1e-7, rtol=0)
 
 
-# ------------------------------------------------------------------------------- what must hold
-
-
-def test_weights_are_1_over_k_and_never_fall():
-    for seed in range(100):
-        rows = random_rows(seed)
-        weights = weights_of(rows)
-        for row, own in zip(rows, weights, strict=True):
-            own = own[: len(row)]
-            counts = 1 / own
-            torch.testing.assert_close(counts, counts.round())
-            assert counts.min() >= 1
-            assert counts.max() <= len(rows)
-            assert (own.diff() >= 0).all()
-
-
-def test_weights_at_a_position_sum_to_the_number_of_distinct_prefixes():
-    for seed in range(100):
-        rows = random_rows(seed)
-        weights = weights_of(rows)
-        for t in range(weights.shape[-1]):
-            prefixes = {tuple(row[: t + 1]) for row in rows if len(row) > t}
-            assert weights[:, t].sum().item() == pytest.approx(len(prefixes), abs=1e-5)
-
-
-def test_names_of_tokens_do_not_matter():
-    for seed in range(20):
-        rows = random_rows(seed)
-        renamed = [[7 - 3 * token for token in row] for row in rows]
-        assert torch.equal(weights_of(renamed), weights_of(rows))
-
-
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -139,7 +108,7 @@ def test_names_of_tokens_do_not_matter():
         ([[3, 1], [3, 2], [4, 1], [4, 2]], [[1 / 2, 1]] * 4),  # REFT: K/G on the first token
     ],
 )
-def test_groups_by_hand(rows: Rollouts, expected: list[list[float]]):
+def test_groups_by_hand(rows, expected):
     torch.testing.assert_close(weights_of(rows).double(), pad(expected)[0])
 
 
@@ -189,7 +158,7 @@ def random_rewards(seed: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_each_distinct_prefix_gets_its_mean_advantage_once(kl: float):
+def test_each_distinct_prefix_gets_its_mean_advantage_once(kl):
     """The KL term, too, is entered once: k times 1/k."""
     for seed in range(30):
         rows = random_rows(seed)
@@ -241,29 +210,13 @@ SHARED, APART = begin_with(65, 65, 70, 65), begin_with(65, 70, 71, 72)
 ANY_GAP = {"max_logp_gap": 100.0}  # the engine sampled other tokens
 
 
-def plain_gradients(recording: Recording) -> list[Tensor]:
-    """The gradient of each update from the definition, on full logits."""
-    args, rollouts = recording.args, recording.rollouts[0]
-    first = recording.updates[0].policy
-    correct = torch.tensor([group.correct for group in recording.groups[0]])
-    advantages = grpo_advantages(correct)
-    gradients = []
-    for update in recording.updates:
-        losses = []
-        for p, g in places(rollouts):
-            if p not in update.problems:
-                continue
-            rows = [response(rollouts, p, i).tolist() for i in range(args.group_size)]
-            weights = torch.tensor(slow_weights(rows)[g])
-            new = plain_logp(update.policy, rollouts, p, g)
-            old = plain_logp(first, rollouts, p, g).detach()  # the reference, too
-            ratio = (new - old).exp()
-            clipped, advantage = ratio.clamp(0.8, 1.2), advantages[p, g]
-            kl = (old - new).exp() - (old - new) - 1
-            loss = args.kl * kl - torch.minimum(ratio * advantage, clipped * advantage)
-            losses.append(weights * loss)
-        gradients.append(gradient_of(torch.cat(losses).mean(), update.policy))
-    return gradients
+def plain_gradient(recording: Recording, update: Update) -> Tensor:
+    """From the definition, on full logits."""
+    rollouts, losses = recording.rollouts[0], []
+    for (p, g), loss in plain_losses(recording, update, plain_advantages(recording)).items():
+        rows = [response(rollouts, p, i).tolist() for i in range(recording.args.group_size)]
+        losses.append(torch.tensor(slow_weights(rows)[g]) * loss)
+    return gradient_of(torch.cat(losses).mean(), update.policy)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +224,14 @@ def plain_gradients(recording: Recording) -> list[Tensor]:
     [{}, {"updates_per_rollout": 2, "lr": 0.01, "kl": 0.3, "token_budget": 60}],
     ids=["one update", "two updates with KL"],
 )
-def test_gradient_is_the_plain_one(record: Callable, settings: dict):
+def test_gradient_is_the_plain_one(record, settings):
     recording = record(lambda_grpo, edit_rollouts=SHARED, **settings, **ANY_GAP)
     assert recording.metrics[1]["process/shared"] > 0.1
-    for update, plain in zip(recording.updates, plain_gradients(recording), strict=True):
-        assert_same_gradient(update.gradient, plain, 1e-4)
+    for update in recording.updates:
+        assert_same_gradient(update.gradient, plain_gradient(recording, update), 1e-4)
 
 
-def test_without_shared_tokens_the_run_is_grpos(record: Callable):
+def test_without_shared_tokens_the_run_is_grpos(record):
     settings = {"edit_rollouts": APART, "kl": 0.1, "steps": 2} | ANY_GAP
     ours, theirs = (record(script, **settings) for script in (lambda_grpo, grpo))
     for one, other in zip(ours.updates, theirs.updates, strict=True):
@@ -289,12 +242,7 @@ def test_without_shared_tokens_the_run_is_grpos(record: Callable):
     assert (other - theirs.updates[0].gradient).norm() > 0.01 * other.norm()
 
 
-def test_equal_rewards_give_no_gradient(record: Callable):
-    settings = {"edit_rollouts": SHARED, "grade": all_wrong} | ANY_GAP
-    assert record(lambda_grpo, **settings).metrics[1]["grad_norm"] == 0
-
-
-def test_metrics_and_rollouts_file(record: Callable):
+def test_metrics_and_rollouts_file(record):
     recording = record(lambda_grpo, edit_rollouts=SHARED, log_rollouts=99, **ANY_GAP)
     metrics = recording.metrics[1]
     weights = []

@@ -29,7 +29,7 @@ def on_cpu(model: Model, lora: bool) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("page", [memory.PAGE, memory.SCALE_PAGE], ids=lambda page: page.name)
-def test_the_page_shows_what_the_script_computes(page: Path):
+def test_the_page_shows_what_the_script_computes(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- results:memory -->") == 1
     assert text == memory.filled_page(page), "stale: python docs/memory.py --write"
@@ -46,12 +46,12 @@ def test_the_page_shows_what_the_script_computes(page: Path):
         ("72B", 72706203648),
     ],
 )
-def test_parameters_are_those_of_the_published_models(name: str, count: int):
+def test_parameters_are_those_of_the_published_models(name, count):
     assert SHAPES[name].parameters == count
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_reference_is_as_large_as_a_real_one(tied: bool):
+def test_the_reference_is_as_large_as_a_real_one(tied):
     model = Model("small", 64, 2, 4, 2, 128, 500, tied)
     args = SimpleNamespace(precision="bfloat16", device="cpu")
     weights = Reference(on_cpu(model, lora=False), args).copy.parameters()
@@ -59,7 +59,7 @@ def test_the_reference_is_as_large_as_a_real_one(tied: bool):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_checkpoint_takes_the_room_that_is_said(kind: str, tmp_path: Path):
+def test_a_checkpoint_takes_the_room_that_is_said(kind, tmp_path):
     settings = Settings(Model("small", 256, 2, 4, 2, 512, 2000, True), kind)
     policy = on_cpu(settings.model, lora=kind == "lora")
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -95,7 +95,7 @@ def test_each_setting_that_costs_saves():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_said_to_fit_fits(kind: str):
+def test_what_is_said_to_fit_fits(kind):
     for model, gpu in itertools.product(MODELS, GPUS):
         chosen = memory.gentlest(model, kind, gpu)
         if chosen is None:
@@ -154,7 +154,7 @@ def test_a_training_gpu_holds_its_share_and_what_is_gathered():
 
 
 @pytest.mark.parametrize(("model", "case"), [*itertools.product(LARGE, CASES)])
-def test_what_is_said_to_fit_on_a_cluster_fits(model: Model, case: tuple[int, int]):
+def test_what_is_said_to_fit_on_a_cluster_fits(model, case):
     smaller = 0
     for gpus in memory.TOTALS:
         cluster = memory.fastest(model, case, gpus, servers=memory.NODE)
@@ -171,7 +171,7 @@ def test_what_is_said_to_fit_on_a_cluster_fits(model: Model, case: tuple[int, in
     assert smaller  # 64 are enough for each
 
 
-def test_what_a_gpu_has_measured_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_gpu_has_measured_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MEASURED", tmp_path / "gpu.json")
     assert "measured" not in memory.tables()
     sizes = {"memory": {"reference": {"1.5B": [32.0, 11.5, 60.2]}}}

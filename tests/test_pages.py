@@ -1,18 +1,17 @@
-"""docs/: the index, the results blocks of the pages, the figures, the page of metrics."""
+"""docs/: the index, the pages' sections and results, the figures, the page of metrics."""
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import compare
 import credit
+import graders
 import pytest
 import real
 import shared
 import speed
 from conftest import ROOT
 
-from docs import figures
+from docs import equations, figures
 
 DOCS = ROOT / "docs"
 RESULTS = {file.stem: shared.read_json(file) for file in shared.RESULTS.glob("*.json")}
@@ -30,17 +29,18 @@ def test_the_index_names_every_page():
         (compare.PAGES[0], lambda: compare.blocks(RESULTS["compare"])),
         (compare.PAGES[1], lambda: compare.blocks(RESULTS["compare"])),
         (credit.PAGE, lambda: {"credit": credit.tables(RESULTS["credit"])}),
+        (graders.README, lambda: {"kinds": graders.kinds_table(), "rules": graders.rules_table()}),
         (real.PAGE, lambda: real.blocks(RESULTS["real"])),
         (speed.PAGE, lambda: {"speed": speed.table(RESULTS["speed"])}),
     ],
-    ids=["README", "compare", "credit", "real", "speed"],
+    ids=["README", "compare", "credit", "grading", "real", "speed"],
 )
-def test_a_page_shows_its_results(page: Path, blocks: Callable[[], dict[str, str]]):
+def test_a_page_shows_its_results(page, blocks):
     text = page.read_text(encoding="utf-8")
     assert text == shared.fill_blocks(page, blocks()), "run the benchmark with --write"
 
 
-def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_figures_show_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.draw_buckets()
     figures.draw_metrics({name: run["curves"] for name, run in SICK.items()})
@@ -53,7 +53,7 @@ def test_the_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (tmp_path / name).read_text("utf-8") == (DOCS / name).read_text("utf-8"), name
 
 
-def test_curves_of_the_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_curves_of_the_comparison_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     runs = {"GRPO": [[(0, 0.5), (120, 0.5)]], "X": [[(0, 0.5), (60, 1)], [(0, 0.5), (60, 0.8)]]}
     figures.draw_compare("compare.svg", runs)
@@ -78,3 +78,37 @@ def test_no_page_has_a_placeholder():
         for comment in re.findall(r"<!--.*?-->", text, re.DOTALL):
             assert re.fullmatch(r"<!-- (results:[\w-]+|/results) -->", comment), (page, comment)
         assert not re.search(r"\b(TODO|BENCH|NEEDLE|XXX)\b", text), page
+
+
+def method_page(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_method_pages_have_the_same_sections(page):
+    sections = re.findall(r"^## .*", method_page(page), re.MULTILINE)
+    assert sections == re.findall(r"^## .*", method_page("grpo"), re.MULTILINE)
+
+
+def results_of(method: str) -> list[str]:
+    """The cells of a method: accuracy on both tasks, cosine of its credit for both policies."""
+    cells = []
+    for name in ("compare", "compare-needle"):
+        runs = compare.at_selected_rates(RESULTS[name])
+        cell = compare.versus(runs[method], runs["GRPO"]) if method in runs else ""
+        if method == "GRPO":
+            cell = f"{compare.mean(runs[method], 'accuracy'):.3f}"
+        cells.append(cell)
+    for policy in RESULTS["credit"]["policies"].values():
+        measures = policy["methods"].get(method)
+        cells.append(f"{measures['cosine']['value']:.2f}" if measures else "")
+    return cells
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_method_page_shows_its_results(page):
+    head = re.escape("| | sums | needle | cosine, starting | cosine, half-trained |")
+    table = re.search(rf"^{head}\n.*\n((?:\|.*\n)+)", method_page(page), re.MULTILINE)
+    for line in table[1].splitlines():
+        method, *cells = [cell.strip() for cell in line[1:-1].split("|")]
+        assert cells == results_of(method), method

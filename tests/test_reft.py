@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import reft
 from reft import choose_openers, opener_metrics, pick_first_tokens
 
 
@@ -110,22 +109,28 @@ ENGINE = SimpleNamespace(tokenizer=Tokenizer(), stop_tokens=[2])
 FORBIDDEN = [0, 1, 2, 3, *range(90, 100)]
 
 
-@pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The policy's logits of first tokens: forbidden tokens are the likeliest, then 4."""
-    logits = random_logits()
-    logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
-    monkeypatch.setattr(reft, "first_token_logits", lambda *_: logits.clone())
-    return logits
+class Policy:
+    """Its logits of first tokens: forbidden tokens are the likeliest, then 4."""
+
+    def __init__(self) -> None:
+        self.logits = random_logits()
+        self.logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
+
+    def eval(self) -> None:
+        pass
+
+    def __call__(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[:, None].clone())
 
 
 def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
     args = SimpleNamespace(candidates=20, openers=4, group_size=8)
-    vars(args).update(numbers)
-    return choose_openers(None, ENGINE, [[5]] * 50, args, seeded())
+    vars(args).update(numbers, device="cpu", precision="float32")
+    return choose_openers(Policy(), ENGINE, [[5]] * 50, args, seeded())
 
 
-def test_special_and_unknown_tokens_never_open(logits: Tensor):
+def test_special_and_unknown_tokens_never_open():
+    logits = Policy().logits
     tokens, ranks = chosen(candidates=10)
     assert not torch.isin(tokens, torch.tensor(FORBIDDEN)).any()
     # The next-likeliest tokens take their places, and ranks count only the allowed ones.

@@ -17,21 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, read_lines, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import report  # noqa: E402
+import report
 
 NASTY = "</script><script>throw Error('run')</script><img src=x onerror=alert(1)>"
 NASTY += " \u202e\x1b[31m\x00 &lt;"
 
 # ------------------------------------------------------------------ runs to show
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def byte_level_tokenizer(folder: Path) -> Tokenizer:
@@ -78,8 +74,8 @@ def make_run(
                 for signal in ("entropy", "outcome"):
                     line[signal] = [rng.random() for _ in ids]
                 rollouts.append(line)
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "rollouts.jsonl", rollouts)
+    write_jsonl(folder / "metrics.jsonl", metrics)
+    write_jsonl(folder / "rollouts.jsonl", rollouts)
     return folder
 
 
@@ -213,7 +209,7 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def browser(tmp_path_factory) -> Iterator[Browser]:
     if BROWSER is None:
         pytest.skip("no Chromium or Chrome on PATH")
     browser = Browser(tmp_path_factory.mktemp("profile"))
@@ -222,7 +218,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "grpo-1", lr=1e-3)
 
 
@@ -320,7 +316,7 @@ def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "loss": NaN, "reward": Infinity}\n')
     line = {"step": 7, "problem": "p", "rollout": 0, "tokens": [1, 2], "entropy": [float("nan"), 1]}
-    write_lines(folder / "rollouts.jsonl", [line])
+    write_jsonl(folder / "rollouts.jsonl", [line])
     text = report.page([report.read_run(folder, "run", 1e9)])
     data = blocks_of(text)
     assert data["runs"][0]["metrics"]["loss"][1][-1] is None
@@ -412,7 +408,7 @@ def test_without_a_tokenizer_the_ids_and_the_text_are_kept(tmp_path):
 
 
 @pytest.fixture
-def opened(browser: Browser, run: Path) -> Browser:
+def opened(browser, run) -> Browser:
     command(run)
     browser.open(run / "report.html")
     return browser
@@ -481,7 +477,7 @@ def test_the_pickers_change_the_rollouts(opened):
 
 
 def test_hovering_a_token_shows_its_numbers(opened, run):
-    row = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()][-6]
+    row = read_lines(run / "rollouts.jsonl")[-6]
     opened.hover("document.querySelectorAll('.tokens span')[3]")
     opened.wait("!document.querySelector('#tip').hidden")
     tip = opened.run("document.querySelector('#tip').innerText")
@@ -551,8 +547,7 @@ def test_several_runs_side_by_side(browser, run, tmp_path):
 
 def test_a_run_with_a_single_step(browser, tmp_path):
     folder = tmp_path / "young"
-    folder.mkdir()
-    write_lines(folder / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
+    write_jsonl(folder / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
     assert command(folder).returncode == 0
     browser.open(folder / "report.html")
     assert browser.run("document.querySelectorAll('.chart').length") == 1

@@ -19,8 +19,17 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, needs_vllm, read_metrics, short_settings, untimed
-from pytest import CaptureFixture, MonkeyPatch
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    assert_same_run,
+    content,
+    needs_vllm,
+    read_metrics,
+    short_settings,
+    weights_of,
+)
+from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,20 +38,6 @@ import grpo
 from infra import cli, run, vllm_engine
 from infra.cli import StopRun
 
-SCRIPTS = (
-    "grpo",
-    "ep_grpo",
-    "erpo",
-    "gtpo",
-    "holderpo",
-    "arca",
-    "reft",
-    "vineppo",
-    "forking",
-    "lambda_grpo",
-    "fipo",
-    "stare",
-)
 FULL = {"updates_per_rollout": 2, "lr_schedule": "linear", "warmup_ratio": 0.5}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
 
@@ -98,9 +93,7 @@ def resume(folder: Path, *flags: str, script: str = "grpo") -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tied_model: Path, problem_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def finished(tied_model, problem_file, tmp_path_factory) -> Callable[..., Path]:
     """The folder of a run of 4 steps with checkpoints at 2 and 4. Each kind of run is made once."""
     runs: dict[str, Path] = {}
 
@@ -133,26 +126,6 @@ def killed_after(run: Path, step: int, copy: Path) -> Path:
 # ------------------------------------------------------------------ comparing runs
 
 
-def content(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def weights_of(folder: Path) -> dict[str, bytes]:
-    return content(folder, "*.safetensors")
-
-
-def assert_same(one: Path, other: Path, last: str = "step-000004") -> None:
-    """The same weights, optimiser, scheduler and logs, bit for bit."""
-    for log in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [run.read_lines(folder / log) for folder in (one, other)]
-        assert untimed(rows[0]) == untimed(rows[1]), log
-    last = f"checkpoints/{last}"
-    assert content(one / last, "trainer.pt") == content(other / last, "trainer.pt")
-    for name in ("model", last):
-        assert weights_of(one / name) == weights_of(other / name) != {}
-
-
 def scalars(folder: Path, name: str) -> list[int]:
     """The steps that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -168,21 +141,19 @@ def scalars(folder: Path, name: str) -> list[int]:
     ("script", "kind"),
     [(script, "lora" if script == "arca" else "full") for script in SCRIPTS] + [("grpo", "lora")],
 )
-def test_two_steps_resumed_equal_four_steps(
-    script: str, kind: str, finished: Callable, tmp_path: Path
-):
+def test_two_steps_resumed_equal_four_steps(script, kind, finished, tmp_path):
     alone = finished(script, kind)
     killed = killed_after(alone, 2, tmp_path / "killed")
     middle, end = (weights_of(alone / f"checkpoints/step-00000{n}") for n in (2, 4))
     assert middle != end  # otherwise a run that loads nothing would pass
     assert resume(killed, script=script) == 0
-    assert_same(alone, killed)
+    assert_same_run(alone, killed)
     assert scalars(killed, "reward") == [1, 2, 3, 4]
     assert scalars(killed, "eval/accuracy") == [0, 2, 4]
 
 
 @needs_vllm
-def test_resume_with_vllm(tiny_model: Path, tmp_path: Path):
+def test_resume_with_vllm(tiny_model, tmp_path):
     """In processes of their own, as in use."""
 
     def script(*command: str) -> None:
@@ -195,17 +166,17 @@ def test_resume_with_vllm(tiny_model: Path, tmp_path: Path):
     script(*flags.split(), "--run-dir", str(tmp_path / "alone"))
     killed = killed_after(tmp_path / "alone", 2, tmp_path / "killed")
     script("--resume", str(killed))
-    assert_same(tmp_path / "alone", killed)
+    assert_same_run(tmp_path / "alone", killed)
 
 
-def test_learning_rate_of_each_update(finished: Callable):
+def test_learning_rate_of_each_update(finished):
     """8 updates, 4 of them warm-up. The log has the second update of each step."""
     rows = read_metrics(finished())[1:]
     by_hand = [1 / 4, 3 / 4, 3 / 4, 1 / 4]  # updates 2 and 4 rise; 6 and 8 have 3 and 1 of 4 left
     assert [row["lr"] for row in rows] == pytest.approx([1e-3 * share for share in by_hand])
 
 
-def test_more_steps_after_the_last(make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch):
+def test_more_steps_after_the_last(make_args, tmp_path, monkeypatch):
     """A kill after the last of them leaves no model/ of fewer steps."""
     once, twice = tmp_path / "once", tmp_path / "twice"
     assert start("grpo", make_args(steps=4, run_dir=str(once), save_every=0)) == 0
@@ -218,9 +189,7 @@ def test_more_steps_after_the_last(make_args: Callable, tmp_path: Path, monkeypa
     assert first != weights_of(once / "model") == weights_of(twice / "model")
 
 
-def test_killed_before_the_first_checkpoint(
-    make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-):
+def test_killed_before_the_first_checkpoint(make_args, tmp_path, monkeypatch):
     """Steps 0 and 1 are written again, with the same random numbers for dropout."""
     changes = {"steps": 2, "save_every": 2} | LORA
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -230,13 +199,11 @@ def test_killed_before_the_first_checkpoint(
         assert start("grpo", make_args(**changes, run_dir=str(killed))) == 137
     assert [row["step"] for row in read_metrics(killed)] == [0, 1]
     assert resume(killed) == 0
-    assert_same(alone, killed, "step-000002")
+    assert_same_run(alone, killed, "step-000002")
     assert scalars(killed, "eval/accuracy") == [0, 2]
 
 
-def test_the_engine_of_auto_is_recorded(
-    make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_the_engine_of_auto_is_recorded(make_args, tmp_path, monkeypatch, capsys):
     """In args.json, so that a resumed run has the same engine. The reason is printed once."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -249,7 +216,7 @@ def test_the_engine_of_auto_is_recorded(
     assert "--engine" not in capsys.readouterr().err
 
 
-def test_finished_run(finished: Callable, tmp_path: Path, capsys: CaptureFixture):
+def test_finished_run(finished, tmp_path, capsys):
     folder = shutil.copytree(finished(), tmp_path / "run")
     before = content(folder)
     capsys.readouterr()
@@ -262,7 +229,7 @@ def test_finished_run(finished: Callable, tmp_path: Path, capsys: CaptureFixture
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_others_can_load_a_checkpoint(kind: str, finished: Callable, tied_model: Path):
+def test_others_can_load_a_checkpoint(kind, finished, tied_model):
     """Through transformers and peft alone it computes the same as model/."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -278,9 +245,7 @@ def test_others_can_load_a_checkpoint(kind: str, finished: Callable, tied_model:
     assert (before - final).abs().max() > 1e-3
 
 
-def test_sampling_settings_that_transformers_does_not_save(
-    make_args: Callable, tied_model: Path, tmp_path: Path
-):
+def test_sampling_settings_that_transformers_does_not_save(make_args, tied_model, tmp_path):
     """Some published models come with a temperature but without do_sample."""
     model = shutil.copytree(tied_model, tmp_path / "model")
     path = model / "generation_config.json"
@@ -356,7 +321,7 @@ class SmallRun:
 
 
 @pytest.fixture
-def small_run(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Callable[..., SmallRun]]:
+def small_run(tmp_path, monkeypatch) -> Iterator[Callable[..., SmallRun]]:
     """A new process for each call: the one before has released the folder. No TensorBoard."""
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", MagicMock())
     open_runs: list[SmallRun] = []
@@ -374,17 +339,6 @@ def small_run(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Callable[...
     gc.collect()
 
 
-def rejection(capsys: CaptureFixture, start: Callable[[], Any]) -> str:
-    """The line with which a start is rejected."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as rejected:
-        start()
-    assert rejected.value.code == 2
-    del rejected
-    gc.collect()  # its frames hold the lock of the folder
-    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
-
-
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -394,9 +348,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-def test_checkpoint_that_does_not_load(
-    name: str, damage: Callable, small_run: Callable, capsys: CaptureFixture
-):
+def test_checkpoint_that_does_not_load(name, damage, small_run, capsys, rejection):
     """The one before it is used. If none loads, the run is rejected and nothing changes."""
     first = small_run(steps=3, save_every=1, keep_checkpoints=3)
     first.train(2)
@@ -410,12 +362,12 @@ def test_checkpoint_that_does_not_load(
 
     damage(one / name)
     before = content(first.folder)
-    line = rejection(capsys, lambda: small_run(steps=3, resume=True))
+    line = rejection(small_run, steps=3, resume=True, lines=3)
     assert line == f"--resume {first.folder}: none of its checkpoints loads"
     assert content(first.folder) == before
 
 
-def test_later_checkpoint_that_does_not_load_replaces_no_other(small_run: Callable):
+def test_later_checkpoint_that_does_not_load_replaces_no_other(small_run):
     first = small_run(steps=9, save_every=3, keep_checkpoints=1)
     first.train(3)
     good, bad = (first.folder / f"checkpoints/step-00000{n}" for n in (3, 6))
@@ -431,18 +383,14 @@ def test_later_checkpoint_that_does_not_load_replaces_no_other(small_run: Callab
     assert small_run(steps=9, resume=True).run.step == 6
 
 
-def test_out_of_memory_is_not_a_checkpoint_that_does_not_load(
-    small_run: Callable, monkeypatch: MonkeyPatch
-):
+def test_out_of_memory_is_not_a_checkpoint_that_does_not_load(small_run, monkeypatch):
     small_run(steps=3, save_every=1).train(1)
     monkeypatch.setattr(torch, "load", fail(MemoryError()))
     with pytest.raises(MemoryError):
         small_run(steps=3, resume=True)
 
 
-def test_a_kill_at_any_operation_on_files(
-    small_run: Callable, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_a_kill_at_any_operation_on_files(small_run, monkeypatch, capsys):
     """Before and after every single one that changes the folder, through three checkpoints."""
     operations = [
         *[(Path, name) for name in ("mkdir", "rename", "replace", "unlink", "open")],
@@ -497,7 +445,7 @@ def test_a_kill_at_any_operation_on_files(
     assert kills > 100
 
 
-def test_latest_and_best_are_kept(small_run: Callable):
+def test_latest_and_best_are_kept(small_run):
     """Without an evaluation only the latest."""
     small = small_run(steps=9, save_every=1, keep_checkpoints=2)
     small.train(3)
@@ -507,7 +455,7 @@ def test_latest_and_best_are_kept(small_run: Callable):
     assert small.checkpoints() == ["5", "7", "8"]
 
 
-def test_only_what_this_run_left_unfinished_is_deleted(small_run: Callable, tmp_path: Path):
+def test_only_what_this_run_left_unfinished_is_deleted(small_run, tmp_path):
     small = small_run(steps=4)
     names = ("inner/checkpoints/step-000001.unfinished", ".git", "notes.txt", "args.unfinished")
     others = [small.folder / name for name in names]
@@ -517,7 +465,7 @@ def test_only_what_this_run_left_unfinished_is_deleted(small_run: Callable, tmp_
     assert [path.exists() for path in others] == [True, True, True, False]
 
 
-def test_a_file_never_replaces_a_folder(tmp_path: Path):
+def test_a_file_never_replaces_a_folder(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     writing = run.atomic_write(tmp_path / "a")
     with pytest.raises(StopRun, match="cannot be written"), writing as partial:
@@ -528,42 +476,38 @@ def test_a_file_never_replaces_a_folder(tmp_path: Path):
 # ------------------------------------------------------------------ folders
 
 
-def test_folder_of_another_run(small_run: Callable, capsys: CaptureFixture):
+def test_folder_of_another_run(small_run, rejection):
     """One that runs, with --resume or without; one that has ended, without --resume."""
     small = small_run(steps=4, save_every=1)
     for folder in (small.args.run_dir, ""):
         args = grpo.Args(steps=4, run_dir=small.args.run_dir, resume=folder)
-        line = rejection(capsys, lambda args=args: run.Run(args))
+        line = rejection(run.Run, args)
         assert line == f"--run-dir {small.folder}: another process is writing here"
     small.train(1)
     before = content(small.folder)
-    line = rejection(capsys, lambda: small_run(steps=4))
+    line = rejection(small_run, steps=4)
     assert line.startswith(f"--run-dir {small.folder}: holds a run; resume it with --resume ")
     assert content(small.folder) == before
 
 
-def test_fewer_steps_than_were_made(small_run: Callable, capsys: CaptureFixture):
+def test_fewer_steps_than_were_made(small_run, rejection):
     small_run(steps=4, save_every=1).train(3)
-    line = rejection(capsys, lambda: small_run(steps=2, resume=True))
+    line = rejection(small_run, steps=2, resume=True)
     assert line == "--steps 2: the run has already reached step 3"
     assert small_run(steps=3, resume=True).run.step == 3
 
 
-def test_folder_that_cannot_be_written(
-    tmp_path: Path, capsys: CaptureFixture, monkeypatch: MonkeyPatch
-):
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch, rejection):
     (tmp_path / "file").touch()
     for folder, cause in (("file/run", "Not a directory"), ("run", "Read-only file system")):
         args = grpo.Args(run_dir=str(tmp_path / folder))
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", fail(OSError(errno.EROFS, os.strerror(errno.EROFS))))
-            line = rejection(capsys, lambda args=args: run.Run(args))
+            line = rejection(run.Run, args)
         assert line == f"--run-dir {tmp_path / folder}: cannot be written: {cause}"
 
 
-def test_wandb_continues_a_resumed_run(
-    small_run: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-):
+def test_wandb_continues_a_resumed_run(small_run, tmp_path, monkeypatch):
     """Its id is the folder's name, from whichever directory the run is resumed."""
     wandb = MagicMock(__spec__=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -578,7 +522,7 @@ def test_wandb_continues_a_resumed_run(
     assert first["config"]["group_size"] == 8
 
 
-def test_full_disk_under_a_log(small_run: Callable, tmp_path: Path):
+def test_full_disk_under_a_log(small_run, tmp_path):
     """A real one: every write to /dev/full fails. The torn last line goes."""
     small = small_run(steps=9, save_every=1)
     small.train(1)
@@ -601,9 +545,7 @@ def test_full_disk_under_a_log(small_run: Callable, tmp_path: Path):
         RuntimeError("PytorchStreamWriter failed writing file data/2: file write failed"),
     ],
 )
-def test_full_disk_under_a_checkpoint(
-    error: Exception, small_run: Callable, monkeypatch: MonkeyPatch
-):
+def test_full_disk_under_a_checkpoint(error, small_run, monkeypatch):
     """One message, which `launch` prints. The checkpoint before it is complete."""
     small = small_run(steps=3, save_every=1)
     small.train(1)
@@ -620,9 +562,7 @@ def test_full_disk_under_a_checkpoint(
     assert small_run(steps=3, resume=True).run.step == 1
 
 
-def test_full_disk_under_the_settings(
-    make_args: Callable, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_full_disk_under_the_settings(make_args, monkeypatch, capsys):
     """There is nothing to resume."""
     monkeypatch.setattr(Path, "write_text", fail(OSError(errno.ENOSPC, "No space left on device")))
     assert start("grpo", make_args()) == 1
@@ -641,7 +581,7 @@ def with_slope(small: SmallRun, slope: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_update_that_is_not_finite(value: float, small_run: Callable, capsys: CaptureFixture):
+def test_update_that_is_not_finite(value, small_run, capsys):
     """It changes neither weights nor optimiser; the third in a row ends the run."""
     small = small_run(steps=9, save_every=1)
     small.train(1)
@@ -664,7 +604,7 @@ def test_update_that_is_not_finite(value: float, small_run: Callable, capsys: Ca
         small.update(bad_loss())
 
 
-def test_skipped_updates_are_counted(make_args: Callable, monkeypatch: MonkeyPatch):
+def test_skipped_updates_are_counted(make_args, monkeypatch):
     """In a whole run: step 2 leaves the weights of step 1 as they are, and step 3 moves them."""
     calls = []
 
@@ -683,7 +623,7 @@ def test_skipped_updates_are_counted(make_args: Callable, monkeypatch: MonkeyPat
     assert one == two != three
 
 
-def test_weights_that_are_not_finite_are_not_saved(small_run: Callable):
+def test_weights_that_are_not_finite_are_not_saved(small_run):
     small = small_run(steps=9, save_every=1)
     small.train(1)
     with torch.no_grad():
@@ -691,17 +631,6 @@ def test_weights_that_are_not_finite_are_not_saved(small_run: Callable):
     with pytest.raises(StopRun, match="weights are not finite"):
         small.run.save(2, small.policy, small, **small.state)
     assert small.checkpoints() == ["1"]
-
-
-def test_policy_that_is_not_finite(
-    make_args: Callable, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
-    def step(optimizer: torch.optim.Optimizer) -> None:
-        optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    assert start("grpo", make_args(steps=3, save_every=0)) == 1
-    assert "log-probabilities are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -712,9 +641,7 @@ def test_policy_that_is_not_finite(
         ("logp_gap/mean", 0.031, 0.01, "logp_gap/mean 0.031 is three times that of the first"),
     ],
 )
-def test_warnings(
-    name: str, bad: float, good: float, warning: str, small_run: Callable, capsys: CaptureFixture
-):
+def test_warnings(name, bad, good, warning, small_run, capsys):
     """Once: after five steps in a row, or when the engine's gap has tripled."""
     small = small_run(steps=40, save_every=0)
     close = 0.029 if "gap" in name else bad
@@ -726,7 +653,7 @@ def test_warnings(
     assert error.count("warning: ") == error.count(f"warning: {warning}") == 1
 
 
-def test_a_gap_above_rounding_is_reported_at_each_step(small_run: Callable, capsys: CaptureFixture):
+def test_a_gap_above_rounding_is_reported_at_each_step(small_run, capsys):
     small = small_run(steps=9, save_every=0)
     small.train(2, **{"logp_gap/mean": 0.05})
     assert "warning" not in capsys.readouterr().err
@@ -751,9 +678,7 @@ PLACES = {  # where memory runs out in a resumed run, and the function that the 
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_out_of_memory(
-    where: str, finished: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_out_of_memory(where, finished, tmp_path, monkeypatch, capsys):
     """Two lines: the flags with their values, and the command that resumes the run."""
     folder = killed_after(finished(), 2, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -769,15 +694,13 @@ def test_out_of_memory(
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3, 4]
 
 
-def test_other_errors_are_raised(monkeypatch: MonkeyPatch):
+def test_other_errors_are_raised(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo.py"])
     with pytest.raises(RuntimeError, match="size mismatch"):
         cli.launch(fail(RuntimeError("size mismatch")), grpo.Args)
 
 
-def test_printed_command_is_a_shell_command(
-    make_args: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-):
+def test_printed_command_is_a_shell_command(make_args, tmp_path, monkeypatch, capsys):
     """With a relative folder that has a space and a quote, and from another working directory."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -798,12 +721,7 @@ def test_printed_command_is_a_shell_command(
     [([signal.SIGINT], 3), ([signal.SIGTERM], 3), ([signal.SIGTERM, signal.SIGINT], 2)],
 )
 def test_first_signal_finishes_the_step_and_second_exits(
-    numbers: list[int],
-    last: int,
-    finished: Callable,
-    monkeypatch: MonkeyPatch,
-    capsys: CaptureFixture,
-    tmp_path: Path,
+    numbers, last, finished, monkeypatch, capsys, tmp_path
 ):
     """The signals come in the middle of step 3. The step's checkpoint is saved after the first."""
     folder = killed_after(finished(), 2, tmp_path / "interrupted")
@@ -824,10 +742,10 @@ def test_first_signal_finishes_the_step_and_second_exits(
     assert "Traceback" not in error
     command = shlex.split(error.rpartition("resume with: ")[2])
     assert start("grpo", None, *command[2:]) == 0
-    assert_same(finished(), folder)
+    assert_same_run(finished(), folder)
 
 
-def test_signal_while_saving(small_run: Callable, monkeypatch: MonkeyPatch):
+def test_signal_while_saving(small_run, monkeypatch):
     """It is too late for this step's checkpoint, so another step is made and saved."""
     small = small_run(steps=9, save_every=2)
     original = run.Run.save
@@ -843,7 +761,7 @@ def test_signal_while_saving(small_run: Callable, monkeypatch: MonkeyPatch):
     assert small_run(steps=9, resume=True).run.step == 4
 
 
-def test_ctrl_c_in_a_real_process(make_args: Callable, tmp_path: Path):
+def test_ctrl_c_in_a_real_process(make_args, tmp_path):
     """One line instead of a traceback, complete logs, and a run that can be resumed."""
     folder = tmp_path / "run"
     words = [sys.executable, "-W", "ignore", "grpo.py"]

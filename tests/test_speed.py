@@ -1,11 +1,11 @@
 """benchmark/speed.py measures real steps; the memory and the padding of a step."""
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import speed
@@ -47,7 +47,7 @@ def test_ratios_are_medians_over_the_rounds():
         sides = {"ours": side(0.5, 0.3), "trl": side(theirs), "before": side(0.7, before)}
         rounds.append(sides)
     sections = {"tiny 2048: transformers": rounds}
-    cells = dict(zip(speed.GOALS, speed.column(sections, "tiny 2048"), strict=True))
+    cells = speed.column(sections, "tiny 2048")
     assert cells["micro-batches"] == "2"
     assert cells["TRL's step / ours"] == "2.00 (1.80 to 3.00)"
     # 0.1 + 0.3 against 0.1 + 0.4, 0.1 + 0.9 and 0.1 + 0.8
@@ -55,8 +55,7 @@ def test_ratios_are_medians_over_the_rounds():
     assert cells["our peak memory / TRL's"] == "1.00 (1.00 to 1.00)"
     assert cells["with vLLM: our step, s"] == "not measured"
     rounds[0]["trl"] = {"failed": "why"}
-    assert "fails in TRL" in speed.column(sections, "tiny 2048")
-    assert set(speed.column(sections, "0.5B 16384")) == {"not measured"}
+    assert speed.column(sections, "tiny 2048")["TRL's step / ours"] == "fails in TRL"
     about = {"sections": sections, "versions": {}, "command": "it", "machine": "m"}
     _, missing, table = speed.table({"cpu": about}).split("\n\n")
     assert table.startswith("|  | goal | tiny 2048, cpu |\n")
@@ -71,12 +70,30 @@ def test_an_unknown_section_is_rejected(name: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_the_cuda_benchmark_needs_cuda():
-    command = [sys.executable, "benchmark/gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last == "error: --device cuda: no CUDA device is available"
+def test_the_cuda_shape_needs_cuda(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        speed.main(speed.Args(only="1.5B 8192: vllm"))
+    assert stop.value.code == 2
+    assert "known are tiny 16384: transformers, " in capsys.readouterr().err
+
+
+def test_gpu_memory_is_that_after_the_last_call(monkeypatch: pytest.MonkeyPatch):
+    """By hand, with an engine that takes 3 GiB when it syncs and 1 GiB when it sleeps."""
+    used = 0
+
+    def use(gib: int) -> None:
+        nonlocal used
+        used = gib
+
+    engine = SimpleNamespace(sync=lambda policy: use(policy), sleep=lambda: use(1))
+    monkeypatch.setattr(speed, "VLLMEngine", engine)
+    monkeypatch.setattr(speed.threading, "Thread", MagicMock())  # which watches all the time
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((8 - used) * 2**30, 8 * 2**30))
+    gib = speed.watch_gpu_memory()
+    for size in (4, 3):
+        engine.sync(size)
+        engine.sleep()
+    assert [gib[moment] for moment in speed.GPU_MOMENTS] == [3.0, 1.0, 4.0]
 
 
 @pytest.mark.gpu

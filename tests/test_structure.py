@@ -14,24 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_metrics
+from conftest import ROOT, SCRIPTS, read_metrics
 
 import common
 
-SCRIPTS = (
-    "grpo",
-    "ep_grpo",
-    "erpo",
-    "gtpo",
-    "holderpo",
-    "arca",
-    "reft",
-    "vineppo",
-    "forking",
-    "lambda_grpo",
-    "fipo",
-    "stare",
-)
 COMMON = ROOT / "common.py"
 INFRA = sorted((ROOT / "infra").glob("*.py"))
 GRADING = sorted((ROOT / "grading").glob("*.py"))
@@ -62,7 +48,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_imports_the_standard_library_torch_and_common(script: str):
+def test_a_script_imports_the_standard_library_torch_and_common(script):
     assert imports(ROOT / f"{script}.py") <= sys.stdlib_module_names | {"torch", "common"}
 
 
@@ -105,7 +91,7 @@ def test_common_stays_small():
 
 
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_functions_are_short_and_lines_are_plain(path: Path):
+def test_functions_are_short_and_lines_are_plain(path):
     source = path.read_text()
     docs = {n.value.lineno for n in nodes(path) if isinstance(n, ast.Expr)}
     kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
@@ -123,14 +109,14 @@ def test_functions_are_short_and_lines_are_plain(path: Path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_main_has_five_phases_in_order(script: str):
+def test_main_has_five_phases_in_order(script):
     main = (ROOT / f"{script}.py").read_text().partition("\ndef main(")[2]
     found = re.findall(r"^        # (\d)\. (.*)$", main, re.MULTILINE)
     assert [number for number, _ in found] == list("12345")
     assert all(text.startswith(phase) for (_, text), phase in zip(found, PHASES, strict=True))
 
 
-def test_a_script_and_the_shared_code_are_all_it_needs(tiny_model: Path, tmp_path: Path):
+def test_a_script_and_the_shared_code_are_all_it_needs(tiny_model, tmp_path):
     """Copied into an empty folder, they train there with the defaults of the README."""
     for name in ("ep_grpo.py", "common.py", "infra", "grading", tiny_model.name):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

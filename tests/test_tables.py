@@ -38,44 +38,64 @@ def test_the_digest_is_that_of_the_code(
     assert (shared.code_digest("before.py") == shared.code_digest("after.py")) == same
 
 
-def test_each_results_file_belongs_to_a_table():
+def test_each_results_file_has_the_command_that_makes_it(capsys: pytest.CaptureFixture[str]):
     """Except those of benchmarks that are retired: a page names the commit that made each."""
     retired = {"bf16", "openers", "progress", "sick", "soak", "grading"}
     files = {file.stem for file in shared.RESULTS.glob("*.json")}
-    assert files - retired == {table.results for table in tables.TABLES}
+    with pytest.raises(SystemExit):
+        tables.main(tables.Args(check=True))
+    listed = {line.partition(".json: ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == files - retired
+    for name in files - retired - {"compare", "credit", "real", "speed"}:
+        command = shared.read_json(shared.RESULTS / f"{name}.json")["command"]
+        assert f"--results benchmark/results/{name}.json --runs runs/{name}" in command
+        assert name != "compare-needle" or "--only" not in command  # it has all methods
 
 
-def test_parts_of_other_code_are_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def compare_results(folder: Path, name: str, command: str, rows: list[dict]) -> None:
+    results = {"command": command, "selection": rows[:1], "rows": rows}
+    shared.write_json(folder / f"{name}.json", results)
+
+
+@pytest.fixture
+def current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A row of today's code. The folder of the results is empty."""
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
-    rows = [{"method": "GRPO", "code": compare.code("GRPO")}, {"method": "ERPO"}]
-    rows.append({"method": "ERPO", "code": compare.code("ERPO")})
-    results = {"selection": rows[:1], "rows": rows}
-    shared.write_json(tmp_path / "compare.json", results)
-    table = tables.Table("compare", "compare", "")
-    monkeypatch.setattr(tables, "TABLES", (table,))
-    assert tables.older(table) == ["ERPO"]
+    return {"method": "GRPO", "code": compare.code("GRPO")}
+
+
+def test_parts_of_other_code_are_older(
+    tmp_path: Path, current: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    rows = [current, {"method": "ERPO"}, {"method": "ERPO", "code": compare.code("ERPO")}]
+    compare_results(tmp_path, "compare", "python benchmark/compare.py", rows)
     with pytest.raises(SystemExit) as stopped:
         tables.main(tables.Args(check=True))
     assert stopped.value.code == 1
+    assert capsys.readouterr().out == "compare.json: older than the code: ERPO\n"
 
 
 def test_older_tables_are_measured_and_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    current: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(shared, "RESULTS", tmp_path)
-    current = [{"method": "GRPO", "code": compare.code("GRPO")}]
-    for name, rows in (("compare", current), ("compare-few", [{"method": "GRPO"}])):
-        shared.write_json(tmp_path / f"{name}.json", {"selection": [], "rows": rows})
-    few = tables.of_compare("compare-few", "--prompts 2")
-    monkeypatch.setattr(tables, "TABLES", (tables.Table("compare", "compare", ""), few))
+    few = "python benchmark/compare.py --only 'GRPO,VinePPO by token' --prompts 2"
+    compare_results(tmp_path, "compare", "python benchmark/compare.py", [current])
+    compare_results(tmp_path, "compare-few", few, [{"method": "GRPO"}])
+    shared.write_json(tmp_path / "credit.json", {"command": "python benchmark/credit.py"})
+    shared.write_json(tmp_path / "bf16.json", {"command": "python benchmark/bf16.py"})
     monkeypatch.setattr(tables.subprocess, "run", lambda *_, **__: None)
     tables.main(tables.Args())
-    files = "--results benchmark/results/compare-few.json --runs runs/compare-few"
     assert capsys.readouterr().out.splitlines() == [
-        "compare.json: up to date",
         "compare-few.json: older than the code: GRPO",
-        f"python benchmark/compare.py --prompts 2 {files} --refresh",
+        "compare.json: up to date",
+        "credit.json: older than the code: all",
+        f"{few} --refresh",
+        "python benchmark/credit.py",
         "python benchmark/compare.py --write",
+        "python benchmark/credit.py --write",
     ]
 
 

@@ -29,14 +29,14 @@ def task(request) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(task: ModuleType):
+def tokenizer(task):
     return AutoTokenizer.from_pretrained(task.FOLDER)
 
 
 # ------------------------------------------------------------------ limits and problems
 
 
-def test_model_is_tiny_and_tied(task: ModuleType) -> None:
+def test_model_is_tiny_and_tied(task):
     model = AutoModelForCausalLM.from_pretrained(task.FOLDER)
     assert model.num_parameters() == read_stats(task)["parameters"] <= 1_000_000
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -45,7 +45,7 @@ def test_model_is_tiny_and_tied(task: ModuleType) -> None:
     assert sum(path.stat().st_size for path in files) <= 2_000_000
 
 
-def test_problems_are_complete_and_disjoint(task: ModuleType) -> None:
+def test_problems_are_complete_and_disjoint(task):
     train, test = read_rows(task, "train.jsonl"), read_rows(task, "test.jsonl")
     assert (len(train), len(test)) == (make.TRAIN_PROBLEMS, make.TEST_PROBLEMS)
     for row in train + test:
@@ -56,7 +56,7 @@ def test_problems_are_complete_and_disjoint(task: ModuleType) -> None:
     assert make.draw_data(task) == (train, test)
 
 
-def test_every_answer_is_right() -> None:
+def test_every_answer_is_right():
     for row in read_rows(sums_task, "train.jsonl") + read_rows(sums_task, "test.jsonl"):
         expression = re.fullmatch(r"What is ([\d+*-]+)\?", row["problem"]).group(1)
         assert row["answer"] == str(eval(expression)), row
@@ -66,7 +66,7 @@ def test_every_answer_is_right() -> None:
 
 
 @pytest.mark.parametrize("task", ["sums"], indirect=True)
-def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
+def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer):
     """A solution is right exactly if all of its steps are, or two slips happen to cancel."""
     rng = random.Random(7)
     careless, careful = sums_task.OPENERS[0], sums_task.OPENERS[3]
@@ -84,7 +84,7 @@ def test_solutions_fit_and_slip_only_where_the_judge_sees_it(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("task", ["needle"], indirect=True)
-def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
+def test_only_the_first_sum_of_a_needle_counts(tokenizer):
     """A step slips at one rate at any position, to one digit; only the first decides."""
     rng = random.Random(7)
     school, habits = needle_task.STAGES[-2:]
@@ -127,13 +127,13 @@ def test_only_the_first_sum_of_a_needle_counts(tokenizer) -> None:
         "",
     ],
 )
-def test_any_text_comes_back(tokenizer, text: str) -> None:
+def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens(task: ModuleType, tokenizer) -> None:
+def test_special_tokens(task, tokenizer):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     ids = tokenizer("<|im_start|>a<|im_end|><|endoftext|>").input_ids
     assert len(ids) == 4 and ids[2] == tokenizer.eos_token_id != tokenizer.pad_token_id == ids[3]
@@ -142,7 +142,7 @@ def test_special_tokens(task: ModuleType, tokenizer) -> None:
     assert config["eos_token_id"] == tokenizer.eos_token_id
 
 
-def test_chat_template(tokenizer) -> None:
+def test_chat_template(tokenizer):
     messages = [{"role": "user", "content": "What is 1+1?"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
@@ -172,7 +172,7 @@ def test_chat_template(tokenizer) -> None:
         ("What is 7+5*3-4?", "I do not know: \\boxed{18}", []),
     ],
 )
-def test_check_steps(problem: str, response: str, expected: list[bool]) -> None:
+def test_check_steps(problem, response, expected):
     judged = check_steps(problem, response)
     assert [right for _, _, right in judged] == expected
     steps = re.findall(r"-?\d+[+*-]\d+=-?\d+", response)
@@ -190,7 +190,7 @@ def test_check_steps(problem: str, response: str, expected: list[bool]) -> None:
         ("\\boxed{2}", []),
     ],
 )
-def test_check_steps_of_the_needle(response: str, expected: list[bool]) -> None:
+def test_check_steps_of_the_needle(response, expected):
     judged = needle_task.check_steps("75 39 88", response)
     assert [right for _, _, right in judged] == expected
     assert all(re.fullmatch("[0-9]{3}\n", response[start:end]) for start, end, _ in judged)
@@ -199,7 +199,7 @@ def test_check_steps_of_the_needle(response: str, expected: list[bool]) -> None:
 # ------------------------------------------------------------------ measured by make.py
 
 
-def test_room_and_structure_for_credit() -> None:
+def test_room_and_structure_for_credit():
     stats = read_stats(sums_task)
     assert 0.30 <= stats["sampled_accuracy"] <= 0.60
     assert stats["greedy_accuracy"] - stats["sampled_accuracy"] >= 0.10
@@ -212,14 +212,14 @@ def test_room_and_structure_for_credit() -> None:
     assert careful["sampled_accuracy"] >= 0.80
 
 
-def test_room_for_credit_in_the_needle() -> None:
+def test_room_for_credit_in_the_needle():
     stats = read_stats(needle_task)
     assert 0.30 <= stats["sampled_accuracy"] <= 0.50
     assert stats["greedy_accuracy"] <= 0.25  # the wrong digit is the likelier one
 
 
 @torch.no_grad()
-def test_stats_are_true_of_the_model(task: ModuleType, tokenizer) -> None:
+def test_stats_are_true_of_the_model(task, tokenizer):
     """Half of the test problems, sampled again: four standard errors are 0.16."""
     model = AutoModelForCausalLM.from_pretrained(task.FOLDER, dtype=torch.float32)
     torch.manual_seed(1)
@@ -231,7 +231,7 @@ def test_stats_are_true_of_the_model(task: ModuleType, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("task", ["needle"], indirect=True)
-def test_every_step_of_a_needle_slips_alike(tokenizer) -> None:
+def test_every_step_of_a_needle_slips_alike(tokenizer):
     """The model slips as its examples did: in 0.6 of the first sums, and as often in the others."""
     model = AutoModelForCausalLM.from_pretrained(needle_task.FOLDER, dtype=torch.float32)
     torch.manual_seed(2)
@@ -248,7 +248,7 @@ def test_every_step_of_a_needle_slips_alike(tokenizer) -> None:
     assert sum(others) / len(others) == pytest.approx(0.4, abs=0.05)
 
 
-def test_openers_differ_in_their_first_byte() -> None:
+def test_openers_differ_in_their_first_byte():
     letters = [opener.text[0] for opener in sums_task.OPENERS[:-1]]
     assert len({*letters, *sums_task.OTHER_LETTERS}) == len([*letters, *sums_task.OTHER_LETTERS])
     assert sum(opener.share for opener in sums_task.OPENERS) == pytest.approx(1)

@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +71,7 @@ def tensors(values: list, lengths: list) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_advantages_equal_a_slow_loop(seed: int):
+def test_advantages_equal_a_slow_loop(seed):
     values, lengths, outcome = random_steps(seed)
     padded, steps, inside = tensors(values, lengths)
     advantages = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
@@ -84,21 +83,6 @@ def test_advantages_equal_a_slow_loop(seed: int):
                 expected += [after - row[s]] * length
             assert advantages[p, g][inside[p, g]].tolist() == pytest.approx(expected, abs=1e-6)
             assert not advantages[p, g][~inside[p, g]].any()
-            # A step each: from the prompt's value to the reward.
-            firsts = [sum(lengths[p][g][:s]) for s in range(len(row))]
-            total = outcome[p, g].item() - row[0]
-            assert advantages[p, g][firsts].sum().item() == pytest.approx(total, abs=1e-6)
-
-
-def test_whitened_over_all_live_tokens_of_the_step():
-    values, lengths, outcome = random_steps(1)
-    padded, steps, inside = tensors(values, lengths)
-    plain = vineppo_advantages(padded, steps, outcome, inside, whiten=False)
-    white = vineppo_advantages(padded, steps, outcome, inside)
-    torch.testing.assert_close(
-        white[inside], (plain[inside] - plain[inside].mean()) / plain[inside].std()
-    )
-    assert not white[~inside].any()
 
 
 def test_nothing_learnt_where_nothing_changes():
@@ -127,7 +111,7 @@ def test_nothing_learnt_where_nothing_changes():
         ("|", [""]),
     ],
 )
-def test_where_steps_end(text: str, steps: Any):
+def test_where_steps_end(text, steps):
     if steps == "by byte":
         steps, pieces = text.split("|"), [*text.replace("|", "")]
     else:
@@ -139,7 +123,7 @@ def test_where_steps_end(text: str, steps: Any):
 
 
 @pytest.mark.parametrize(("step_end", "gradient"), [(STEP_END, 0.0), (r"[.](?=\s)", -0.075)])
-def test_a_step_that_the_next_token_ends_biases_the_gradient(step_end: str, gradient: float):
+def test_a_step_that_the_next_token_ends_biases_the_gradient(step_end, gradient):
     """The first token is "." (probability 1/2), after which the answer is right with probability
     0.6, or another one, after which it never is. The second token, " So" or "5" with probability
     1/2 each, does not matter, so its true gradient is 0. Under the lookahead " So" ends the first
@@ -203,7 +187,10 @@ class FakeGrader:
         return [text.endswith("right") and reference != "no" for text, reference in pairs]
 
 
-def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
+Estimates = tuple[Tensor, Tensor, int]
+
+
+def estimated(**settings: Any) -> tuple[Estimates, FakeEngine]:
     """Two groups: of the first, two rollouts begin alike; no text is shared by both groups."""
     args = Args(continuations=5, max_new_tokens=6, temperature=0.7, **settings)
     rows = [[[1, 2, 8, END], [1, 2, 3, 9, END], [2, 9, END]], [[1, 8, END], [1, 8, END], [9, END]]]
@@ -211,30 +198,24 @@ def estimated(**settings: Any) -> tuple[list[Group], FakeEngine]:
     second = Problem("", "no", [71], ("no", "reference 1"))  # any of three reference answers
     groups = [Group(first, rows[0], [], []), Group(second, rows[1], [], [])]
     engine = FakeEngine()
-    estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0))
-    return groups, engine
+    return estimate_values(engine, FakeGrader(), groups, args, (1, 2, 0)), engine
 
 
 def test_a_prefix_is_continued_once_for_all_rollouts_that_begin_with_it():
-    groups, engine = estimated()
+    (steps, _, sampled), engine = estimated()
     prefixes = [tuple(prompt) for prompt, _, _ in engine.asked]
     expected = [(70,), (70, 1), (70, 1, 2), (70, 2), (71,), (71, 1)]
     assert prefixes == [prefix for prefix in expected for _ in range(5)]
     assert len({seed for _, seed, _ in engine.asked}) == len(engine.asked)
     assert all(length == 6 - (len(prompt) - 1) for prompt, _, length in engine.asked)
-    steps = [[note[0] for note in group.notes] for group in groups]
-    assert steps == [
-        [[0, 1, 2, 2], [0, 1, 2, 2, 2], [0, 1, 1]],
-        [[0, 1, 1], [0, 1, 1], [0, 0]],
-    ]
-    # Each token drawn is counted with one rollout alone.
-    spent = [note[2] for group in groups for note in group.notes]
-    assert spent == [30, 0, 10, 20, 0, 0]
-    assert sum(spent) == 2 * len(engine.asked)
+    first = pad([[0, 1, 2, 2], [0, 1, 2, 2, 2], [0, 1, 1]])
+    second = pad([[0, 1, 1, 0, 0], [0, 1, 1], [0, 0]])
+    assert torch.equal(steps, torch.cat([first, second]).long())
+    assert sampled == 2 * len(engine.asked)
 
 
 def test_a_value_is_the_mean_reward_of_its_continuations():
-    groups, engine = estimated()
+    (_, values, _), engine = estimated()
     wins: dict[tuple[int, ...], list[bool]] = {}
     for prompt, seed, _ in engine.asked:
         wins.setdefault(tuple(prompt), []).append(seed % 3 != 0)
@@ -244,37 +225,46 @@ def test_a_value_is_the_mean_reward_of_its_continuations():
         [[(70,), (70, 1), (70, 1, 2)], [(70,), (70, 1), (70, 1, 2)], [(70,), (70, 2)]],
         [[(71,), (71, 1)], [(71,), (71, 1)], [(71,)]],
     ]
-    for group, of_group in zip(groups, expected, strict=True):
-        for (_, values, _), prefixes in zip(group.notes, of_group, strict=True):
-            assert values == pytest.approx([share[prefix] for prefix in prefixes])
+    for p, of_group in enumerate(expected):
+        for g, prefixes in enumerate(of_group):
+            found = values[p, g, : len(prefixes)].tolist()
+            assert found == pytest.approx([share[prefix] for prefix in prefixes])
 
 
 def test_values_hold_the_overlong_penalty():
     """Rollouts of 2 to 4 tokens; from 2 on the reward falls, by 1/8 a token."""
-    plain, penalised = (
-        [note[1] for group in estimated(**settings)[0] for note in group.notes]
-        for settings in ({}, {"overlong_buffer": 4})
-    )
-    # A prefix of n tokens was gone on from by two.
-    for before, after in zip(plain, penalised, strict=True):
-        assert after == pytest.approx([value - n / 8 for n, value in enumerate(before)])
+    (_, plain, _), _ = estimated()
+    (_, penalised, _), _ = estimated(overlong_buffer=4)
+    # The prefix before step n has n tokens, and each continuation two.
+    expected = plain[0, :2, :3] - torch.arange(3) / 8
+    torch.testing.assert_close(penalised[0, :2, :3], expected)
 
 
 # ------------------------------------------------------------------------------- a run
 
 
-def test_a_run_takes_the_policy_gradient_of_its_advantages(record: Callable):
+def test_a_run_takes_the_policy_gradient_of_its_advantages(record, monkeypatch):
+    estimates = []
+
+    def keep(*call: Any) -> Estimates:
+        estimates.append(estimate_values(*call))
+        return estimates[-1]
+
+    monkeypatch.setattr(vineppo, "estimate_values", keep)
     settings = {"continuations": 2, "step_end": "[a-z]", "kl": 0.0, "log_rollouts": 4}
     recording = record(vineppo, **settings)
     rollouts, update = recording.rollouts[0], recording.updates[0]
-    notes = [note for group in recording.groups[0] for note in group.notes]
-    correct = [verdict for group in recording.groups[0] for verdict in group.correct]
-    assert len({len(values) for _, values, _ in notes}) > 1  # several steps
+    [(steps, values, sampled)] = estimates
+    counts = (steps.amax(-1) + 1).flatten().tolist()  # of steps
+    assert len(set(counts)) > 1
 
     advantages = []
-    for (steps, values, _), reward in zip(notes, correct, strict=True):
-        gains = [after - before for before, after in pairwise([*values, reward])]
-        advantages.append(torch.tensor([gains[step] for step in steps]))
+    for p, group in enumerate(recording.groups[0]):
+        for g, reward in enumerate(group.correct):
+            of_tokens = steps[p, g, : len(group.tokens[g])].tolist()
+            before = values[p, g, : of_tokens[-1] + 1].tolist()
+            gains = [after - value for value, after in pairwise([*before, reward])]
+            advantages.append(torch.tensor([gains[step] for step in of_tokens]))
     flat = torch.cat(advantages)
     loss = 0.0
     for number, row in enumerate(advantages):
@@ -285,9 +275,9 @@ def test_a_run_takes_the_policy_gradient_of_its_advantages(record: Callable):
         loss = loss - (z_scores * logp).sum() / len(flat)
     assert_same_gradient(update.gradient, gradient_of(loss, update.policy), 1e-3)
     metrics = recording.metrics[1]
-    assert metrics["value/tokens"] == sum(spent for *_, spent in notes)
-    assert metrics["value/prompt"] == pytest.approx(sum(values[0] for _, values, _ in notes) / 16)
-    assert metrics["value/steps"] == pytest.approx(sum(len(values) for _, values, _ in notes) / 16)
+    assert metrics["value/tokens"] == sampled
+    assert metrics["value/prompt"] == pytest.approx(values[..., 0].mean().item())
+    assert metrics["value/steps"] == pytest.approx(sum(counts) / 16)
 
 
 def test_kl_penalty_by_hand():
@@ -303,7 +293,7 @@ def test_kl_penalty_by_hand():
     torch.testing.assert_close(half, penalty / 2)
 
 
-def test_a_run_adds_the_kl_penalty(record: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_adds_the_kl_penalty(record, monkeypatch):
     monkeypatch.setattr(common, "Reference", moved_reference)
     settings = {"continuations": 2, "step_end": "[a-z]", "log_rollouts": 4}
     recording = record(vineppo, kl=0.3, **settings)
@@ -324,7 +314,7 @@ def test_a_run_adds_the_kl_penalty(record: Callable, monkeypatch: pytest.MonkeyP
     assert (update.gradient - of_surrogate).norm() > 0.1 * of_surrogate.norm()
 
 
-def test_values_do_not_depend_on_the_batch(short_args: Callable):
+def test_values_do_not_depend_on_the_batch(short_args):
     """A continuation depends only on the weights, the step, the problem and its prefix."""
     args = short_args(vineppo, continuations=3, step_end="[a-z]")
     policy, tokenizer, grader = load_policy(args), load_tokenizer(args), common.Grader()
@@ -333,9 +323,10 @@ def test_values_do_not_depend_on_the_batch(short_args: Callable):
     both, one = (common.roll_out(engine, problems[:n], args, (1, 1, 0)) for n in (2, 1))
     drawn, generate = [], engine.generate
     engine.generate = lambda *call: drawn.append(generate(*call)) or drawn[-1]
-    estimate_values(engine, grader, both, args, (1, 1, 0))
-    estimate_values(engine, grader, one, args, (1, 1, 0))
+    steps_of_both, *_ = estimate_values(engine, grader, both, args, (1, 1, 0))
+    steps_of_one, *_ = estimate_values(engine, grader, one, args, (1, 1, 0))
     grader.close()
     of_both, of_one = ([tokens for tokens, _ in responses] for responses in drawn)
     assert of_one == of_both[: len(of_one)]
-    assert [note[0] for note in both[0].notes] == [note[0] for note in one[0].notes]
+    longest = steps_of_one.shape[-1]
+    assert torch.equal(steps_of_both[:1, :, :longest], steps_of_one)
