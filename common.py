@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grading import Grader, last_boxed
+from grading import Grader
 from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, grade, load_problems
 from infra.forward import can_share_prompts, left_pad, micro_batches, response_states
@@ -529,7 +529,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
     """
     lengths = rollouts.mask.sum(-1).float()
     equal_rewards = rewards.amax(-1) == rewards.amin(-1)
-    boxed = [last_boxed(text) is not None for row in rollouts.texts for text in row]
+    boxed = [Grader.boxed(text) is not None for row in rollouts.texts for text in row]
     return {
         "reward": rewards.mean(),
         "accuracy": rollouts.correct.mean(),

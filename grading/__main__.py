@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 
 from grading import Grader
 
@@ -25,27 +24,21 @@ def parse_line(line: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("file", nargs="?", default="-")
-    name = source = parser.parse_args().file
-    if name == "-":
-        source = sys.stdin.fileno()
-
+    name = parser.parse_args().file
     number, pairs, responses, references = 0, [], [], []
     try:
-        with open(source, "rb") as lines:
+        with open({"-": 0}.get(name, name), "rb") as lines:
             for line in lines:
                 number += 1
-                if not line.strip():
-                    continue
-                pair = parse_line(line)
-                pairs.append(pair)
-                responses.append(pair["response"])
-                references.append(pair["reference"])
+                if line.strip():
+                    pair = parse_line(line)
+                    pairs.append(pair)
+                    responses.append(pair["response"])
+                    references.append(pair["reference"])
         with Grader(workers=os.cpu_count() or 1) as grader:
             verdicts = grader.grade(responses, references)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # a bad line, no file, no math-verify
         parser.exit(2, f"error: {name}, line {number}: {error}\n")
-    except (OSError, RuntimeError) as error:  # no such file; a worker that cannot start
-        parser.exit(2, f"error: {error}\n")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without an error
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))

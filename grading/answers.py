@@ -3,7 +3,9 @@ r"""Find the answer in a response or in a reference: in boxes, after `####`, on 
 README.md lists the rules with examples.
 """
 
+import json
 import re
+from contextlib import suppress
 from fractions import Fraction
 
 from grading.notation import rewrite
@@ -12,10 +14,8 @@ FORMATS = ("boxed", "line", "auto")
 
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
 # `\\boxed{`, a box that was escaped twice.
-BRACES = re.compile(
-    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})"
-)
-BARE_BOX = re.compile(r"\\(?:boxed|fbox) *(\w+|\\[a-z]+)")  # \boxed 12, in references
+BRACES = r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})"
+BARE_BOX = r"\\(?:boxed|fbox) *(\w+|\\[a-z]+)"  # \boxed 12, in references
 # What may stand between boxes that make one statement: $\boxed{1}$ and $\boxed{2}$
 BETWEEN = re.compile(
     r"(?:[\s,;$&~.]|\\[\s,;:!()\[\]\\]|\\q?quad(?![a-z])|\\(?:text|mbox|textbf)(?=\{)|[{}]"
@@ -23,22 +23,31 @@ BETWEEN = re.compile(
 )
 # `Answer: 42`, `**Answer:** 42`, `Final answer: 42`, `The answer is 42`, `#### 42`
 LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
-ANSWER_LINE = re.compile(rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$")
+ANSWER_LINE = rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$"
 
-# Nothing; proof, not found, None, nan; {'value': 52}; more than 4096 characters
-NO_ANSWER = re.compile(
-    r"(?i)[\s.]*(?:(?:\\boxed\{\}|proof|not ?found|none|nan|null|n/a|unknown)?[\s.]*$"
+# A proof; nothing; not found, None, nan; {'value': 52}; more than 4096 characters
+NO_ANSWER = (
+    r"(?i)\W*proof\b|[\s.]*(?:(?:\\boxed\{\}|not ?found|none|nan|null|n/a|unknown)?[\s.]*$"
     r"|\{\s*['\"]|(?s:.{4097}))"
 )
-JSON_LIST = {  # ["\\\\frac{1}{2}"] is \frac{1}{2}, ["1", "2"] is [1, 2]
-    r"\\\\": r"\\",
-    r'^\["([^"]*)"\]$': r"\1",
-    r'^(\[)"|"(,) *"|"(\])$': r"\1\2 \3",
-}
-WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"  # "So" in "So Tom has 5 apples"
-# Begins with a word, perhaps numbered: (a) Find. Or has a second sentence: $x$ is 5. Then
-PROSE_START = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
-PROOF = r"(?i)\W*proof\b"  # **Proof.** Let x
+# The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
+# Not: `the answer is a prime`, `the answer is independent of x`
+STATED = re.compile(
+    r"(?i)[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?(?:\b(?:final|correct) )?\banswer"
+    r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
+    r"[*_ ]*(\S.*?)[.*_\s]*\Z"
+)
+# Prose has at least four words before a word, such as "So" in "So Tom has 5", and it begins with a
+# word, perhaps numbered: (a) Find. Or it has a second sentence: $x$ is 5. Then
+WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"
+PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
+
+# What may be too large to evaluate: an exponent of more than four digits, a power in an exponent, a
+# factorial of a factorial, and such a number anywhere if there is a factorial or a binomial
+TOO_LARGE = re.compile(
+    r"(?s)\^\{?[^{}]*\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
+    r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"
+)
 
 FRACTION = r"[-+]?\d+/-?0*[1-9]\d*|\\[dt]?frac\{[-+]?\d+\}\{-?0*[1-9]\d*\}"  # 3/4, \frac{3}{4}
 # 1.2 \times 10^{3}, 10^5
@@ -65,7 +74,7 @@ def boxes(text: str) -> list[tuple[int, int, int]]:
     recursion.
     """
     open_groups, found = [], []
-    for token in BRACES.finditer(text):
+    for token in re.finditer(BRACES, text):
         if token["box"] or token["open"]:
             open_groups.append(token)
         elif token["close"] and open_groups:
@@ -92,48 +101,37 @@ def last_boxed(text: str) -> str | None:
     return ", ".join(reversed(contents)) or None
 
 
-def answer_line(text: str) -> str | None:
-    """Return what the last answer line of a response states: `Answer: 42` or `#### 42`."""
-    lines = ANSWER_LINE.findall(text)
-    if not lines:
-        return None
-    return last_boxed(lines[-1]) or lines[-1].strip("* ") or None
-
-
 def find_answer(response: str, answer_format: str) -> str | None:
-    """Return the answer of a response. "auto" reads the answer line where there is no box."""
+    """Return the answer of a response: what is boxed, or what the last answer line says.
+
+    "auto" reads the answer line where there is no box.
+    """
     boxed = last_boxed(response)
     if answer_format == "boxed" or (boxed and answer_format == "auto"):
         return boxed
-    return answer_line(response)
+    *_, line = ["", *re.findall(ANSWER_LINE, response)]
+    return last_boxed(line) or line.strip("* ") or None
 
 
 def reference_text(reference: str) -> str:
     """Return the answer that a reference holds, or an empty text if it holds none.
 
-    The answer is what follows `####`, else what is boxed last, else what it states last, else the
-    whole text.
+    The answer is what follows `####`, else what is boxed last, else what it states at its end, else
+    all of it. Prose and proofs hold none.
     """
-    text = BARE_BOX.sub(r"\\boxed{\1}", reference).strip()
-    if "####" in text:
-        text = answer_line(text) or text
-    else:
-        text = last_boxed(text) or answer_line(text) or text
+    text = re.sub(BARE_BOX, r"\\boxed{\1}", reference).strip()
     if text.startswith('["'):
-        text = rewrite(text, JSON_LIST)
-    return "" if NO_ANSWER.match(text) else text
-
-
-def is_prose(text: str) -> bool:
-    """Whether a text without a box is a proof or an explanation instead of an answer.
-
-    Prose has at least four words that are followed by a word, and it begins with a word or has
-    several sentences.
-    """
-    if "\\boxed" in text:
-        return False
-    words = re.findall(WORD_BEFORE_WORD, text)
-    return bool(re.match(PROOF, text) or (len(words) > 3 and re.match(PROSE_START, text)))
+        with suppress(ValueError, TypeError):
+            text = ", ".join(json.loads(text))
+    boxed, stated = last_boxed(text), STATED.search(text)
+    if "####" in text:
+        text = STATED.sub("", text.rpartition("####")[2]).strip()
+    elif boxed or stated:
+        text = boxed or stated[1]
+    prose = len(re.findall(WORD_BEFORE_WORD, text)) > 3 and re.match(PROSE, text)
+    if re.match(NO_ANSWER, text) or (prose and not boxed):
+        return ""
+    return text
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -145,14 +143,3 @@ def plain_number(text: str) -> Fraction | None:
     if len(text) <= 40 and PLAIN_NUMBER.fullmatch(text):
         return Fraction(rewrite(text, AS_FRACTION))
     return None
-
-
-def too_large(text: str, digits: int) -> bool:
-    """Whether a power, a factorial or a binomial in a text may be too large to evaluate.
-
-    digits: the most digits of an exponent, and of any number next to a factorial or binomial.
-    """
-    many = rf"\d{{{digits + 1}}}"
-    tower = r"\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
-    factorial = rf"(?s)(?=.*(?:!|\\binom|[Cc]_)).*{many}"
-    return bool(re.search(rf"\^\{{?[^{{}}]*{many}|{tower}", text) or re.match(factorial, text))

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from grading.answers import FORMATS, find_answer, is_prose, reference_text, too_large
+from grading.answers import FORMATS, TOO_LARGE, find_answer, last_boxed, reference_text
 from grading.kinds import leaves, read
-from grading.rules import Judge, NeedsWorker
+from grading.rules import Judge
 
 MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
 START_SECONDS = 120.0  # for a worker's imports on a busy machine
@@ -32,9 +32,16 @@ WORKER = Path(__file__).resolve().with_name("worker.py")
 ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
 
 
-# Asks a worker if an answer is right or, without an answer, if the reference is readable:
-# (reference, answer, strict)
-Request = tuple[str, str | None, bool]
+# (reference, answer, strict): whether an answer is right; without one, if the reference is readable
+Request = tuple
+
+
+class NeedsWorker(Exception):
+    """Only math-verify can tell."""
+
+
+def no_worker(relation: str, first: str, second: str) -> bool:
+    raise NeedsWorker
 
 
 class Worker:
@@ -83,7 +90,9 @@ class Grader(AbstractContextManager):
     deadline: float = 5.0  # seconds of wall-clock time per answer
     strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
     memory_mb: int = 2048  # cap on each worker's address space
-    digits: int = 4  # of exponents, and of numbers below `!` and in binomials; more are wrong
+
+    boxed = staticmethod(last_boxed)  # of a response
+    reference = staticmethod(reference_text)  # the answer that a text holds, or an empty text
 
     def __post_init__(self) -> None:
         self._idle = []
@@ -118,28 +127,24 @@ class Grader(AbstractContextManager):
 
     def _quick_verdict(self, response: str, reference: str) -> Request | bool:
         """The verdict if no worker is needed, else the request for it."""
-        text = find_answer(response, self.answer_format)
-        reference = reference_text(reference)
-        if text is None or len(text) > MAX_ANSWER or not reference:
+        reference, answer = reference_text(reference), find_answer(response, self.answer_format)
+        if not reference or not answer or len(answer) > MAX_ANSWER:
             return False
 
-        expected, found = read(reference), read(text)
-        if not expected or not found:
-            return False
+        expected, found = read(reference), read(answer)
         try:
-            return Judge(strict=self.strict).equal(expected, found)
+            return Judge(no_worker, self.strict).equal(expected, found)
         except NeedsWorker:
-            if any(too_large(kind.text, self.digits) for kind in (expected, found)):
+            if TOO_LARGE.search(expected.text) or TOO_LARGE.search(found.text):
                 return False
-            return (reference, text, self.strict)
+            return (reference, answer, self.strict)
 
     def _quick_readable(self, reference: str) -> Request | bool:
         """Whether a reference is an answer if no worker is needed, else the request for it."""
         text = reference_text(reference)
-        kind = read(text)
-        if not text or not kind or is_prose(text) or too_large(text, self.digits):
+        if not text or TOO_LARGE.search(text):
             return False
-        return (text, None, False) if leaves(kind) else True
+        return (text, None, False) if leaves(read(text)) else True
 
     def _ask_all(self, found: list[Request | bool]) -> list[bool]:
         """The verdicts, those of workers for requests. Equal requests are asked once."""

@@ -21,8 +21,7 @@ qquad quad bf rm it sf tt em bfseries itshape Large large -> ~,
 mid vert lvert rvert -> |,
 left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits -> """
 COMMAND = {}
-for line in re.split(r",\s+", COMMANDS):
-    names, _, command = line.partition(" -> ")
+for names, command in re.findall(r"([\w\s]+) -> ?([^,]*)", COMMANDS):
     COMMAND.update(dict.fromkeys(names.split(), command))
 CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
 ≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
@@ -36,27 +35,22 @@ FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
 # In this order. No pattern repeats a group that itself repeats the same characters, so each takes
 # linear time.
 LATEX = {
-    r"^((?:[^$\\]|\\.)*)\$((?:[^$\\]|\\.)*)$": r"\1\\$\2",  # a single dollar is a currency
     r"(?<!\\)\$|~": " ",
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
     r"\\operatorname *\{(c?tg)\}": r"\\\1",
-    r"(?<=\d) *\\q?quad *(?=\d)": ", ",  # 2\quad 3
-    r"\\! *|\\[hv]?phantom(?: *\{[^{}]*\})?|\\checkmark": "",
-    r"\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"\\!(?: |\\,)*|\\checkmark|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"\\(?:begin|end) *\{(?:cases|aligned|align\*?|gathered)\}|&(?==)": "",
     r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
 }
 BRACES = {
-    r"\\math *\{ *([A-Za-z])? *\}": r"\1",  # \mathrm{e}
     r"\\(?:text|math) *\{((?:[^{}\\]|\\.)*)\}": r" \1 ",  # \text{ cm}
     r"\\(?:text|math) *(?=\{|$)": "",  # \mathbf{3\sqrt{2}}
-    r"\{ *([^{}]*)\\over(?![a-z])([^{}]*?) *\}": r"\\frac{\1}{\2}",
     r"(\\(?:frac|sqrt|binom)) +(?=\{)|(?<=\}) +(?=\{)": r"\1",
     r"\\frac *(\d|\\pi|[a-z](?=[\d{]))": r"\\frac{\1}",
     r"(\\frac *\{[^{}]*\}) *(\d|[a-z](?![a-z]))": r"\1{\2}",
     r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",
     r"\\log_(\w)": r"\\log_{\1}",
-    r"\^ *\{? *\\(circ|prime)(?![a-z]) *\}?": r"^\\\1 ",
-    r"\^\\prime": "'",
+    r"\^ *\{? *\\circ(?![a-z]) *\}?": r"^\\circ ",
     r"\{([,:])\}": r"\1",  # 1{,}234
     r"^\{([^{}]*)\}$|(?<![\\\w^_}\]])\{([^{}]*)\}": r"\1\2",  # {3}\sqrt{2}
     r" +(?=[_^}\])])|(?<=[_^{(\[]) +": "",
@@ -65,25 +59,18 @@ PLAIN = {
     "[−–]": "-",
     r"(?<![\\\w])[Ii]nfinity\b": r"\\infty",
     "[′’]": "'",
-    "″|”": "''",
     r"(?<=\d) squared$": "^2",
     r"(?<=\d) cubed$": "^3",
     r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
     r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
-    r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?": r"\\overline{\1\2\3}",  # 0.\dot{3}
-    r"(\.\d*)\((\d+)\)": r"\1\\overline{\2}",  # 0.1(6)
+    r"\.\.\.": r"\\ldots",
+    r"\\dot *\{?(\d)\}?": r"\\overline{\1}",  # 0.\dot{3}
     r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
-    r"\\overline *(\d)": r"\\overline{\1}",
     r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
-    r"(?<=\d) *: *(?=\d)": ":",
-    # A row is a column
-    r"(\\begin\{.?matrix\}(?:(?!\\\\).)*\\end\{.?matrix\})\^(?:T|\{T\}|\\top)": r"\1",
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
-    r"\.\.\.": r"\\ldots",
     "<=|=<": r"\\le ",
     ">=": r"\\ge ",
-    "!=": r"\\ne ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
     r"\((?:approx|round|about|estimat|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
@@ -109,11 +96,10 @@ def tidy(text: str) -> str:
         text = unicodedata.normalize("NFKC", rewrite(text, UNICODE)).translate(CHARACTER)
     for _ in range(4):  # fonts may be nested: {\bf\text{18.}}
         before = text
-        if re.search(r"[\\{$~]", text):
-            text = rewrite(text, LATEX)
-            text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
-            text = " ".join(rewrite(text, BRACES).replace("~", " ").split())
+        text = rewrite(text, LATEX)
+        text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMAND.get(name[1], name[0]), text)
+        text = " ".join(rewrite(text, BRACES).replace("~", " ").split())
         text = rewrite(text.strip(" *`"), PLAIN).strip()
-        if text == before or not re.search(r"\\(?:text|math)(?!bb)", text):
+        if text == before:
             break
     return text

@@ -4,7 +4,6 @@ import functools
 import re
 from collections import Counter
 from fractions import Fraction
-from typing import NamedTuple
 
 from grading.notation import rewrite
 
@@ -18,15 +17,15 @@ UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0
 |lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|L 1 l|cup 1 cup|pint 2 cup
 |quart 4 cup|gal gallon 16 cup|$ dollar us usd buck 1 $|¢ cent 0.01 $|€ euro eur 1 €|£ gbp 1 £
 |₹ rs rupee inr 1 ₹|元 yuan rmb 1 元|¥ yen 1 ¥|'' arcsecond 1/3600 deg|' arcminute 1/60 deg
-|degree deg 1 deg|rad radian 1 rad|celsius 1 celsius|fahrenheit 1 fahrenheit|kelvin 1 kelvin
-|% percent pct percentage 1 %|N newton 1 N|J joule 1 J|kj kilojoule 1000 J|W watt 1 W|kw 1000 W
+|degree deg 1 deg|rad radian 1 rad|celsius C 1 celsius|fahrenheit F 1 fahrenheit|kelvin 1 kelvin
+|% percent pct percentage 1/100 %|N newton 1 N|J joule 1 J|kj kilojoule 1000 J|W watt 1 W|kw 1000 W
 |V volt 1 V|A amp ampere 1 A|pa pascal 1 pa|hz hertz 1 hz|mol mole 1 mol|ohm 1 ohm|acre 1 acre
 |calorie cal 1 cal|ev 1 ev|erg 1 erg|angstrom 1 angstrom|knot 1 knot|hundred 100 #
 |thousand k K 1000 #|lakh 100000 #|million M 1000000 #|crore 10000000 #|billion B 1000000000 #
 |trillion 1000000000000 #|dozen 12 #|score 20 #|gross 144 #|half halve 1/2 #|third 1/3 #
 |quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
 |ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
-|hundredth 1/100 #|thousandth 1/1000 #
+|belowzero -1 #|hundredth 1/100 #|thousandth 1/1000 #
 |different more distinct possible total unique whole extra of in all each real integer 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
@@ -46,21 +45,16 @@ post vote share sale order item product gift present doll balloon ribbon button 
 hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
 function sequence string code password region intersection handshake committee"""
 SPELLINGS = {
+    r"\bbelow zero$": "belowzero",
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
     r"(?<=[a-z]) squared": "^2",
     r"(?<=[a-z]) cubed": "^3",
     r"\^\\circ|°": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
-    r"^ *C\b": "celsius",
-    r"^ *F\b": "fahrenheit",
     r"\bmph\b": "mi/h",
-    r"\bk(?:mp?|p)h\b": "km/h",
-    r"\bpercentage points?\b": "",
     r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
-    r"\b(?:dollars?|USD|US)(?= .*\$)": "",  # 5 dollars $
     r"\bper\b": "/",
-    r"(\$.*)(?:dollars?|USD|\$)": r"\1",  # $5 dollars
 }
 # An optional slash, a name, an optional power: / s^2
 FACTOR = re.compile(r"(/)? *([A-Za-z]+|''?|[%$€£₹元¥¢])(?: *\^ *(-?\d))? *")
@@ -73,22 +67,16 @@ for line in UNITS.split("|") + [f"{noun} 1 {noun}" for noun in NOUNS.split()]:
             UNIT.setdefault(name + ending, (Fraction(size), base))
 
 
-class Unit(NamedTuple):
-    """`km/h` is size 5/18 and powers (("m", 1), ("s", -1)); scale: million is 10^6."""
-
-    size: Fraction = Fraction(1)
-    powers: tuple[tuple[str, int], ...] = ()
-    scale: Fraction = Fraction(1)
-
-
 @functools.lru_cache
-def read_unit(text: str) -> Unit | None:
-    """Read all words after a number; None if one of them is unknown."""
+def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
+    """Read all words after a number: `million km/h` is (10^6, 5/18, (("m", 1), ("s", -1))).
+
+    These are what the words multiply the number by, the size of the unit in base units, and the
+    powers of these. None if a word is unknown.
+    """
     text = rewrite(text, SPELLINGS).strip()
-    size = scale = Fraction(1)
+    multiple = size = Fraction(1)
     powers = Counter()
-    if text.endswith("below zero"):
-        text, scale = text.removesuffix("below zero"), -scale
     while text:
         factor = FACTOR.match(text)
         unit = factor and (UNIT.get(factor[2]) or UNIT.get(factor[2].lower()))
@@ -96,9 +84,9 @@ def read_unit(text: str) -> Unit | None:
             return None
         power = int(factor[3] or 1) * (-1) ** bool(factor[1])
         if unit[1] == "#":
-            scale *= unit[0]
+            multiple *= unit[0]
         else:
             size *= unit[0] ** power
             powers[unit[1]] += power
         text = text[factor.end() :]
-    return Unit(size, tuple(sorted(powers.items())), scale)
+    return multiple, size, tuple(sorted(powers.items()))

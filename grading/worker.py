@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from latex2sympy2_extended import latex2sympy  # noqa: E402
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # noqa: E402
 from math_verify import verify  # noqa: E402
-from sympy import Abs, Float, I, N, Pow, Symbol, cancel, expand, simplify  # noqa: E402
+from sympy import Abs, I, N, Symbol, cancel, expand  # noqa: E402
 
 from grading.kinds import leaves, read  # noqa: E402
 from grading.rules import Judge  # noqa: E402
@@ -40,16 +40,16 @@ from grading.rules import Judge  # noqa: E402
 
 @functools.lru_cache
 def expression(latex: str) -> Any:
-    """Read LaTeX with math-verify's parser. Letters keep their case, and i is the unit."""
+    """Read LaTeX with math-verify's parser. Letters keep their case, and i is the unit.
+
+    Letters are positive, so that log(x^2) is 2 log(x), except where there is an absolute value.
+    """
     config = ConversionConfig(lowercase_symbols=False)
     value = latex2sympy(latex, None, True, True, None, config)
-    return value.xreplace({Symbol("i", real=True): I})
-
-
-def positive(value: Any) -> Any:
-    """Take letters as positive, so that log(x^2) is 2 log(x)."""
-    letters = {letter: Symbol(letter.name, positive=True) for letter in value.free_symbols}
-    return value.xreplace(letters)
+    value = value.xreplace({Symbol("i", real=True): I})
+    if value.has(Abs):
+        return value
+    return value.xreplace({x: Symbol(x.name, positive=True) for x in value.free_symbols})
 
 
 def agree(first: Any, second: Any) -> bool:
@@ -60,10 +60,8 @@ def agree(first: Any, second: Any) -> bool:
     """
     if not (first.is_number and second.is_number):
         return True
-    for value, other in ((first, second), (second, first)):
-        decimal = value.has(Float) and not value.has(Pow)
-        if decimal and not other.has(Float) and other.doit().is_rational is False:
-            return False  # 3.14159265 is not pi
+    if {first.doit().is_rational, second.doit().is_rational} == {True, False}:
+        return False  # 3.14159265 is not pi
     value = N(first)
     return bool(abs(value - N(second)) <= abs(value) / 10**5)
 
@@ -71,15 +69,13 @@ def agree(first: Any, second: Any) -> bool:
 def ask(relation: str, first: str, second: str) -> bool:
     """Whether two expressions are "equal", or "proportional" by a number that is not 0."""
     left, right = expression(first), expression(second)
-    if not any(side.has(Abs) for side in (left, right)):
-        left, right = positive(left), positive(right)
     if left == right:
         return True
     if relation == "proportional":
         ratio = cancel(expand(left) / expand(right))
         return bool(ratio.is_number and ratio.is_finite and ratio != 0)
     if Symbol in (type(left), type(right)):  # math-verify ignores their case
-        return simplify(left - right) == 0
+        return False
     return verify([left], [right], timeout_seconds=None) and agree(left, right)
 
 

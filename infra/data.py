@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from grading.answers import BARE_BOX, NO_ANSWER, is_prose, last_boxed, plain_number
 from infra.cli import first_line, reject, require
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
@@ -301,16 +300,8 @@ def as_chat(value: Any) -> list[Row]:
 # ------------------------------------------------------------------ reference answers
 
 THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
-BOX = re.compile(r"\\(?:boxed|fbox)")
 # A text that is JSON: "1\/2"
 QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
-# The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
-# Not: `the answer is a prime`, `the answer is independent of x`
-STATED = re.compile(
-    r"(?i)[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?(?:\b(?:final|correct) )?\banswer"
-    r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
-    r"[*_ ]*(\S.*?)[.*_\s]*\Z"
-)
 
 
 def asked_format(prompt: str) -> str:
@@ -336,12 +327,7 @@ def reference_answers(value: Any, mode: str) -> list[str]:
     """
     if not isinstance(value, list):
         value = [value]
-    answers = {}
-    for entry in value:
-        text = reference_answer(entry)
-        number = plain_number(text)
-        answers.setdefault(text if number is None else number, text)
-    texts = list(answers.values())
+    texts = [*dict.fromkeys(map(reference_answer, value))]
     if mode == "all" or any(isinstance(entry, list) for entry in value):
         texts = [", ".join(texts)] if all(texts) else []
     return [text for text in texts if text]
@@ -350,9 +336,8 @@ def reference_answers(value: Any, mode: str) -> list[str]:
 def reference_answer(value: Any) -> str:
     r"""The final answer in a reference.
 
-    It is what follows GSM8K's ####, else all of its \boxed{}, else what it states last (`The answer
-    is: 12`), else all of it. A list is a tuple: (1, 2). Returns "" for what is no answer: a proof,
-    prose, an object, nothing.
+    What `Grader.reference` reads in the text after the thoughts. A list is a tuple: (1, 2). Returns
+    "" for what is no answer: a proof, prose, an object, nothing.
     """
     if isinstance(value, list):
         parts = [reference_answer(part) for part in value]
@@ -361,21 +346,7 @@ def reference_answer(value: Any) -> str:
         return f"({', '.join(parts)})" if parts and all(parts) else ""
     if isinstance(value, dict):
         return ""
-    text = THOUGHTS.sub("", as_text(value)).strip()
-    boxes = [last_boxed("\\boxed" + rest) for rest in BOX.split(text)[1:]]
-    boxes = [box for box in dict.fromkeys(boxes) if box is not None]  # None: never closed
-    boxes = boxes or BARE_BOX.findall(text)[-1:]
-    stated = STATED.search(text)
-    if "####" in text:
-        text = STATED.sub("", text.rpartition("####")[2]).strip()
-    elif boxes:
-        text = ", ".join(boxes)
-    elif stated:
-        text = stated[1]
-    is_answer = boxes or not is_prose(text)
-    if is_answer and not NO_ANSWER.match(text):
-        return text
-    return ""
+    return Grader.reference(THOUGHTS.sub("", as_text(value)))
 
 
 def as_text(value: Any) -> str:

@@ -435,7 +435,7 @@ def test_unreadable_references_are_found() -> None:
     none = ["", " ", r"\boxed{}", "proof", "notfound", "Not found", "None", "nan", "NULL", "n/a"]
     none += ["{'value': '52', 'unit': 'cm'}", '{"value": 52}']
     references += ["a + b + c", "-1 or 1", "3:30 PM"]
-    unread = ["x" * 5000, "\ud800", r"\frac{1}{", "(" * 30 + "1" + ")" * 30]
+    unread = ["x" * 5000, "\ud800", r"\frac{1}{"]
     unread += ["This completes the proof of $a=b$ for all integers."]
     unread += ["First we add 2 and 3. So Tom has 5 apples left."]
     assert STRICT.readable(references) == [True] * len(references)
