@@ -2,8 +2,8 @@ r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
 A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
 adapter has moved the hidden state that predicts each of them. --credit selects the signals that
-the paper compares with. Plain policy gradient: one on-policy update, without ratio, clip and KL.
-Equations and their sources: docs/arca.md. [code]: the authors' code; [open]: our choice.
+the paper compares with. Plain policy gradient: on policy, without ratio, clip and KL. Equations and
+their sources: docs/arca.md. [paper]: the paper; [code]: the authors' code; [open]: our choice.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
@@ -37,8 +37,8 @@ class Args(common.RunArgs):
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     credit: Literal["uniform", "surprisal", "entropy", "divergence", "arca"] = "arca"
-    """the signal that a response's credit is proportional to: none, -log π, the entropy's fall,
-    |log π - log π_ref|, or the adapter's residual"""
+    """the signal that a token's credit is proportional to: none, -log π, the fall in entropy to the
+    next token, |log π - log π_ref|, or how far the adapter moves the hidden state"""
     sharpening: float = 2.0
     """power of the signal before it is normalised (paper: 1; released code: 2)"""
     lora_rank: int = 64
@@ -121,7 +121,7 @@ def residuals(
 ) -> Tensor:
     """`residual_norm` of the hidden states that predict the tokens of n rollouts: [tokens].
 
-    adapted: the policy's, [tokens, D], or None: computed without dropout. Both as `hidden_states`.
+    adapted: the policy's `hidden_states`, [tokens, D]; None: computed here, without dropout.
     """
     if adapted is None:
         adapted = common.hidden_states(policy, rollouts, index, args)
@@ -157,7 +157,7 @@ def gini(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def effective_fraction(weights: Tensor, mask: Tensor) -> Tensor:
-    """EffN / T, [..., T] -> [...]: 1 if uniform, 1 / T if on one token."""
+    """The effective number of tokens over T, [..., T] -> [...]: 1 if uniform, 1 / T if on one."""
     squares = weights.masked_fill(~mask, 0.0).square().sum(-1)
     return 1 / (mask.sum(-1) * squares)  # Eq. effective fraction [paper]
 
@@ -259,7 +259,7 @@ def main(args: Args) -> None:
                         case "divergence":
                             signal = divergence(batch.old_logp, batch.ref_logp)
                         case "arca":
-                            # The update's hidden states, unless dropout has made them noisy
+                            # The update's hidden states, unless they have dropout
                             hidden = None if args.lora_dropout else batch.hidden
                             norms = residuals(policy, base, rollouts, batch.index, args, hidden)
                             signal = torch.zeros_like(batch.old_logp)

@@ -6,8 +6,7 @@ grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x p
   as a z-score over the group's tokens in the same bucket. Bucket k holds the tokens at which the
   running sum of the rollout's entropy is between k/K and (k+1)/K of its total.
 In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy.
-Equations and their sources: docs/ep_grpo.md. [paper] marks what the paper states, [open] our
-choice where it states nothing.
+Equations and their sources: docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \

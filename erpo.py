@@ -6,8 +6,8 @@ group's tokens.
   bucket of relative position, negated if the rollout's advantage is negative, times the gate,
   rescaled to a standard deviation of 1.
 - Gate: the sigmoid of the z-score of the token's entropy in its group.
-Equations and their sources: docs/erpo.md. [paper] marks what the paper states, [second-hand] what
-summaries of it state, [open] our choice.
+Equations and their sources: docs/erpo.md; lines are those of the paper's Algorithm 1. [paper]: the
+paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python erpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python erpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \

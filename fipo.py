@@ -3,7 +3,8 @@ r"""FIPO: Future-KL Influenced Policy Optimization (arXiv 2603.19835).
 grpo.py with DAPO's clip, except that each advantage is multiplied by a weight near 1. The weight is
 exp(F), clipped, where F sums how far earlier updates of the step have raised the log-probability of
 the token and of later tokens; a later token counts less with its distance. In a step's first update
-all weights are 1. Equations and their sources: docs/fipo.md. [code]: the authors' code.
+all weights are 1.
+Equations and their sources: docs/fipo.md. [paper]: the paper; [code]: the authors' code.
 
     python fipo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python fipo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \

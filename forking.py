@@ -1,8 +1,8 @@
-r"""Forking tokens: a gradient on the tokens of highest entropy alone (arXiv 2506.01939).
+r"""Forking tokens: a gradient on only the highest-entropy tokens (arXiv 2506.01939).
 
 grpo.py, except that an update keeps the fifth of its tokens with the highest entropy and drops the
-others from the loss and from its average. Equations and their sources: docs/forking.md. There and
-below, [paper] marks what the paper states, [code] its authors' code, [open] our choice.
+others from the loss and from its average.
+Equations and their sources: docs/forking.md. [paper]: the paper; [code]: the authors' code.
 
     python forking.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python forking.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -73,12 +73,12 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 def forking_mask(entropy: Tensor, mask: Tensor, *, top: float = 0.2) -> Tensor:
     """True on the share `top` of the mask's tokens with the highest entropy: [P, G, T].
 
-    entropy, mask: [P, G, T], of one optimiser update. The threshold is common to all responses.
-    At least one token is kept, and all tokens whose entropy equals the threshold.
+    entropy, mask: [P, G, T], of one optimiser update. All responses share one threshold. At least
+    one token is kept, and every token whose entropy equals the threshold.
     """
     if not mask.any():
         return mask.clone()
-    # As floats, 0.07 x 100 is above 7.
+    # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
     count = math.ceil(top * mask.sum().item() - 1e-6)  # Eq. k [code]
     threshold = entropy[mask].topk(max(count, 1)).values[-1]  # Eq. threshold [paper]
     return mask & (entropy >= threshold)  # Eq. indicator [paper]
@@ -146,7 +146,7 @@ def main(args: Args) -> None:
         # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
         with run.time("score"):
             # <method>
-            # The threshold is one for all tokens of an update, so all are scored before it.
+            # All tokens of an update share a threshold, so all are scored before it.
             common.score_rollouts(policy, reference, rollouts, args)
             # </method>
 

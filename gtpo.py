@@ -3,7 +3,7 @@ r"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 GTPO (--level token) compares tokens at the same position of a group: those of correct rollouts
 earn more if the policy was uncertain, those of wrong rollouts lose more if it was certain.
 GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one ratio per rollout.
-Equations and their sources: docs/gtpo.md. [paper] marks what the paper states, [open] our choice.
+Equations and their sources: docs/gtpo.md. [paper]: the paper; [open]: our choice.
 
     python gtpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -61,8 +61,8 @@ class Args(common.RunArgs):
         if self.level == "sequence":
             why = "has no effect with --level sequence"
             common.require(self.normalize == "with-zeros", "--normalize", self.normalize, why)
-            average, self.loss_average = self.loss_average, "sequence"
-            common.require(average != "constant", "--loss-average", average, why)
+            common.require(self.loss_average != "constant", "--loss-average", "constant", why)
+            self.loss_average = "sequence"
 
     # </method>
 
@@ -79,15 +79,15 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G], positive if so; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1],
-    weighs the verdict; alpha2 the entropy relative to its mean, or 1 / entropy in a wrong rollout.
+    correct: [P, G], above 0 if so; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1],
+    weighs the verdict; alpha2 entropy / its mean, in wrong rollouts 1 / entropy over its mean.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
-    entropy = entropy.clamp(min=1e-6)  # [open]
+    entropy = entropy.clamp(min=1e-6)  # keeps 1 / entropy finite [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
-    # Relative to the mean over the rollouts of that verdict that have a token at this position.
+    # Divide by the mean over the rollouts of this verdict that have a token at this position.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
@@ -108,9 +108,9 @@ def gtpo_advantages(
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
-    Arguments: `shaped_rewards`. normalize: how r+ and r- are standardised over the group.
-    with-zeros: each over all tokens, 0 on those of the other verdict; own-set: each over its own
-    tokens; joint: both as one. scope: "batch" makes all P G rollouts one group.
+    Arguments as in `shaped_rewards`. normalize: over which tokens of the group r+ and r- are
+    standardised. with-zeros: each over all, 0 on those of the other verdict; own-set: each over
+    those of its verdict; joint: their sum over all. scope: "batch" makes all rollouts one group.
     """
     shape = mask.shape
     if scope == "batch":
@@ -149,9 +149,9 @@ def grpo_s_advantages(
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    A group of accuracy gamma, in (1/2, 1], or more is easy: long correct rollouts are punished,
-    relative to the correct ones. A group of accuracy 1 - gamma or less is hard: none is punished.
-    In others the majority is, relative to all; on a tie the wrong ones [open].
+    At a group accuracy of gamma, in (1/2, 1], or more, long correct rollouts are punished, measured
+    by the correct ones' lengths; at 1 - gamma or less none is. In between, long rollouts with the
+    majority's verdict are, measured by all lengths; on a tie the wrong ones [open].
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -167,7 +167,7 @@ def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Te
 
 
 def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
-    """The advantage of each token as the settings have it, [P, G, T]."""
+    """The advantage of each token under the script's settings, [P, G, T]."""
     correct, entropy, mask = rollouts.correct, rollouts.entropy, rollouts.mask
     alpha1 = 1.0
     if args.overlong_gamma:
@@ -181,7 +181,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """logp by which each token's ratio is its rollout's, the mean of the token ratios: [..., T]."""
+    """Log-probabilities, [..., T], that give each token its rollout's mean ratio to π_old."""
     return old_logp + masked_mean((logp - old_logp).exp(), mask).log()  # Eq. 10 [paper]
 
 

@@ -3,7 +3,7 @@ r"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
 p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
 with p < 0 those that became less likely. The advantage is GRPO's.
-Equations and their sources: docs/holderpo.md. [code] marks what is from the authors' code.
+Equations and their sources: docs/holderpo.md. [paper]: the paper; [code]: the authors' code.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \
@@ -261,15 +261,15 @@ def main(args: Args) -> None:
                     loss_weights = importance * weights[batch.problems] * batch.trained
                     # <method>
                     advantage = advantages[batch.problems]
-                    policies = batch.logp, batch.old_logp, batch.mask
-                    of_response = advantage[..., 0]  # the same on all of its tokens
+                    inputs = batch.logp, batch.old_logp, batch.mask
+                    response_advantage = advantage[..., 0]  # the same on all tokens
                     clip = {"clip": args.clip, "clip_level": args.clip_level}
-                    loss, clipped = holder_surrogate(*policies, of_response, p, **clip)
+                    loss, clipped = holder_surrogate(*inputs, response_advantage, p, **clip)
                     loss = (loss * loss_weights.sum(-1)).sum()
 
                     trained = batch.trained.any(-1)  # [p, G] responses, for the log
-                    rhos.append(holder_ratio(*policies, p).detach()[trained])
-                    token_shares = gradient_weights(*policies, p)[trained]
+                    rhos.append(holder_ratio(*inputs, p).detach()[trained])
+                    token_shares = gradient_weights(*inputs, p)[trained]
                     entropies.append(torch.special.entr(token_shares).sum(-1))
                     # </method>
                     loss.backward()

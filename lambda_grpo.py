@@ -1,10 +1,10 @@
 r"""λ-GRPO: GRPO's advantage, divided among rollouts that share a prefix (arXiv 2509.21154).
 
 grpo.py, except that the loss of each token is divided by the number of rollouts of its group that
-have the same tokens up to and including it. In GRPO a prefix of k rollouts is pushed by the sum of
-their advantages, here by the mean. Equations and their sources: docs/lambda_grpo.md. There and
-below, [code] marks the authors' code, [second-hand] readers' notes, [open] our choice. Not GRPO-λ
-(arXiv 2510.00194) nor the λ-GRPO of arXiv 2510.06870.
+have the same tokens up to and including it. In GRPO a token that k rollouts share is trained with
+the sum of their advantages, here with the mean. The paper calls these k rollouts a process set.
+Not GRPO-λ (arXiv 2510.00194) nor the λ-GRPO of arXiv 2510.06870.
+Equations and their sources: docs/lambda_grpo.md. [code]: the authors' code.
 
     python lambda_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python lambda_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -66,10 +66,10 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 def lambda_weights(tokens: Tensor, mask: Tensor) -> Tensor:
     """1 / the number of rollouts of the group that share a token's whole prefix: [P, G, T].
 
-    tokens: [P, G, T] ids; mask: [P, G, T]. A rollout shares a token with all rollouts of its group
-    that begin with the same tokens up to and including it, itself among them. 0 outside the mask,
-    whose tokens are never shared. The tokens [5, 6], [5, 7] and [8] have the weights
-    [1/2, 1], [1/2, 1] and [1].
+    tokens: [P, G, T] ids; mask: [P, G, T]. A rollout shares a token with the rollouts of its group
+    that begin with the same tokens up to and including it, itself among them. Padding is never
+    shared and weighs 0. The tokens [5, 6], [5, 7] and [8] have the weights [1/2, 1], [1/2, 1]
+    and [1].
     """
     sharing = torch.zeros_like(tokens)  # |λ(i, t)|: rollouts with the same tokens up to t
     for i in range(tokens.shape[1]):

@@ -1,8 +1,8 @@
 r"""REFT: first-token diversification of rollouts (arXiv 2605.28295).
 
-grpo.py, except that the rollouts of a group begin with K different tokens, the openers. They are
-drawn uniformly from the N most likely first tokens, and each begins G / K of the G rollouts.
-Equations and their sources: docs/reft.md. [second-hand]: summaries of the paper, [open]: ours.
+grpo.py, except that a group's rollouts begin with K different tokens, the openers: drawn uniformly
+from the N most likely first tokens, each for G / K of the G rollouts. Equations and their sources:
+docs/reft.md. [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python reft.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --dataset openai/gsm8k:main \
@@ -146,8 +146,8 @@ def roll_out_openers(
     prompts = [problem.prompt for problem in problems]
     tokens, ranks = choose_openers(policy, engine, prompts, args, generator)
     groups = common.roll_out(engine, problems, args, seed, first_tokens=tokens)
-    for group, of_group in zip(groups, ranks.tolist(), strict=True):
-        group.notes = of_group
+    for group, group_ranks in zip(groups, ranks.tolist(), strict=True):
+        group.notes = group_ranks
     return groups
 
 

@@ -3,7 +3,8 @@ r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236)
 grpo.py, except that in a step whose mean entropy is below a target, the most surprising tenth of
 the tokens with a positive advantage counts more (the paper's variant O1). With --attenuate 0.9 the
 most surprising tenth of those with a negative advantage also counts less (C2). Surprisal is -log π.
-Equations and their sources: docs/stare.md. [code]: the authors' code; [open]: our choice.
+Equations and their sources: docs/stare.md; numbers are the paper's sections. [paper]: the paper;
+[code]: the authors' code; [open]: our choice.
 
     python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -88,7 +89,7 @@ def most_surprising(logp: Tensor, tokens: Tensor, top: float) -> Tensor:
     count = int(tokens.sum())
     if count == 0:
         return tokens
-    # As floats, 0.07 x 100 is above 7.
+    # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
     k = max(1, math.ceil(top * count - 1e-6))  # Eq. 4.1 [code]
     threshold = logp[tokens].kthvalue(k).values
     return tokens & (logp <= threshold)  # Eq. ties [open]
@@ -183,10 +184,10 @@ def main(args: Args) -> None:
         # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
-        token_weight = mask.float()
+        surprisal_weight = mask.float()
         below_target = rollouts.entropy[mask].mean() < args.target_entropy  # Eq. 4.3 [paper]
         if below_target:
-            token_weight = stare_weights(
+            surprisal_weight = stare_weights(
                 rollouts.old_logp,
                 advantages,
                 mask,
@@ -194,7 +195,7 @@ def main(args: Args) -> None:
                 amplify=args.amplify,
                 attenuate=args.attenuate,
             )
-        advantages = advantages * token_weight  # Eq. 5 [code]
+        advantages = advantages * surprisal_weight  # Eq. 5 [code]
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
@@ -219,7 +220,7 @@ def main(args: Args) -> None:
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
                     loss = (loss * loss_weights).sum()
-                    per_token.add(batch, weight=token_weight[batch.problems])
+                    per_token.add(batch, weight=surprisal_weight[batch.problems])
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
@@ -238,8 +239,8 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        raised, lowered = token_weight > 1, mask & (token_weight < 1)
-        metrics |= {"gate": below_target.float(), "weight": token_weight[mask].mean()}
+        raised, lowered = surprisal_weight > 1, mask & (surprisal_weight < 1)
+        metrics |= {"gate": below_target.float(), "weight": surprisal_weight[mask].mean()}
         metrics |= {
             "raised/share": raised.sum() / (advantages > 0).sum().clamp(min=1),
             "raised/surprisal": -rollouts.old_logp[raised].sum() / raised.sum().clamp(min=1),

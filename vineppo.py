@@ -3,14 +3,13 @@ r"""VinePPO: Monte Carlo values in place of PPO's value network (arXiv 2410.0167
 A response is split into steps, such as sentences. From the start of each step the policy samples K
 continuations, whose mean reward is the value there. The advantage of a step's tokens is the value
 after the step minus the value before it; the value after the last step is the reward.
-Equations and their sources: docs/vineppo.md. [code] marks what is from the authors' code.
+Equations and their sources: docs/vineppo.md. [code]: the authors' code.
 
     python vineppo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens,
-S steps of a response.
+Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens, S steps.
 """
 
 from __future__ import annotations
@@ -85,13 +84,14 @@ def vineppo_advantages(
 ) -> Tensor:
     """The change of value over its step, for each token: [P, G, T], 0 outside the mask.
 
-    values: [P, G, S], of the prefix before each step; steps: [P, G, T], the step of each token,
-    from 0; rewards: [P, G], the value after the last step. whiten: z-scores over all tokens.
+    values: [P, G, S], the value before each step; steps: [P, G, T], the step of each token, from 0;
+    rewards: [P, G], the value after the last step. whiten: z-scores over all tokens of [P, G, T].
     """
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
+    # The value after a step is that before the next one, after the last step the reward.
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
     advantages = (after - values).gather(-1, steps) * mask  # Eq. 6 [code]
-    if whiten:  # with all P G rollouts as one group
+    if whiten:  # all P x G rollouts as one group
         rows, is_token = advantages.flatten(0, 1), mask.flatten(0, 1)
         advantages = common.standardize(rows, is_token, eps=1e-8)  # Eq. whitening [code]
     return advantages.view_as(mask)
@@ -106,7 +106,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
 
 
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
-    """The text of each token after another one. Some tokenizers drop a text's leading space."""
+    """The text of each token, decoded after another one: some tokenizers drop a leading space."""
     first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
     alone, *pairs = engine.decode([[first]] + [[first, token] for token in tokens])
     return {token: pair[len(alone) :] for token, pair in zip(tokens, pairs, strict=True)}
@@ -124,15 +124,15 @@ def estimate_values(
     Returns the step of each token, [P, G, T], the value before each step, [P, G, S], and how many
     tokens were sampled. Rollouts of a group that share a prefix share its continuations.
     """
-    tokens = set()
+    vocabulary = set()  # the tokens that occur
     for group in groups:
-        tokens.update(*group.tokens)
-    texts = token_texts(engine, tokens)
+        vocabulary.update(*group.tokens)
+    texts = token_texts(engine, vocabulary)
 
     # Split each rollout into steps, and number the different prefixes (p, tokens) before them.
     longest = max(len(row) for group in groups for row in group.tokens)
     steps = torch.zeros(len(groups), len(groups[0].tokens), longest, dtype=torch.long)
-    prefix_before = torch.zeros_like(steps)  # [P, G, S], S = T: the number of each step's prefix
+    prefix_before = torch.zeros_like(steps)  # [P, G, S] the number of a step's prefix; S = T
     numbers = {}
     for p, group in enumerate(groups):
         for g, row in enumerate(group.tokens):
@@ -265,8 +265,8 @@ def main(args: Args) -> None:
                     )
                     loss = (loss * loss_weights).sum()
                     if args.kl:
-                        tokens = importance * batch.trained
-                        penalty = kl_penalty(batch.logp, batch.ref_logp, tokens).sum()
+                        kl_weights = importance * batch.trained
+                        penalty = kl_penalty(batch.logp, batch.ref_logp, kl_weights).sum()
                         loss = loss + args.kl * penalty / (len(share) * args.group_size)
                     # </method>
                     loss.backward()

@@ -4,6 +4,7 @@ A line that computes an equation ends in `# Eq. <tag> [<mark>]`. A row of a page
 the same tag and mark, or with a mark alone, and links the code and its test.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ sys.path.insert(0, str(DOCS))
 import equations  # noqa: E402
 
 MARK = r"\[(?:paper|code|second-hand|open)\]"
+MEANINGS = [
+    "[paper]: the paper",
+    "[code]: the authors' code",
+    "[second-hand]: others' summaries or code",
+    "[open]: our choice",
+]
 
 
 def sources_in_code(file: Path) -> set[str]:
@@ -47,6 +54,25 @@ def test_a_page_and_the_code_have_the_same_equations(page):
         untagged = re.fullmatch(MARK + ".*", row.source)
         assert untagged or row.source in in_code, f"{row.source} is in no code"
         assert row.tests, f"no test of {row.equation}"
+
+
+def explained_marks(script: str) -> list[str]:
+    """The marks with their meanings that a script's docstring gives."""
+    docstring = " ".join(ast.get_docstring(ast.parse(script)).split())
+    return re.findall(rf"{MARK}: [^;.]+", docstring)
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_script_explains_the_marks_that_it_uses(page):
+    script = (ROOT / f"{page}.py").read_text(encoding="utf-8")
+    body = script.partition("from __future__")[2]
+    used = [text for text in MEANINGS if text.partition(":")[0] in body]
+    assert explained_marks(script) == used
+
+
+def test_explained_marks_by_hand():
+    script = '"""[paper]: the\npaper; [open]:\nour choice.\n\nMore [code].\n"""\nx = 1  # [code]\n'
+    assert explained_marks(script) == ["[paper]: the paper", "[open]: our choice"]
 
 
 def test_shared_equations_are_on_a_page():
