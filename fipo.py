@@ -10,8 +10,7 @@ Equations and their sources: docs/fipo.md. [paper]: the paper; [code]: the autho
     python fipo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-The loss is averaged over all tokens and has no KL term. DeepSeekMath's own form, DAPO (arXiv
-2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
+The paper does this in DAPO, whose --dynamic-sampling and --overlong-buffer are off by default here.
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
@@ -47,7 +46,7 @@ class Args(common.RunArgs):
     ratio_cap: float = 10.0
     """c: a token whose ratio exceeds c is left out of the sums F; the loss caps its ratio at c"""
     safety: float = 10.0
-    """s: the weight of a negative advantage is kept in [0.8, 1] if the ratio exceeds s (7B: 3)"""
+    """s: if a ratio exceeds s, the weight of a negative advantage is kept in [0.8, 1] (7B: 3)"""
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     clip_low: float = 0.2

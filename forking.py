@@ -8,7 +8,7 @@ Equations and their sources: docs/forking.md. [paper]: the paper; [code]: the au
     python forking.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-The paper adds this to DAPO: --dynamic-sampling and --overlong-buffer are off by default.
+The paper does this in DAPO, whose --dynamic-sampling and --overlong-buffer are off by default here.
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """

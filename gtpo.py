@@ -253,7 +253,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # In the update: with --scope group, a rollout may have no entropies before its micro-batch.
+        # Computed in the update, for the groups of a micro-batch: others may not be scored yet.
         # </method>
 
         # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.

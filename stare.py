@@ -10,8 +10,6 @@ Equations and their sources: docs/stare.md; numbers are the paper's sections. [p
     python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
         --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
 
-The loss is averaged over all tokens and has no KL term. DeepSeekMath's own form, DAPO (arXiv
-2503.14476) and Dr. GRPO (arXiv 2503.20783) are flags: see docs/grpo.md.
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 Left out: several GPUs, asynchronous rollouts, reward models.
 """
@@ -60,8 +58,8 @@ class Args(common.RunArgs):
         super().__post_init__()
         common.require(0 < self.top <= 1, "--top", self.top, "must be above 0 and at most 1")
         common.require(self.amplify >= 1, "--amplify", self.amplify, "must be at least 1")
-        low = self.attenuate
-        common.require(0 < low <= 1, "--attenuate", low, "must be above 0 and at most 1")
+        weight = self.attenuate
+        common.require(0 < weight <= 1, "--attenuate", weight, "must be above 0 and at most 1")
 
     # </method>
 

@@ -133,7 +133,7 @@ def estimate_values(
     longest = max(len(row) for group in groups for row in group.tokens)
     steps = torch.zeros(len(groups), len(groups[0].tokens), longest, dtype=torch.long)
     prefix_before = torch.zeros_like(steps)  # [P, G, S] the number of a step's prefix; S = T
-    numbers = {}
+    numbers = {}  # of the prefixes
     for p, group in enumerate(groups):
         for g, row in enumerate(group.tokens):
             start = 0
@@ -164,10 +164,10 @@ def estimate_values(
     lengths = torch.tensor([len(row) for row in responses])
     penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
     rewards = torch.tensor(verdicts).float() + penalty
-    means = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
+    values = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
     sampled = sum(len(tokens) for tokens, _ in continuations)
     device = common.device(args)
-    return steps.to(device), means[prefix_before].to(device), sampled
+    return steps.to(device), values[prefix_before].to(device), sampled
 
 
 # </method>
