@@ -52,11 +52,15 @@ class RunArgs:
 
     # Model and problems
     model: str = "tiny"  # folder or hub name of a causal language model
-    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]; split: train
+    dataset: str = (
+        "tiny/train.jsonl"  # file, folder or hub name[:config][@split]; default split: train
+    )
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # a list of answers: each is right, or all together
+    references: Literal["any", "all"] = (
+        "any"  # of a list of answers one is enough, or all are needed
+    )
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -75,7 +79,9 @@ class RunArgs:
     overlong_buffer: int = 0  # B: the reward falls by up to 1/2 over the last B tokens (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
+    max_logp_gap: float = (
+        0.0  # stop above this mean engine-trainer gap, nats; 0: 1e-4 (CPU float32), 0.2
+    )
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -276,6 +282,8 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ scoring
+# Log-probabilities and entropies of response tokens. `can_share`: whether a group's rollouts share
+# one forward pass over their prompt, through its KV cache.
 
 Index = tuple[Tensor, Tensor]  # (problem, rollout) indices of n rollouts: x[index] is [n, ...]
 
@@ -292,7 +300,8 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     can_share = can_share_prompts(model, args)
     with autocast(args):
         states = response_states(model, prompts, index[0], tokens, mask, can_share)
-    # In training the mode stays: under checkpointing, backward() computes the dropout again.
+    # With gradients the model stays in train mode: under checkpointing, backward() repeats the
+    # forward pass, with the same dropout.
     if not torch.is_grad_enabled():
         model.train(was_training)
     return states
@@ -348,10 +357,10 @@ def score_rollouts(
 
 
 def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> bool:
-    """Whether the update's forward pass cannot also score the rollouts.
+    """Whether the rollouts need a forward pass of their own before the update.
 
-    It can if the policy is the one that sampled, without dropout, and if every group fits into
-    a micro-batch.
+    They do if a step has several updates, because the policy then moves between them; with LoRA
+    dropout; and if a group exceeds a micro-batch, because its advantages need all its rollouts.
     """
     if args.updates_per_rollout > 1 or args.lora_dropout:
         return True

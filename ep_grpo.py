@@ -1,12 +1,14 @@
 r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
 
-grpo.py, except that each token's advantage is gate x GRPO's advantage + eta x progress.
-- Gate: the sigmoid of the z-score of the token's entropy in its group.
-- Progress: log π - log π_ref of the sampled token, negated if the rollout's advantage is negative,
-  as a z-score over the group's tokens in the same bucket. Bucket k holds the tokens at which the
-  running sum of the rollout's entropy is between k/K and (k+1)/K of its total.
-In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy.
-Equations and their sources: docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
+grpo.py with a KL penalty, and with another advantage: outcome + progress, for each token.
+- Outcome: gate x GRPO's advantage. The gate is the sigmoid of γ x the z-score of the token's
+  entropy in its group.
+- Progress: η x the z-score, over the group's tokens in the same bucket, of log π - log π_ref of the
+  sampled token, which is negated in rollouts with a negative advantage. Bucket k holds the tokens
+  at which the running sum of the rollout's entropy is between k/K and (k+1)/K of its total.
+In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy: there the
+log-ratio is negated if the rewards are below θ.
+Comments with Eq. name rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -33,17 +35,17 @@ from common import standardize
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     gamma: float = 5.0
-    """γ: steepness of the entropy gate (paper: 5); 0: the gate is 1/2 for every token"""
+    """γ: steepness of the entropy gate (paper: 5); 0: 1/2, which halves the outcome"""
     eta: float = 0.2
-    """η: weight of the progress term (paper: 0.2); 0: only the gated outcome"""
+    """η: weight of progress (paper: 0.2); 0: only the outcome"""
     buckets: int = 10
     """K: entropy buckets in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: in a group of equal rewards progress is negated if they are below θ (paper: 0.5)"""
+    """θ: in a group of equal rewards progress has the sign of the reward - θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -112,30 +114,30 @@ def ep_grpo_advantages(
     reward_threshold: float = 0.5,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Gated outcome advantage plus progress advantage of each token: [P, G, T], 0 outside the mask.
+    """Outcome plus progress of each token: [P, G, T], 0 outside the mask.
 
-    rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
-    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ. It cancels
-    in the standardisation, up to eps, so it is not a setting here.
+    rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled, no
+    gradient; ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ.
+    It cancels in the standardisation, up to eps, so it is not a setting here.
     Progress has mean 0 in each bucket of a group. It is 0 in a bucket with one token or with equal
     signals [open].
     """
-    outcome = grpo_advantages(rewards, eps=eps)  # [P, G]
+    advantages = grpo_advantages(rewards, eps=eps)  # [P, G]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]
 
-    # The sign of the outcome, or of reward - threshold in a group of equal rewards.
+    # The sign of the advantage, or of reward - threshold in a group of equal rewards.
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    sign = torch.where(varied, outcome, rewards - reward_threshold).sign()  # Eq. 21 [paper]
+    sign = torch.where(varied, advantages, rewards - reward_threshold).sign()  # Eq. 21 [paper]
     signal = sign[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
 
     # A bucket holds tokens of all rollouts of the group. `standardize` is 0 outside its mask.
-    progress = torch.zeros_like(signal)
+    z = torch.zeros_like(signal)
     bucket = entropy_buckets(entropy, mask, buckets)
     for k in range(buckets):
-        progress += standardize(signal, mask & (bucket == k), eps, correction=0)  # Eq. 24 [paper]
+        z += standardize(signal, mask & (bucket == k), eps, correction=0)  # Eq. 24 [paper]
 
-    advantages = gate * outcome[..., None] + eta * progress  # Eq. 19, 25, 26 [paper]
-    return torch.where(mask, advantages, 0.0)
+    outcome, progress = gate * advantages[..., None], eta * z
+    return torch.where(mask, outcome + progress, 0.0)  # Eq. 19, 25, 26 [paper]
 
 
 # </method>
@@ -197,7 +199,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -209,7 +211,8 @@ def main(args: Args) -> None:
         # Computed in the update: before it, log-probabilities and entropies may not exist.
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -218,6 +221,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -236,7 +240,7 @@ def main(args: Args) -> None:
                         buckets=args.buckets,
                         reward_threshold=args.reward_threshold,
                     )
-                    # The advantage without progress, and what progress adds, for the log.
+                    # The two terms of the advantage, for the log.
                     gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
                     outcome = gate * grpo_advantages(group_rewards)[..., None]
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)
@@ -251,7 +255,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -6,8 +6,8 @@ group's tokens.
   bucket of relative position, negated if the rollout's advantage is negative, times the gate,
   rescaled to a standard deviation of 1.
 - Gate: the sigmoid of the z-score of the token's entropy in its group.
-Equations and their sources: docs/erpo.md; lines are those of the paper's Algorithm 1. [paper]: the
-paper; [second-hand]: others' summaries or code; [open]: our choice.
+Comments with Eq. name rows of docs/erpo.md; lines are those of the paper's Algorithm 1.
+[paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python erpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python erpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -34,7 +34,7 @@ from common import group_moments, standardize
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     gamma: float = 5.0
@@ -191,7 +191,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -203,7 +203,8 @@ def main(args: Args) -> None:
         # Computed in the update: before it, log-probabilities and entropies may not exist.
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -212,6 +213,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -245,7 +247,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

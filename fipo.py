@@ -4,7 +4,7 @@ grpo.py with DAPO's clip, except that each advantage is multiplied by a weight n
 exp(F), clipped, where F sums how far earlier updates of the step have raised the log-probability of
 the token and of later tokens; a later token counts less with its distance. In a step's first update
 all weights are 1.
-Equations and their sources: docs/fipo.md. [paper]: the paper; [code]: the authors' code.
+Comments with Eq. name rows of docs/fipo.md. [paper]: the paper; [code]: the authors' code.
 
     python fipo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python fipo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -32,7 +32,7 @@ import common
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     updates_per_rollout: int = 4
@@ -181,7 +181,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -193,7 +193,8 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -202,6 +203,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -235,7 +237,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

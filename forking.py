@@ -2,7 +2,7 @@ r"""Forking tokens: a gradient on only the highest-entropy tokens (arXiv 2506.01
 
 grpo.py, except that an update keeps the fifth of its tokens with the highest entropy and drops the
 others from the loss and from its average.
-Equations and their sources: docs/forking.md. [paper]: the paper; [code]: the authors' code.
+Comments with Eq. name rows of docs/forking.md. [paper]: the paper; [code]: the authors' code.
 
     python forking.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python forking.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -30,7 +30,7 @@ import common
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     top: float = 0.2
@@ -143,7 +143,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             # All tokens of an update share a threshold, so all are scored before it.
@@ -156,7 +156,8 @@ def main(args: Args) -> None:
         kept = torch.zeros_like(mask)
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -169,6 +170,7 @@ def main(args: Args) -> None:
                 )
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -187,7 +189,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

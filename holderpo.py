@@ -3,7 +3,7 @@ r"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
 p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
 with p < 0 those that became less likely. The advantage is GRPO's.
-Equations and their sources: docs/holderpo.md. [paper]: the paper; [code]: the authors' code.
+Comments with Eq. name rows of docs/holderpo.md. [paper]: the paper; [code]: the authors' code.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \
@@ -30,7 +30,7 @@ import common
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     scale_rewards: bool = True
@@ -46,8 +46,7 @@ class Args(common.RunArgs):
     clip_level: Literal["sequence", "token"] = "sequence"
     """clip a response's ratio once (Eq. 2), or each token's before the mean (Eq. 11)"""
     updates_per_rollout: int = 4
-    """optimiser updates per step, each on its own share of the problems (paper: 8); with 1 every
-    ratio is 1 and p has no effect"""
+    """optimiser updates per step (paper: 8); with 1 every ratio is 1 and p has no effect"""
     loss_average: ClassVar[str] = "sequence"
     signed: ClassVar[tuple[str, ...]] = ("p_start", "p_end")
 
@@ -229,7 +228,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -245,7 +244,8 @@ def main(args: Args) -> None:
         rhos, entropies = [], []
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -254,6 +254,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -276,7 +277,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -4,7 +4,7 @@ grpo.py, except that the loss of each token is divided by the number of rollouts
 have the same tokens up to and including it. In GRPO a token that k rollouts share is trained with
 the sum of their advantages, here with the mean. The paper calls these k rollouts a process set.
 Not GRPO-λ (arXiv 2510.00194) nor the λ-GRPO of arXiv 2510.06870.
-Equations and their sources: docs/lambda_grpo.md. [code]: the authors' code.
+Comments with Eq. name rows of docs/lambda_grpo.md. [code]: the authors' code.
 
     python lambda_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python lambda_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -30,7 +30,7 @@ import common
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     scale_rewards: bool = True
@@ -137,7 +137,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -150,7 +150,8 @@ def main(args: Args) -> None:
         process_weight = lambda_weights(rollouts.tokens, mask)  # [P, G, T] 1 / |λ(i, t)|
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -159,6 +160,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -178,7 +180,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -3,7 +3,7 @@ r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236)
 grpo.py, except that in a step whose mean entropy is below a target, the most surprising tenth of
 the tokens with a positive advantage counts more (the paper's variant O1). With --attenuate 0.9 the
 most surprising tenth of those with a negative advantage also counts less (C2). Surprisal is -log π.
-Equations and their sources: docs/stare.md; numbers are the paper's sections. [paper]: the paper;
+Comments with Eq. name rows of docs/stare.md; numbers are the paper's sections. [paper]: the paper;
 [code]: the authors' code; [open]: our choice.
 
     python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
@@ -31,7 +31,7 @@ import common
 # equals grpo.py's is marked because another script changes it.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method. Negative numbers are rejected by RunArgs."""
+    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
 
     # <method>
     top: float = 0.1
@@ -172,7 +172,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update's own forward pass can do it.
+        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
         with run.time("score"):
             # <method>
             # Always, because the weights compare the tokens of all groups.
@@ -196,7 +196,8 @@ def main(args: Args) -> None:
         advantages = advantages * surprisal_weight  # Eq. 5 [code]
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
+        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
+        # a group above --token-budget each trains only a part: `batch.trained`.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -205,6 +206,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+                # Each micro-batch comes from a forward pass of the policy, with gradients.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -224,7 +226,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # by now all rollouts are scored
+                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

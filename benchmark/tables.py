@@ -6,7 +6,8 @@
 A results file keeps the command that made it, and for each part a digest of the code that the part
 depends on: the script of the method and the modules of a training step, without comments and
 docstrings. A part whose digest differs from today's, or that has none, is measured again by that
-command. Then the pages are written from the results. benchmark/graders.py keeps no results: it
+command; of a method in benchmark/compare.py first seed 1, whose figures may show that nothing has
+changed. Then the pages are written from the results. benchmark/graders.py keeps no results: it
 measures its table in minutes.
 """
 

@@ -257,6 +257,27 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         compare.train(jobs[1], Args(runs=args.runs, steps=3))
 
 
+@pytest.mark.parametrize("accuracy", [0.5, 0.6])
+def test_equal_figures_of_seed_1_confirm_a_method(accuracy, tmp_path, monkeypatch):
+    """Otherwise only seed 1 counts as a result of today's code."""
+    rows = [row("GRPO", "2e-4", seed, 0.5) | {"code": "other"} for seed in (1, 2)]
+    results = {"rows": rows, "selection": selection("GRPO", 0.1, 0.3, 0.2), "rates": RATES}
+
+    def train_again(name: str, jobs: list[Job], problems: Path, results: dict, _: Args) -> None:
+        assert (name, jobs) == ("rows", [Job("GRPO", "2e-4", 1)])
+        again = row("GRPO", "2e-4", 1, accuracy) | {"code": compare.code("GRPO")}
+        results["rows"] = [again, results["rows"][1]]
+
+    monkeypatch.setattr(compare, "run_phase", train_again)
+    args = Args(results=tmp_path / "compare.json", refresh=True)
+    compare.repeat("GRPO", ROOT, results, args)
+    found = [part["code"] for part in results["rows"] + results["selection"] if "code" in part]
+    today = compare.code("GRPO")
+    assert found == ([today] * 5 if accuracy == 0.5 else [today, "other"])
+    compare.repeat("GRPO", ROOT, results, args)  # after an interruption
+    assert (results["rows"][1]["code"] == today) == (accuracy == 0.5)
+
+
 # ------------------------------------------------------------------------------- the pages
 
 
