@@ -2,8 +2,8 @@ r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
 A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
 adapter has moved the hidden state that predicts each of them. --credit selects the signals that
-the paper compares with. Plain policy gradient: on policy, without ratio, clip and KL. Comments with Eq.
-name rows of docs/arca.md. [paper]: the paper; [code]: the authors' code; [open]: our choice.
+the paper compares with. Plain policy gradient, without ratio, clip and KL. Comments with Eq. name
+rows of docs/arca.md. [paper]: the paper; [code]: the authors' code; [open]: our choice.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
