@@ -27,8 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 import common
 
 
-# Below the imports, scripts may differ only between the marks <method> and </method>. A region that
-# equals grpo.py's is marked because another script changes it.
+# Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
     """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
@@ -196,8 +195,7 @@ def main(args: Args) -> None:
         advantages = advantages * surprisal_weight  # Eq. 5 [code]
         # </method>
 
-        # 4. Update on one share of the problems at a time. Micro-batches have whole groups, but of
-        # a group above --token-budget each trains only a part: `batch.trained`.
+        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
         per_token = common.TokenValues(mask)
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
@@ -206,7 +204,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # Each micro-batch comes from a forward pass of the policy, with gradients.
+                # One forward pass with gradients per micro-batch. It may train a part of a group.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
