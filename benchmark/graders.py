@@ -216,9 +216,8 @@ def rules_table() -> str:
     """The pairs of kinds that may be equal, with the docstrings of their rules."""
     rows = []
     for (first, second), rule in RULES.items():
-        if rule.__name__ != "never":
-            names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
-            rows.append([names, " ".join((rule.__doc__ or "").split())])
+        names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
+        rows.append([names, " ".join((rule.__doc__ or "").split())])
     return markdown(["reference, answer", "rule"], rows, words=2)
 
 

@@ -24,10 +24,12 @@ def parse_line(line: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("file", nargs="?", default="-")
-    name = parser.parse_args().file
+    name = source = parser.parse_args().file
+    if name == "-":
+        source = 0  # standard input
     number, pairs, responses, references = 0, [], [], []
     try:
-        with open({"-": 0}.get(name, name), "rb") as lines:
+        with open(source, "rb") as lines:
             for line in lines:
                 number += 1
                 if line.strip():

@@ -10,8 +10,6 @@ from fractions import Fraction
 
 from grading.notation import rewrite
 
-FORMATS = ("boxed", "line", "auto")
-
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
 # `\\boxed{`, a box that was escaped twice.
 BRACES = r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})"
@@ -22,8 +20,8 @@ BETWEEN = re.compile(
     r"|\b(?:and|or)\b)*"
 )
 # `Answer: 42`, `**Answer:** 42`, `Final answer: 42`, `The answer is 42`, `#### 42`
-LABEL = r"[\W_]*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
-ANSWER_LINE = rf"(?im)^(?:.*#### *|{LABEL})(\S.*?) *$"
+LABEL = r"(?:(?!\n)[\W_])*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
+ANSWER_LINE = rf"(?im)^(?:.*#### *|{LABEL})(\S.*)"
 
 # A proof; nothing; not found, None, nan; {'value': 52}; more than 4096 characters
 NO_ANSWER = (
@@ -33,13 +31,14 @@ NO_ANSWER = (
 # The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
 # Not: `the answer is a prime`, `the answer is independent of x`
 STATED = re.compile(
-    r"(?i)[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?(?:\b(?:final|correct) )?\banswer"
-    r"(?:(?: is)?[*_ ]*:| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
-    r"[*_ ]*(\S.*?)[.*_\s]*\Z"
+    r"(?i)(?<![*_#])[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?"
+    r"(?:\b(?:final|correct) )?\banswer(?:(?: is)?[*_ ]*:"
+    r"| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
+    r"[*_ ]*(\S.*)\s*\Z"
 )
 # Prose has at least four words before a word, such as "So" in "So Tom has 5", and it begins with a
 # word, perhaps numbered: (a) Find. Or it has a second sentence: $x$ is 5. Then
-WORD_BEFORE_WORD = r"[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"
+WORD_BEFORE_WORD = r"(?<![^\W\d_])[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"
 PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
 
 # What may be too large to evaluate: an exponent of more than four digits, a power in an exponent, a
@@ -127,7 +126,7 @@ def reference_text(reference: str) -> str:
     if "####" in text:
         text = STATED.sub("", text.rpartition("####")[2]).strip()
     elif boxed or stated:
-        text = boxed or stated[1]
+        text = boxed or stated[1].rstrip("*_. ")
     prose = len(re.findall(WORD_BEFORE_WORD, text)) > 3 and re.match(PROSE, text)
     if re.match(NO_ANSWER, text) or (prose and not boxed):
         return ""

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from grading.answers import FORMATS, TOO_LARGE, find_answer, last_boxed, reference_text
+from grading.answers import TOO_LARGE, find_answer, last_boxed, reference_text
 from grading.kinds import leaves, read
 from grading.rules import Judge
 
-MAX_ANSWER = 512  # characters; a longer boxed answer is wrong
+FORMATS = ("boxed", "line", "auto")
+MAX_ANSWER = 512  # characters; a longer answer is wrong
 START_SECONDS = 120.0  # for a worker's imports on a busy machine
 READ_SECONDS = 60.0  # for a reference, so that it can be read on slow machines too
 WORKER = Path(__file__).resolve().with_name("worker.py")

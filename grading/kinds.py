@@ -73,7 +73,7 @@ def closed(text: str) -> bool:
 # ------------------------------------------------------------------------------- numbers
 
 MIXED = r"(?<![\w.^}/])(\d+) ?\\frac\{(\d+)\}\{(\d*[1-9]\d*)\}(?![\d/.^])"  # 3\frac{1}{2}
-BASES = {"two": "2", "three": "3", "five": "5", "eight": "8"}
+BASES = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
 
 
 @dataclass
@@ -116,11 +116,14 @@ class BaseNumber(Kind):
     base: str
 
 
-@kind(r"\(?(\d+|[\da-fA-F]+(?=\)?_\{?1\d))\)?_\{?\(?(\d\d?|[a-z]{3,})\)?\}?")
+@kind(r"\(?(\d+|[\da-fA-F]+(?=\)?_\{?1\d))\)?_\{?\(?(?:base ?)?(\d\d?|[a-z]{3,})\)?\}?")
 def base_number(digits, base):
     r"""A number in a base: `101_2` is `(101)_{\text{two}}`, `101 \text{ (base 2)}`, not `101_3`;
-    `101_2` is `101`: the base may be left out; `AF_{16}` is `af_{16}`, not `FA_{16}`."""
-    return BaseNumber(digits.lower(), BASES.get(base, base))
+    `101_2` is `101`: the base may be left out; `AF_{16}` is `af_{16}`, not `FA_{16}`;
+    `143_6` is `143_{\text{six}}`, `143_{\text{base }6}`, not `143_7`."""
+    if base in BASES:
+        base = str(BASES.index(base))
+    return BaseNumber(digits.lower(), base)
 
 
 # ------------------------------------------------------------------------------- words
@@ -131,17 +134,23 @@ class Words(Kind):
     phrase: str
 
 
-@kind(r"(?:[\w ]+\\equiv)? *(-?\d{1,40}),? *\(? ?\\?[pb]?mod(?:ulo)?[ {]*([1-9]\d{0,40})[)} ]*")
+@kind(
+    r"(?:[A-Za-z](?:_\w)? *\\equiv)? *(-?\d{1,40}),? *"
+    r"\(? ?\\?[pb]?mod(?:ulo)?[ {]*([1-9]\d{0,40})[)} ]*"
+)
 def residue_class(residue, modulus):
     r"""A residue class: `x \equiv 3 \pmod 7` is `3 \pmod{7}`, `10 \bmod 7`, not `3`,
-    `4 \pmod 7`."""
-    return Words(f"{int(residue) % int(modulus)} mod {int(modulus)}")
+    `4 \pmod 7`, `2x \equiv 3 \pmod 7`."""
+    return Words(f"{int(residue) % int(modulus)} mod {modulus}")
 
 
-@kind(r"(?:(?i:option|choice|answer):? )*\(?([A-Z])(?:\)?|(?<=[A-J])[).:](?: (?!(?:or|and)\b).*)?)")
+@kind(
+    r"(?:(?i:option|choice|answer):? )*\(?([A-Z])"
+    r"(?:\)?|(?<=[A-J])[).:](?: (?!(?:or|and)\b|\(?[A-J]\)).*)?)"
+)
 def choice(letter):
     r"""A choice, perhaps with its text: `B` is `(B)`, `\textbf{(B)}\ 12`, `B: 12`, `Option B`, not
-    `C`, `b`, `B \text{ or } C`."""
+    `C`, `b`, `B \text{ or } C`, `(B) (C)`."""
     return Words(letter)
 
 
@@ -153,24 +162,25 @@ def choices(text):
         return Words("".join(letters))
 
 
-@kind(r"([01]?\d|2[0-3]):([0-5]\d)(?: ?([aApP])\.? ?[mM]\.?)?")
+@kind(r"([01]?\d|2[0-3])(?=\D)(?::([0-5]\d))?(?: ?([aApP])\.? ?[mM]\.?)?")
 def clock(hour, minute, half):
-    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`."""
+    r"""A time of day: `3:30 PM` is `3{:}30\text{ p.m.}`, `15:30`, not `3:30`, `3:30 AM`;
+    `5:00 PM` is `5 \text{ p.m.}`."""
     hours = int(hour)
     if half:
         hours = hours % 12 + 12 * (half in "pP")
     elif 0 < hours < 13:
         return Words(f"{hours}:{minute} in either half")
-    return Words(f"{hours}:{minute}")
+    return Words(f"{hours}:{minute or '00'}")
 
 
 # ------------------------------------------------------------------------------- quantities
 
 CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
-# cm; m, but not in m g h; %; ^\circ
+# cm; m, but not in m g h; %; 5', but not x'; ^\circ
 UNIT_BEGINS = (
     r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<!^[A-Za-z] )(?<! [A-Za-z] )(?<= )[A-Za-z](?![\w(])"
-    r"|[%€£₹元¥¢']|\^\\circ|\\[$%]"
+    r"|[%€£₹元¥¢]|(?<![A-Za-z])'|\^\\circ|\\[$%]"
 )
 
 
@@ -197,9 +207,13 @@ def money(sign, currency, amount):
 @kind(rf"(.+?)((?:{UNIT_BEGINS}).*)")
 def quantity(number, unit):
     r"""A number or expression with a unit: `1 km` is `1000 \text{ m}`, `1`, not `1 m`, `1 km^2`;
-    `5` is not `5 \text{ zorks}`; `50\%` is `0.5`, `50`, not `5`."""
+    `5` is not `5 \text{ zorks}`; `50\%` is `0.5`, `50`, not `5`; `17` is `17^{\text{th}}`;
+    `x + C` is `C + x`, not `x`, `x C`."""
     found = read_unit(unit)
-    if not found or re.search(r"\\(?:sin|cos|tan|cot)|\{[^}]*$", number):
+    # Not \sin 5 m; nor in braces: \frac{5 m}{2}; nor a letter that is added: x + C; nor a circle
+    if not found or re.search(
+        r"\\(?:sin|cos|tan|cot)|\{[^}]*$|(?:[-+*/]|\\cdot|\\times|^a) *$", number
+    ):
         return None
     multiple, size, powers = found
     value = parse(number.strip())
@@ -278,7 +292,8 @@ def list_of_items(text, brackets=""):
 @kind(r"[\[(]?\\begin\{([pb]?matrix|array)\}(?:\{[clr|]+\})?((?:(?!\\begin).)*)\\end\{\1\}[\])]?")
 def matrix(_, cells):
     r"""A matrix: `\begin{pmatrix}1&0\\0&1\end{pmatrix}` is `\begin{bmatrix}1&0\\0&1\end{bmatrix}`,
-    not `\begin{pmatrix}1&0\\1&0\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`."""
+    not `\begin{pmatrix}1&0\\1&0\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`,
+    `\begin{pmatrix}1\\[4pt]2\end{pmatrix}`."""
     rows = [line.replace("&", ",") for line in cells.split(r"\\") if line.strip()]
     return parse(f"(({'),('.join(rows)}))")  # a tuple of rows
 
@@ -312,6 +327,7 @@ def ratio(text):
 # ------------------------------------------------------------------------------- statements
 
 COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
+FALLING = (">", r"\ge")
 LETTER = r"(?:[A-Za-z]|\\(?:(?:var)?[a-z]?eta|alpha|gamma|delta|lambda|mu|omega|phi|rho|sigma|tau))"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
 # Area; x, a_1, f(3); (x, y); with a capital letter, but without an operator: P(A), |AB|, A:B
@@ -331,9 +347,12 @@ class Interval(Kind):
 
 @kind(rf"(.*?) *({COMPARISON}) *([^,;]*?)(?: *({COMPARISON}) *((?:(?!{COMPARISON}).)*))?")
 def inequality(first, sign, second, other, third):
-    r"""An inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`, not `[1,2]`, `1 \le x`;
-    `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`; `[-2,2]` is `|x| \le 2`, not `x \le 2`."""
-    falling = sign in (">", r"\ge")
+    r"""An inequality or a chain: `[1,2)` is `1 \le x < 2`, `x \in [1;2)`, not `[1,2]`, `1 \le x`,
+    `1 \le x > 2`; `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`; `[-2,2]` is `|x| \le 2`, not
+    `x \le 2`."""
+    falling = sign in FALLING
+    if other and falling != (other in FALLING):
+        return None
     if falling and other:
         first, sign, other, third = third, other, sign, first
     elif falling:
@@ -342,7 +361,7 @@ def inequality(first, sign, second, other, third):
         other, third = "<", r"\infty"
     elif not other:
         first, sign, second, other, third = r"-\infty", "<", first, sign, second
-    brackets = "(["["e" in sign] + ")]"["e" in other]
+    brackets = "(["["e" in sign] + ")]"["e" in other]  # square for \le and \ge
     return Interval(parse(first), parse(third), brackets, second)
 
 
@@ -373,7 +392,7 @@ def equation(text):
 
 # ------------------------------------------------------------------------------- all else
 
-# No word, but a product of letters
+# No word, but a product of letters: abc, xyz, mn, pqr; any two letters that are no word
 PRODUCT = (
     r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|[b-df-hj-np-tv-xz]{1,4}"
     r"|(?!(?i:no|on|so|up|we|or|to|at|by|of|in|is|if|as))[A-Za-z]{2}"
@@ -390,7 +409,8 @@ PHRASE = {
 @kind()
 def words(text):
     r"""A word or phrase: `Yes` is `\text{yes}`, `Yes, it is`, not `no`; `\text{no solution}` is
-    `\text{No solutions}`, `\emptyset`, not `no`; `\text{east}` is `East`, not `\text{seat}`."""
+    `\text{No solutions}`, `\emptyset`, not `no`; `\text{east}` is `East`, not `\text{seat}`;
+    `\text{circle}` is `\text{a circle}`, not `\text{two circles}`."""
     plain = re.sub(r"_\{[^{}]*\}|\\[A-Za-z]+|\^\{[^{}]*\}", " ", text)
     found = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
     if found or re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
@@ -398,7 +418,8 @@ def words(text):
 
 
 FOR_PARSER = {  # what the parser of math-verify reads otherwise
-    r"(?<=[A-Za-z])'+": "_{prime}",  # A' is not A
+    r"(?<=[A-Za-z])'('*)": r"_{prime\1}",  # A' is not A, f'' is not f'
+    r"\^(?:T|\{T\})": "^{(T)}",  # x^T is not x
     r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
     r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",
@@ -417,7 +438,7 @@ class Expression(Kind):
 def expression(text):
     r"""Everything else goes to math-verify: `2\sqrt{3}` is `\sqrt{12}`, not `3.464`; `-1` is `i^2`;
     `1+2i` is `2i + 1`, `1+2\mathrm{i}`, `(1+2i)`, not `1-2i`, `2+i`; `\sqrt3` is `2\sin 60^\circ`;
-    `7` is not `3+4`, which is not evaluated."""
+    `7` is not `3+4`, which is not evaluated; `x^T` is not `x`; `f''(x)` is not `f'(x)`."""
     return Expression(rewrite(text, FOR_PARSER))
 
 
@@ -425,11 +446,12 @@ def expression(text):
 
 AROUND = {  # what stands around an answer: a sentence, a condition
     r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*": r"\1",  # Yes, it is
-    r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",
-    r"^(?:[A-Za-z]{2,} )*[A-Za-z]{2,}: *(?=[-\d\\(])": "",  # Total: 40
-    r"^(?:[Tt]he )?(?:point|set|interval|vector) (?=[\d\\(\[])": "",
+    r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",  # the area is 40
+    # Sum: 40; the point (1, 2)
+    r"^(?:[A-Za-z]{2,} )*(?:[A-Za-z]{2,}:|point|set|interval|vector) *(?=[-\d\\(\[])": "",
+    # 2k, where k is an integer; 2k, k \in \mathbb{Z}
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
-    r"^\w{1,9} *\\in(?![a-z])": "",
+    r"^\w{1,9} *\\in(?![a-z])": "",  # x \in [1,2]
     r"^ *(?:\\mathbb\{R\}|all real(?: number)?s?)$": r"(-\\infty,\\infty)",
     r"^\|(\w)\| *(<|\\le) *(\S+)$": r"-\3 \2 \1 \2 \3",
     r"^(?i:no (?:real |integer )?(?:solution|root)s?(?: exists?)?|(?:the )?empty set)$": r"\\{\\}",
@@ -443,7 +465,7 @@ def parse(text: str) -> Kind:
         match = pattern.fullmatch(text)
         found = match and function(*match.groups(""))
         if found:
-            found.text = found.text or text
+            found.text = found.text or text  # the inner text of (x+1)
             return found
 
 

@@ -7,7 +7,7 @@ import functools
 import re
 import unicodedata
 
-# The names of commands, and what they become
+# The names of commands, and what they become; ~ is a space, \math and \text are removed below
 COMMANDS = r"""dfrac tfrac cfrac -> \frac, dbinom tbinom -> \binom, leq leqslant -> \le,
 geq geqslant -> \ge, neq -> \ne, sim -> \approx, backslash -> \setminus, tg -> \tan,
 ctg cotg -> \cot, lg -> \log_{10}, cdots dots dotsc -> \ldots, langle -> (, rangle -> ),
@@ -23,22 +23,23 @@ left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits n
 COMMAND = {}
 for names, command in re.findall(r"([\w\s]+) -> ?([^,]*)", COMMANDS):
     COMMAND.update(dict.fromkeys(names.split(), command))
-CHARACTERS = r"""∞ \infty · \cdot ⋅ \cdot × \times ÷ \div ≈ \approx ± \pm ≤ \le ≥ \ge ≠ \ne
-≡ \equiv ∪ \cup ∈ \in ∅ \emptyset π \pi θ \theta ℝ \mathbb{R} ° ^\circ"""
-CHARACTER = {ord(key): f"{value} " for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
+CHARACTERS = r"""∞ \infty~ · \cdot~ ⋅ \cdot~ × \times~ ÷ \div~ ≈ \approx~ ± \pm~ ≤ \le~ ≥ \ge~
+≠ \ne~ ≡ \equiv~ ∪ \cup~ ∈ \in~ ∅ \emptyset~ π \pi~ θ \theta~ ℝ \mathbb{R}~ ° ^\circ~ − - – -
+′ ' ’ '"""
+CHARACTER = {ord(key): value for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
 UNICODE = {
     "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
     r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
 }
-FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|sqrt|pi|infty"
+FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
 # In this order. No pattern repeats a group that itself repeats the same characters, so each takes
 # linear time.
 LATEX = {
     r"(?<!\\)\$|~": " ",
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
-    r"\\operatorname *\{(c?tg)\}": r"\\\1",
     r"\\!(?: |\\,)*|\\checkmark|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
+    r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]": "",  # \\[4pt] between the rows of a matrix
     r"\\(?:begin|end) *\{(?:cases|aligned|align\*?|gathered)\}|&(?==)": "",
     r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
 }
@@ -52,15 +53,14 @@ BRACES = {
     r"\\log_(\w)": r"\\log_{\1}",
     r"\^ *\{? *\\circ(?![a-z]) *\}?": r"^\\circ ",
     r"\{([,:])\}": r"\1",  # 1{,}234
-    r"^\{([^{}]*)\}$|(?<![\\\w^_}\]])\{([^{}]*)\}": r"\1\2",  # {3}\sqrt{2}
+    # {3}\sqrt{2}, 17^{th}
+    r"^\{([^{}]*)\}$|(?<![\\\w^_}\]])\{([^{}]*)\}|(?<=\d)\^\{ *(th|st|nd|rd) *\}": r"\1\2\3",
     r" +(?=[_^}\])])|(?<=[_^{(\[]) +": "",
 }
 PLAIN = {
-    "[−–]": "-",
     r"(?<![\\\w])[Ii]nfinity\b": r"\\infty",
-    "[′’]": "'",
-    r"(?<=\d) squared$": "^2",
-    r"(?<=\d) cubed$": "^3",
+    r"(?<=\w) squared\b": "^2",  # 3 squared, metres squared
+    r"(?<=\w) cubed\b": "^3",
     r"(?<=\d) and (?=\\frac)": " ",  # 3 and 1/2
     r"(?<![\d/.])(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",  # 3 1/2
     r"\.\.\.": r"\\ldots",

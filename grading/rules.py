@@ -22,9 +22,11 @@ from grading.kinds import (
     Quantity,
 )  # fmt: skip
 
-# Operations that are left to do, so that an answer is not yet a number
+# Operations that are left to do, so that an answer is not yet a number: 3+4, 7!, 6 \cdot 3. A sum
+# before a closing brace is not, as in 2^{n-1} and \frac{1+5}{2}.
 OPERATION = (
-    r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
+    r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]"
+    r"|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
 )
 
 
@@ -70,6 +72,7 @@ def same_expression(judge, reference, answer):
 
 
 def same_quantity(judge, a, b):
+    """The same amount of the same base units: `1 km` is `1000 m`."""
     if a.powers != b.powers:
         return False
     if a.size == b.size:
@@ -85,6 +88,7 @@ def without_unit(judge, quantity, plain):
 
 
 def without_base(judge, a, b):
+    """The base may be left out: `101_2` is `101`."""
     return b.text.lower() == a.digits
 
 
@@ -127,6 +131,7 @@ def same_interval(judge, a, b):
 
 
 def interval_and_pair(judge, a, b):
+    """`(1,2)` is a point or `1<x<2`."""
     return len(b.items) == 2 and same_interval(judge, a, Interval(*b.items, b.brackets))
 
 
@@ -142,6 +147,7 @@ def same_equation(judge, a, b):
 
 
 def named_value(judge, a, b):
+    """The name may be left out: `x=3` is `3`."""
     return bool(a.name) and judge.equal(a.right, b)
 
 

@@ -26,7 +26,8 @@ UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0
 |quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
 |ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
 |belowzero -1 #|hundredth 1/100 #|thousandth 1/1000 #
-|different more distinct possible total unique whole extra of in all each real integer 1 #"""
+|different more distinct possible total unique whole extra of in all each real integer 1 #
+|st nd rd th 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
 pen pencil marble ball card coin ticket toy box bag bottle stamp sticker shirt flower tree cat dog
@@ -48,8 +49,6 @@ SPELLINGS = {
     r"\bbelow zero$": "belowzero",
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
-    r"(?<=[a-z]) squared": "^2",
-    r"(?<=[a-z]) cubed": "^3",
     r"\^\\circ|°": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",
@@ -82,7 +81,9 @@ def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
         unit = factor and (UNIT.get(factor[2]) or UNIT.get(factor[2].lower()))
         if not unit:
             return None
-        power = int(factor[3] or 1) * (-1) ** bool(factor[1])
+        power = int(factor[3] or 1)
+        if factor[1]:
+            power = -power
         if unit[1] == "#":
             multiple *= unit[0]
         else:

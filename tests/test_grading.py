@@ -22,7 +22,7 @@ from graders import LATEX, make_pairs
 
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
-from grading.answers import plain_number
+from grading.answers import find_answer, plain_number, reference_text
 from grading.grader import Worker
 from grading.kinds import read
 
@@ -163,6 +163,17 @@ def test_last_boxed_of_hostile_sizes() -> None:
     assert last_boxed(r"\boxed{" * 10**5 + "1" + "}" * 10**5) == "1"
     assert last_boxed("\\" * 10**6 + r"boxed{1}" + "}" * 10**6) == "1"
     assert last_boxed(r"\boxed" + " " * 10**6) is None
+
+
+@pytest.mark.parametrize("part", ["\n", "*\n", " \n", "-", "#", "Answer: ", "Answer: a ", "word"])
+def test_answer_lines_of_hostile_sizes(part: str) -> None:
+    """The time is linear: such a response takes milliseconds, and a reference too."""
+    text = f"x{part * 10**5} "
+    start = time.perf_counter()
+    find_answer(text, "line")
+    find_answer(f"Answer: 7{' ' * 10**5}8", "line")
+    reference_text(text)
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize(
