@@ -52,15 +52,11 @@ class RunArgs:
 
     # Model and problems
     model: str = "tiny"  # folder or hub name of a causal language model
-    dataset: str = (
-        "tiny/train.jsonl"  # file, folder or hub name[:config][@split]; default split: train
-    )
-    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named in the same way; split: test
+    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split], by default train
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named alike, by default test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = (
-        "any"  # of a list of answers one is enough, or all are needed
-    )
+    references: Literal["any", "all"] = "any"  # of several answers one is enough, or all are needed
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -79,9 +75,7 @@ class RunArgs:
     overlong_buffer: int = 0  # B: the reward falls by up to 1/2 over the last B tokens (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = (
-        0.0  # stop above this mean engine-trainer gap, nats; 0: 1e-4 (CPU float32), 0.2
-    )
+    max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation

@@ -78,8 +78,8 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G], above 0 if so; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1],
-    weighs the verdict; alpha2 entropy / its mean, in wrong rollouts 1 / entropy over its mean.
+    correct: [P, G] verdicts; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
+    the verdict. alpha2 weighs x / mean(x), x being entropy, in wrong rollouts 1 / entropy.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
@@ -101,8 +101,8 @@ def gtpo_advantages(
     *,
     alpha1: Tensor | float = 1.0,
     alpha2: float = 0.1,
-    normalize: str = "with-zeros",
-    scope: str = "group",
+    normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros",
+    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
@@ -135,7 +135,7 @@ def grpo_s_advantages(
     *,
     beta1: Tensor | float = 1.0,
     beta2: float = 0.1,
-    scope: str = "group",
+    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GRPO-S's advantage of each rollout, [P, G]: GTPO's, with each rollout as a single token."""
@@ -264,7 +264,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # One forward pass with gradients per micro-batch. It may train a part of a group.
+                # A forward pass with gradients. A micro-batch may train only a part of a group.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -286,7 +286,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
+                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

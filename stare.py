@@ -204,7 +204,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # One forward pass with gradients per micro-batch. It may train a part of a group.
+                # A forward pass with gradients. A micro-batch may train only a part of a group.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -224,7 +224,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored, no weight has changed
+                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -304,10 +304,8 @@ def versus(rows: pd.DataFrame, baseline: pd.DataFrame) -> str:
     differences = (rows.accuracy - baseline.accuracy).dropna()  # of the seeds that both have
     if rows is baseline or len(differences) < 2:
         return ""
-    center, reach = (
-        statistics.mean(differences),
-        T_QUANTILE[len(differences) - 2] * differences.sem(),
-    )
+    center = statistics.mean(differences)
+    reach = T_QUANTILE[len(differences) - 2] * differences.sem()
     text = f"{center:+.3f} [{center - reach:+.3f}, {center + reach:+.3f}]"
     return text.replace("-", "−")
 
@@ -505,6 +503,9 @@ def check(args: Args) -> list[str]:
     shared.require_at_least(args, seeds=1, steps=1, prompts=1, jobs=1)
     most = len(T_QUANTILE) + 1
     require(args.seeds <= most, "--seeds", args.seeds, f"must be at most {most}")
+    for rate in args.rates:
+        is_rate = re.fullmatch(r"\d*\.?\d+(e-?\d+)?", rate) is not None
+        require(is_rate, "--rates", rate, "is not a learning rate")
     has_model = args.write or (ROOT / TASKS[args.task].model / "train.jsonl").exists()
     require(has_model, "--task", args.task, "needs its model: python benchmark/real.py --make")
     return shared.parse_names("--only", args.only, METHODS)

@@ -6,8 +6,8 @@
 #   enable_gqa=True. If the prompts differ in length, padding needs a mask, and each step of each
 #   layer first repeats all cached keys and values to 8 heads. The tokens are the same.
 # Expected: enable_gqa=True with a mask, which torch supports on a CPU with equal results.
-# Consequence: rollouts of a batch with padding move as many times more memory as there are query
-#   heads per key-value head, 3 in SmolLM2-135M, 7 in Qwen2.5-0.5B.
+# Consequence: each decoding step of a batch with padding copies its KV cache, once for each query
+#   head of a key-value head: 3 times in SmolLM2-135M, 7 times in Qwen2.5-0.5B.
 # Versions: transformers 5.19.0, torch 2.13.0 (CPU), Python 3.11.
 # Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa, which needs attention_mask
 #   None except on XPU and MPS.

@@ -48,7 +48,8 @@ def texts(path: Path, name: str) -> dict[str, str]:
             comment = lines[field.end_lineno - 1].partition("  # ")[2]
             if not comment and isinstance(after, ast.Expr):
                 comment = after.value.value
-            found[field.target.id] = comment or lines[field.lineno - 2].partition("# ")[2]
+            above = lines[field.lineno - 2].strip()
+            found[field.target.id] = comment or (above[2:] if above.startswith("# ") else "")
     return found
 
 

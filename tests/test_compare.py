@@ -117,8 +117,8 @@ def flags_of(method: str, args: Args) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", compare.METHODS)
-def test_flags_of_a_run(method: str):
-    sums, needle = Args(prompts=2), Args(task="needle", runs=Path("r"))
+def test_flags_of_a_run(method: str, tmp_path: Path):
+    sums, needle = Args(prompts=2, runs=tmp_path), Args(task="needle", runs=tmp_path)
     flags = flags_of(method, sums)
     assert flags["--prompts-per-step"] == "2" and flags["--max-new-tokens"] == "64"
     resamples = "--dynamic-sampling" in compare.METHODS[method]
@@ -174,6 +174,15 @@ def test_a_task_without_its_model_is_rejected(
         compare.check(Args(task="real"))
     message = "error: --task real: needs its model: python benchmark/real.py --make\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("rate", ["x", "1e", "-1e-4", "nan"])
+def test_what_is_no_learning_rate_is_rejected(rate, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.check(Args(rates=("1e-4", rate)))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: --rates {rate}: is not a learning rate\n"
+    compare.check(Args(rates=("1e-4", "0.001", "2")))
 
 
 # ------------------------------------------------------------------------------- what is kept

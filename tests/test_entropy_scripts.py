@@ -40,6 +40,7 @@ def test_progress_is_exactly_zero_until_the_policy_has_moved(record, script, lor
     assert metrics[1]["kl_to_reference"] == 0
     assert metrics[1]["credit/progress"] == 0
     assert metrics[1]["credit/outcome"] > 0.1
+    assert metrics[2]["credit/progress"] > 0.1
     assert metrics[3]["credit/progress"] > 0.01
 
 

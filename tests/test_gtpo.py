@@ -1,5 +1,7 @@
 """GTPO's and GRPO-S's advantages: docs/gtpo.md, by hand, token by token, and at the edges."""
 
+from types import SimpleNamespace
+
 import pytest
 import slow
 import torch
@@ -16,6 +18,7 @@ from gtpo import (
     overlong_punishment,
     rollout_logp,
     shaped_rewards,
+    token_advantages,
 )
 
 NORMALIZATIONS = ["with-zeros", "own-set", "joint"]
@@ -293,3 +296,22 @@ def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising
 def test_grpo_s_is_averaged_over_rollouts():
     assert Args(level="sequence").loss_average == "sequence"
     assert Args(level="sequence", loss_average="sequence").loss_average == "sequence"
+
+
+@pytest.mark.parametrize(("majority", "alpha1"), [("correct", 0.75), ("wrong", 1.25)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_long_rollout_of_the_majority_loses_whatever_its_verdict(level, majority, alpha1):
+    """Lengths 3, 1, 1, 1: the limit is (1 + 3) / 2 = 2, the first is punished by (2 - 3) / 4."""
+    mask = torch.tensor([[[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]]]).bool()
+    entropy = (0.1 + torch.arange(12.0).view(1, 4, 3) / 10) * mask
+    correct = torch.tensor([[1.0, 1, 1, 0]] if majority == "correct" else [[0.0, 0, 0, 1]])
+    rollouts = SimpleNamespace(correct=correct, entropy=entropy, mask=mask)
+    weights = torch.tensor([[alpha1, 1.0, 1.0, 1.0]])[..., None]
+    if level == "token":
+        expected = gtpo_advantages(correct, entropy, mask, alpha1=weights)
+    else:
+        expected = grpo_s_advantages(correct, entropy, mask, beta1=weights)[..., None] * mask
+    args = Args(level=level, overlong_gamma=1.0)
+    torch.testing.assert_close(token_advantages(rollouts, args), expected)
+    without = token_advantages(rollouts, Args(level=level))
+    assert token_advantages(rollouts, args)[0, 0, 0] < without[0, 0, 0]

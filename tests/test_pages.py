@@ -1,5 +1,6 @@
 """docs/: the index, the pages' sections and results, the figures, the page of metrics."""
 
+import importlib
 import re
 
 import compare
@@ -103,6 +104,31 @@ def results_of(method: str) -> list[str]:
         measures = policy["methods"].get(method)
         cells.append(f"{measures['cosine']['value']:.2f}" if measures else "")
     return cells
+
+
+@pytest.mark.parametrize("page", equations.PAGES)
+def test_a_method_page_gives_the_defaults_of_its_script(page):
+    defaults = importlib.import_module(page).Args()
+    table = r"^\| flag \| default \|.*\n\|[-|]+\n((?:\|.*\n)+)"
+    for line in re.search(table, method_page(page), re.MULTILINE)[1].splitlines():
+        flags, shown = line.split("|")[1:3]
+        if "not a flag" in shown:
+            continue
+        names = re.findall("`--([a-z0-9-]+)`", flags)
+        values = [part.split()[0].strip("`").replace("−", "-") for part in shown.split(",")]
+        for name, value in zip(names, values, strict=True):
+            default = getattr(defaults, name.replace("-", "_"))
+            if isinstance(default, bool):
+                value = {"on": True, "off": False}[value]
+            assert type(default)(value) == default, name
+
+
+def test_fipo_is_compared_with_dapo_of_as_many_updates():
+    text = " ".join((DOCS / "fipo.md").read_text(encoding="utf-8").split())
+    found = re.search(r"FIPO minus DAPO with four updates is (.+?) on the sums and (.+?) on", text)
+    for shown, name in zip(found.groups(), ("compare", "compare-needle"), strict=True):
+        runs = compare.at_selected_rates(RESULTS[name])
+        assert shown == compare.versus(runs["FIPO"], runs["DAPO with 4 updates"])
 
 
 @pytest.mark.parametrize("page", equations.PAGES)

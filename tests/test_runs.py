@@ -653,6 +653,12 @@ def test_warnings(name, bad, good, warning, small_run, capsys):
     assert error.count("warning: ") == error.count(f"warning: {warning}") == 1
 
 
+def test_answers_on_a_line_need_no_box(small_run, capsys):
+    small = small_run(steps=9, save_every=0, answer_format="line")
+    small.train(9, boxed=0.0)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_gap_above_rounding_is_reported_at_each_step(small_run, capsys):
     small = small_run(steps=9, save_every=0)
     small.train(2, **{"logp_gap/mean": 0.05})

@@ -258,19 +258,21 @@ def test_a_run_takes_the_policy_gradient_of_its_advantages(record, monkeypatch):
     counts = (steps.amax(-1) + 1).flatten().tolist()  # of steps
     assert len(set(counts)) > 1
 
-    advantages = []
+    advantages, befores = [], []
     for p, group in enumerate(recording.groups[0]):
         for g, reward in enumerate(group.correct):
             of_tokens = steps[p, g, : len(group.tokens[g])].tolist()
             before = values[p, g, : of_tokens[-1] + 1].tolist()
             gains = [after - value for value, after in pairwise([*before, reward])]
             advantages.append(torch.tensor([gains[step] for step in of_tokens]))
+            befores.append([before[step] for step in of_tokens])
     flat = torch.cat(advantages)
     loss = 0.0
     for number, row in enumerate(advantages):
         z_scores = (row - flat.mean()) / flat.std()
         logged = recording.lines[number]["advantage"]
         assert logged == pytest.approx(z_scores.tolist(), abs=1e-4)
+        assert recording.lines[number]["value"] == pytest.approx(befores[number])
         logp = plain_logp(update.policy, rollouts, *divmod(number, 4))
         loss = loss - (z_scores * logp).sum() / len(flat)
     assert_same_gradient(update.gradient, gradient_of(loss, update.policy), 1e-3)
