@@ -1,9 +1,10 @@
 r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
-A response's GRPO advantage is distributed over its tokens, in proportion to how far the LoRA
-adapter has moved the hidden state that predicts each of them. --credit selects the signals that
-the paper compares with. Plain policy gradient, without ratio, clip and KL. Comments with Eq. name
-rows of docs/arca.md. [paper]: the paper; [code]: the authors' code; [open]: our choice.
+A response's GRPO advantage is distributed over its tokens, in proportion to a power of the distance
+by which the LoRA adapter has moved the hidden state that predicts each of them. --credit selects
+another signal that the paper compares. Plain policy gradient, without ratio, clip and KL.
+Comments "Eq. ..." refer to rows of docs/arca.md. [paper]: the paper; [code]: the authors' code;
+[open]: our choice.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
@@ -30,27 +31,27 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     credit: Literal["uniform", "surprisal", "entropy", "divergence", "arca"] = "arca"
-    """the signal that a token's credit is proportional to: none, -log π, the fall in entropy to the
-    next token, |log π - log π_ref|, or how far the adapter moves the hidden state"""
+    """the signal that determines a token's credit: none, -log π, the fall in entropy to the next
+    token, |log π - log π_ref|, or how far the adapter moves the hidden state"""
     sharpening: float = 2.0
     """power of the signal before it is normalised (paper: 1; released code: 2)"""
     lora_rank: int = 64
     """train LoRA adapters of this rank (paper: 4, 16, 64)"""
-    loss_average: ClassVar[str] = "sequence"
+    loss_average: ClassVar[str] = "sequence"  # ClassVar: not a flag
     updates_per_rollout: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         why = "ARCA compares the model with and without LoRA"
         common.require(self.lora_rank > 0, "--lora-rank", self.lora_rank, why)
-        used = self.credit != "uniform" or self.sharpening == Args.sharpening
-        common.require(used, "--sharpening", self.sharpening, "has no effect with --credit uniform")
+        if self.credit == "uniform" and self.sharpening != Args.sharpening:
+            common.reject("--sharpening", self.sharpening, "has no effect with --credit uniform")
 
     # </method>
 
@@ -63,7 +64,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -85,8 +86,8 @@ def credit_weights(
     log_power = log_power.masked_fill(~mask, -math.inf)
     # softmax(log x) is x / Σ x, and cannot overflow.
     weights = log_power.softmax(-1)  # Eq. weight [paper]
-    moved = log_power.logsumexp(-1, keepdim=True) > math.log(1e-8)
-    return torch.where(moved, weights, uniform)  # Eq. uniform fallback [code]
+    enough = log_power.logsumexp(-1, keepdim=True) > math.log(1e-8)
+    return torch.where(enough, weights, uniform)  # Eq. uniform fallback [code]
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def arca_weights(
     sharpening: float = 2.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """`credit_weights` of the residual norm: two [N, T, D] -> [N, T]."""
+    """`credit_weights` of the residual norm, for other projects: two [N, T, D] -> [N, T]."""
     norm = residual_norm(adapted_hidden, base_hidden)
     return credit_weights(norm, mask, sharpening=sharpening, eps=eps)
 
@@ -191,7 +192,7 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     base = common.Reference(policy, args)  # the policy with its adapters off
-    reference = base if args.credit == "divergence" else None
+    reference = base if args.credit == "divergence" else None  # needs its log-probabilities
     # </method>
 
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -220,7 +221,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -232,8 +233,8 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -241,7 +242,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -262,7 +263,7 @@ def main(args: Args) -> None:
                             hidden = None if args.lora_dropout else batch.hidden
                             norms = residuals(policy, base, rollouts, batch.index, args, hidden)
                             signal = torch.zeros_like(batch.old_logp)
-                            signal = signal.masked_scatter(batch.trained, norms)
+                            signal = signal.masked_scatter(batch.trained, norms)  # in its order
                     credit = credit_weights(signal, batch.mask, sharpening=args.sharpening)
                     per_token.add(batch, credit=credit)
                     # The loss is averaged over each response: its length cancels.
@@ -276,7 +277,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -53,10 +53,10 @@ class RunArgs:
     # Model and problems
     model: str = "tiny"  # folder or hub name of a causal language model
     dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split], by default train
-    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, named alike, by default test
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, in the same form, by default test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # of several answers one is enough, or all are needed
+    references: Literal["any", "all"] = "any"  # all: several reference answers are joined into one
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -71,11 +71,11 @@ class RunArgs:
     temperature: float = 1.0  # logits are divided by it, in sampling and in scoring
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response, in addition to the model's own
     dynamic_sampling: bool = False  # replace groups with equal verdicts by new ones (DAPO)
-    generation_rounds: int = 10  # most rounds of rollouts per step under --dynamic-sampling
-    overlong_buffer: int = 0  # B: the reward falls by up to 1/2 over the last B tokens (DAPO)
+    generation_rounds: int = 10  # maximum rounds of rollouts per step with --dynamic-sampling
+    overlong_buffer: int = 0  # B: the reward falls by up to 1/2 in the last B tokens allowed (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # largest mean engine-trainer gap, nats; 0: 1e-4 (CPU float32) or 0.2
+    max_logp_gap: float = 0.0  # stop if engine and trainer differ more; 0: 0.2 (CPU float32: 1e-4)
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -89,7 +89,7 @@ class RunArgs:
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
     lora_alpha: int = 0  # adapters are scaled by alpha / rank; 0: twice the rank
     lora_dropout: float = 0.0  # dropout of the adapters' inputs
-    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens of a micro-batch
+    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # limit of a micro-batch
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; auto: bfloat16 on CUDA
@@ -287,16 +287,17 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 
     Returns [tokens, D], in the order of `rollouts.mask[index]`.
     """
+    scoring = not torch.is_grad_enabled()
     was_training = model.training
-    model.train(torch.is_grad_enabled())  # no dropout in scoring
+    model.train(not scoring)  # dropout only in the update
     prompts = [problem.prompt for problem in rollouts.problems]
     tokens, mask = rollouts.tokens[index], rollouts.mask[index]
     can_share = can_share_prompts(model, args)
     with autocast(args):
         states = response_states(model, prompts, index[0], tokens, mask, can_share)
-    # With gradients the model stays in train mode: under checkpointing, backward() repeats the
-    # forward pass, with the same dropout.
-    if not torch.is_grad_enabled():
+    # The update stays in train mode: under checkpointing, backward() repeats the forward pass, with
+    # the same dropout.
+    if scoring:
         model.train(was_training)
     return states
 
@@ -317,12 +318,11 @@ def head_logp(
 ) -> tuple[Tensor, Tensor]:
     """`token_logp` from hidden states, [tokens, D]."""
     mask = rollouts.mask[index]
-    # logits = logit_scale / temperature x soft cap of (hidden @ weight.T)
     weight, logit_scale, soft_cap = lm_head(model)
-    logit_scale /= args.temperature
+    scale = logit_scale / args.temperature  # logits = scale x soft cap of (hidden @ weight.T)
     targets = rollouts.tokens[index][mask]
     hidden = hidden.to(precision(args))
-    logp, entropy = HeadLogp.apply(hidden, weight, targets, logit_scale, soft_cap)
+    logp, entropy = HeadLogp.apply(hidden, weight, targets, scale, soft_cap)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
@@ -354,14 +354,16 @@ def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> 
     """Whether the rollouts need a forward pass of their own before the update.
 
     They do if a step has several updates, because the policy then moves between them; with LoRA
-    dropout; and if a group exceeds a micro-batch, because its advantages need all its rollouts.
+    dropout, because scoring is without it; and if a group exceeds a micro-batch, because its
+    advantages need all its rollouts.
     """
     if args.updates_per_rollout > 1 or args.lora_dropout:
         return True
     everything, group_size = torch.arange(len(rollouts.problems)), rollouts.mask.shape[1]
     can_share = can_share_prompts(policy, args)
     batches = micro_batches(rollouts, args.token_budget, everything, can_share)
-    return any(len(problems) % group_size for problems, _ in batches)  # holds a part of a group
+    # A batch holds whole groups, or a part of one.
+    return any(len(problem_of_row) % group_size for problem_of_row, _ in batches)
 
 
 @dataclass
@@ -392,9 +394,9 @@ def scored_micro_batches(
     problems: Tensor,
     args: RunArgs,
 ) -> Iterator[MicroBatch]:
-    """One forward pass of the policy, with gradients, over each micro-batch of some problems, [P'].
+    """The micro-batches of some problems, [P'] indices, each after a forward pass of the policy.
 
-    If the rollouts are not scored, this pass scores them: see `needs_scoring_pass`.
+    The pass has gradients. It also scores the rollouts unless `needs_scoring_pass` held for them.
     """
     scored = rollouts.old_logp is not None
     if not scored:
@@ -413,20 +415,20 @@ def scored_micro_batches(
             rollouts.old_logp[index] = logp.detach()
             rollouts.entropy[index] = entropy
 
-        p = index[0].unique()
+        chosen = index[0].unique()  # [p], the problems of this batch
         trained = torch.zeros_like(rollouts.mask)
         trained[index] = rollouts.mask[index]
         # Rollouts of these groups that this batch does not train keep old_logp.
         all_logp = rollouts.old_logp.index_put(index, logp)
         yield MicroBatch(
-            problems=p,
-            mask=rollouts.mask[p],
-            logp=all_logp[p],
-            old_logp=rollouts.old_logp[p],
-            entropy=rollouts.entropy[p],
-            ref_logp=rollouts.ref_logp[p] if reference else None,
-            engine_logp=rollouts.engine_logp[p],
-            trained=trained[p],
+            problems=chosen,
+            mask=rollouts.mask[chosen],
+            logp=all_logp[chosen],
+            old_logp=rollouts.old_logp[chosen],
+            entropy=rollouts.entropy[chosen],
+            ref_logp=rollouts.ref_logp[chosen] if reference else None,
+            engine_logp=rollouts.engine_logp[chosen],
+            trained=trained[chosen],
             index=index,
             hidden=hidden.detach(),
         )
@@ -446,7 +448,7 @@ def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
     maximum = gap.max().item() if len(gap) else math.nan
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
-    if math.isnan(mean) or mean > allowed:
+    if math.isnan(mean) or mean > allowed:  # NaN: the engine sampled no token
         raise StopRun(
             f"engine and trainer differ by {mean:.2g} nats per token on average and {maximum:.2g} "
             f"at most, more than --max-logp-gap {allowed:g}"

@@ -3,12 +3,13 @@ r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 
 grpo.py with a KL penalty, and with another advantage: outcome + progress, for each token.
 - Outcome: gate x GRPO's advantage. The gate is the sigmoid of γ x the z-score of the token's
   entropy in its group.
-- Progress: η x the z-score, over the group's tokens in the same bucket, of log π - log π_ref of the
-  sampled token, which is negated in rollouts with a negative advantage. Bucket k holds the tokens
-  at which the running sum of the rollout's entropy is between k/K and (k+1)/K of its total.
+- Progress: η x the z-score of a signal over the group's tokens in the same bucket. The signal is
+  the sampled token's log π_old - log π_ref, negated in rollouts with a negative advantage. Bucket k
+  holds the tokens at which the running sum of the rollout's entropy is between k/K and (k+1)/K of
+  its total.
 In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy: there the
-log-ratio is negated if the rewards are below θ.
-Comments with Eq. name rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
+signal is negated if the rewards are below θ.
+Comments "Eq. ..." refer to rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python ep_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -34,17 +35,17 @@ from common import standardize
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     gamma: float = 5.0
-    """γ: steepness of the entropy gate (paper: 5); 0: a gate of 1/2, half the outcome"""
+    """γ: steepness of the entropy gate (paper: 5); 0: the gate is 1/2"""
     eta: float = 0.2
     """η: weight of progress (paper: 0.2); 0: only the outcome"""
     buckets: int = 10
     """K: entropy buckets in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: in a group of equal rewards progress has the sign of the reward - θ (paper: 0.5)"""
+    """θ: in a group of equal rewards the log-ratio is negated if reward < θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -56,7 +57,7 @@ class Args(common.RunArgs):
     """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         common.require(self.buckets > 0, "--buckets", self.buckets, "must be above 0")
 
     # </method>
@@ -70,7 +71,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -95,8 +96,8 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     running = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = running[..., -1:].clamp(min=torch.finfo(running.dtype).tiny)  # all entropies may be 0
     position = buckets * running / total  # K τ  # Eq. 23 [paper]
-    # Upper bound: τ = 1. Lower bound: rounding can make an entropy slightly negative.
-    return position.clamp(0, buckets - 1).long()  # Eq. last bucket [open]
+    # τ = 1 belongs to the last bucket. Rounding can make an entropy, and so τ, negative.
+    return position.clamp(0, buckets - 1).long()  # Eq. 23, last bucket [open]
 
 
 @torch.no_grad()
@@ -115,11 +116,11 @@ def ep_grpo_advantages(
 ) -> Tensor:
     """Outcome plus progress of each token: [P, G, T], 0 outside the mask.
 
-    rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled, no
-    gradient; ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ.
-    It cancels in the standardisation, up to eps, so it is not a setting here.
+    rewards: [P, G]; the others [P, G, T]. entropy (nats) and logp are of the policy that sampled,
+    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ. It cancels
+    in the standardisation, up to eps, so it is not a setting here.
     Progress has mean 0 in each bucket of a group. It is 0 in a bucket with one token or with equal
-    signals [open].
+    signed log-ratios [open].
     """
     advantages = grpo_advantages(rewards, eps=eps)  # [P, G]
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]
@@ -198,7 +199,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -210,8 +211,8 @@ def main(args: Args) -> None:
         # Computed in the update: before it, log-probabilities and entropies may not exist.
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -219,7 +220,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -238,7 +239,7 @@ def main(args: Args) -> None:
                         buckets=args.buckets,
                         reward_threshold=args.reward_threshold,
                     )
-                    # The two terms of the advantage, for the log.
+                    # For the log: the outcome again, and progress as the rest of the advantage.
                     gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
                     outcome = gate * grpo_advantages(group_rewards)[..., None]
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)
@@ -253,7 +254,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -1,12 +1,12 @@
 r"""ERPO: Token-Level Entropy-Regulated Policy Optimization (arXiv 2603.28204).
 
-grpo.py, except that each token's advantage is GRPO's plus eta x progress, as a z-score over the
-group's tokens.
-- Progress: log π - log π_ref of the sampled token, as a z-score over the group's tokens in the same
-  bucket of relative position, negated if the rollout's advantage is negative, times the gate,
+grpo.py, except that each token's advantage is GRPO's plus eta x progress, and this sum is then
+standardised over the group's tokens.
+- Progress: log π_old - log π_ref of the sampled token, as a z-score over the group's tokens in the
+  same bucket of relative position, negated if the rollout's advantage is negative, times the gate,
   rescaled to a standard deviation of 1.
 - Gate: the sigmoid of the z-score of the token's entropy in its group.
-Comments with Eq. name rows of docs/erpo.md; lines are those of the paper's Algorithm 1.
+Comments "Eq. ..." refer to rows of docs/erpo.md; lines are those of the paper's Algorithm 1.
 [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python erpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
@@ -33,7 +33,7 @@ from common import group_moments, standardize
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     gamma: float = 5.0
@@ -55,7 +55,7 @@ class Args(common.RunArgs):
     """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         common.require(self.buckets > 0, "--buckets", self.buckets, "must be above 0")
         sigma = self.sigma_target
         common.require(sigma > 0, "--sigma-target", sigma, "must be above 0")
@@ -71,7 +71,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -86,7 +86,7 @@ def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: floa
 def position_buckets(mask: Tensor, buckets: int) -> Tensor:
     """Each token's bucket, 0 ... buckets - 1, by its relative position: [P, G, T].
 
-    In a rollout of 3 tokens, 2 buckets hold the tokens [0, 0, 1].
+    With 2 buckets, the tokens of a rollout of length 3 are in the buckets [0, 0, 1].
     """
     position = torch.arange(mask.shape[-1], device=mask.device)  # from 0 [open]
     length = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -190,7 +190,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -202,8 +202,8 @@ def main(args: Args) -> None:
         # Computed in the update: before it, log-probabilities and entropies may not exist.
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -211,7 +211,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -245,7 +245,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -3,8 +3,9 @@ r"""FIPO: Future-KL Influenced Policy Optimization (arXiv 2603.19835).
 grpo.py with DAPO's clip, except that each advantage is multiplied by a weight near 1. The weight is
 exp(F), clipped, where F sums how far earlier updates of the step have raised the log-probability of
 the token and of later tokens; a later token counts less with its distance. In a step's first update
-all weights are 1.
-Comments with Eq. name rows of docs/fipo.md. [paper]: the paper; [code]: the authors' code.
+all weights are 1, up to rounding. Ratios are capped (dual clip), and a wrong response with several
+ratios above the cap is dropped.
+Comments "Eq. ..." refer to rows of docs/fipo.md. [paper]: the paper; [code]: the authors' code.
 
     python fipo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python fipo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -31,7 +32,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     updates_per_rollout: int = 4
@@ -43,7 +44,8 @@ class Args(common.RunArgs):
     influence_high: float = 0.2
     """e_high: weights are clipped at 1 + e_high"""
     ratio_cap: float = 10.0
-    """c: a token whose ratio exceeds c is left out of the sums F; the loss caps its ratio at c"""
+    """c: a token whose ratio exceeds c is left out of the sums F; the loss caps its ratio at c; two
+    such tokens drop a response with a negative advantage"""
     safety: float = 10.0
     """s: if a ratio exceeds s, the weight of a negative advantage is kept in [0.8, 1] (7B: 3)"""
     scale_rewards: bool = True
@@ -59,7 +61,7 @@ class Args(common.RunArgs):
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         updates, low, cap = self.updates_per_rollout, self.influence_low, self.ratio_cap
         common.require(updates > 1, "--updates-per-rollout", updates, "is DAPO: all weights are 1")
         common.require(self.half_life > 0, "--half-life", self.half_life, "must be above 0")
@@ -79,7 +81,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -106,8 +108,9 @@ def fipo_weights(
     """
     shift = torch.where(mask, logp - old_logp, 0.0)  # Eq. 3 [paper]
     above_cap = shift > math.log(ratio_cap)
-    # F_t = Σ_k γ^(k-t) shift_k, γ = 0.5^(1/τ), over k = t ... t+n-1. Each round doubles n.
     future = shift.masked_fill(above_cap, 0.0)  # Eq. 5 [paper]
+    # F_t = Σ_k γ^(k-t) shift_k over all k >= t, with γ = 0.5^(1/τ). `future` holds the sums over
+    # n tokens. The sum over 2n tokens is the one over the first n, plus γ^n x that over the next n.
     n = 1
     while n < mask.shape[-1]:
         future[..., :-n] += 0.5 ** (n / half_life) * future[..., n:]  # Eq. 6 [paper]
@@ -180,7 +183,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -192,8 +195,8 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -201,7 +204,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -221,6 +224,7 @@ def main(args: Args) -> None:
                         safety=args.safety,
                     )
                     advantage = advantage * influence  # Eq. 7, advantage [paper]
+                    # If A > 0, the clip at 1 + ε_high < c already caps the ratio.
                     cap = batch.old_logp + math.log(args.ratio_cap)
                     logp = torch.minimum(batch.logp, cap)  # Eq. dual clip [paper]
                     loss, clipped = clipped_loss(
@@ -235,7 +239,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -249,6 +253,7 @@ def main(args: Args) -> None:
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
         influence = per_token["influence"]
+        # `clamp` returns its bounds exactly, so that == finds the tokens at a bound.
         metrics |= {
             "influence/mean": influence[mask].mean(),
             "influence/high": (influence[mask] == 1 + args.influence_high).float().mean(),

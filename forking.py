@@ -1,8 +1,8 @@
 r"""Forking tokens: a gradient on only the highest-entropy tokens (arXiv 2506.01939).
 
 grpo.py, except that an update keeps the fifth of its tokens with the highest entropy and drops the
-others from the loss and from its average.
-Comments with Eq. name rows of docs/forking.md. [paper]: the paper; [code]: the authors' code.
+others from the loss and from the token count that divides it.
+Comments "Eq. ..." refer to rows of docs/forking.md. [paper]: the paper; [code]: the authors' code.
 
     python forking.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python forking.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -29,7 +29,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     top: float = 0.2
@@ -41,13 +41,13 @@ class Args(common.RunArgs):
     clip_high: float = 0.28
     """ε_high: the ratio is clipped at 1 + ε_high (paper: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
-    """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    """token: over all kept tokens (paper); sequence: over each response's kept tokens, then over
+    responses that have any; constant: over these responses x --max-new-tokens"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (paper: 0)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         common.require(0 < self.top <= 1, "--top", self.top, "must lie in (0, 1]")
 
     # </method>
@@ -61,7 +61,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -78,8 +78,8 @@ def forking_mask(entropy: Tensor, mask: Tensor, *, top: float = 0.2) -> Tensor:
     if not mask.any():
         return mask.clone()
     # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
-    count = math.ceil(top * mask.sum().item() - 1e-6)  # Eq. k [code]
-    threshold = entropy[mask].topk(max(count, 1)).values[-1]  # Eq. threshold [paper]
+    k = math.ceil(top * mask.sum().item() - 1e-6)  # Eq. k [code]
+    threshold = entropy[mask].topk(max(k, 1)).values[-1]  # Eq. threshold [paper]
     return mask & (entropy >= threshold)  # Eq. indicator [paper]
 
 
@@ -142,7 +142,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             # All tokens of an update share a threshold, so all are scored before it.
@@ -155,8 +155,8 @@ def main(args: Args) -> None:
         kept = torch.zeros_like(mask)
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -168,7 +168,7 @@ def main(args: Args) -> None:
                 )
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -187,7 +187,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -29,7 +29,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     scale_rewards: bool = True
@@ -54,7 +54,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -132,8 +132,8 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -141,7 +141,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -160,7 +160,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

@@ -3,7 +3,7 @@ r"""GTPO and GRPO-S: reward shaping with policy entropy (arXiv 2508.04349).
 GTPO (--level token) compares tokens at the same position of a group: those of correct rollouts
 earn more if the policy was uncertain, those of wrong rollouts lose more if it was certain.
 GRPO-S (--level sequence) shapes whole rollouts by their mean entropy, with one ratio per rollout.
-Comments with Eq. name rows of docs/gtpo.md. [paper]: the paper; [open]: our choice.
+Comments "Eq. ..." refer to rows of docs/gtpo.md. [paper]: the paper; [open]: our choice.
 
     python gtpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python gtpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -27,7 +27,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     level: Literal["token", "sequence"] = "token"
@@ -39,7 +39,7 @@ class Args(common.RunArgs):
     scope: Literal["group", "batch"] = "group"
     """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
     overlong_gamma: float = 0.0
-    """γ₁: accuracy above which long correct rollouts are punished, such as 0.75; 0: off [open]"""
+    """γ₁ of the paper's overlong punishment, such as 0.75; 0: off [open]"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.28
@@ -51,11 +51,11 @@ class Args(common.RunArgs):
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         gamma = self.overlong_gamma
         valid = not gamma or 0.5 < gamma <= 1
         common.require(valid, "--overlong-gamma", gamma, "must lie in (0.5, 1], or be 0: off")
-        why = "only verdicts count here, which it does not change; use --overlong-gamma"
+        why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
         common.require(not self.overlong_buffer, "--overlong-buffer", self.overlong_buffer, why)
         if self.level == "sequence":
             why = "has no effect with --level sequence"
@@ -68,7 +68,7 @@ class Args(common.RunArgs):
 
 # <method>
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the response tokens of each rollout. Both are [..., T]; returns [..., 1]."""
+    """Mean of x over the last dimension where the mask is true: two [..., T] -> [..., 1]."""
     return torch.where(mask, x, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
 
 
@@ -79,14 +79,15 @@ def shaped_rewards(
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
     correct: [P, G] verdicts; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
-    the verdict. alpha2 weighs x / mean(x), x being entropy, in wrong rollouts 1 / entropy.
+    the verdict. alpha2 weighs x / mean(x), where x is the entropy in correct rollouts, 1 / entropy
+    in wrong ones, and the mean is over the rollouts of this verdict that have a token there.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     entropy = entropy.clamp(min=1e-6)  # keeps 1 / entropy finite [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
-    # Divide by the mean over the rollouts of this verdict that have a token at this position.
+    # Where no rollout of this verdict has a token this is NaN, which torch.where drops.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
@@ -107,14 +108,15 @@ def gtpo_advantages(
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
-    Arguments as in `shaped_rewards`. normalize: over which tokens of the group r+ and r- are
-    standardised. with-zeros: each over all, 0 on those of the other verdict; own-set: each over
-    those of its verdict; joint: their sum over all. scope: "batch" makes all rollouts one group.
+    Arguments as in `shaped_rewards`. normalize: the tokens over which r+ and r- are standardised.
+    with-zeros: each over all of the group; own-set: each over those of its verdict; joint: their
+    sum over all. scope: "batch" makes all rollouts one group.
     """
     shape = mask.shape
     if scope == "batch":
-        correct, entropy, mask = (x.flatten(0, 1)[None] for x in (correct, entropy, mask))
-        alpha1 = torch.as_tensor(alpha1).expand(*shape[:2], 1).reshape(1, -1, 1)
+        alpha1 = alpha1 + torch.zeros_like(correct)[..., None]  # [P, G, 1]
+        tensors = correct, entropy, mask, alpha1
+        correct, entropy, mask, alpha1 = (x.flatten(0, 1)[None] for x in tensors)
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
@@ -148,9 +150,10 @@ def grpo_s_advantages(
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    At a group accuracy of gamma, in (1/2, 1], or more, long correct rollouts are punished, measured
-    by the correct ones' lengths; at 1 - gamma or less none is. In between, long rollouts with the
-    majority's verdict are, measured by all lengths; on a tie the wrong ones [open].
+    Rollouts longer than a limit are punished. If the group's accuracy is at least gamma, in
+    (1/2, 1]: the correct ones, the limit being of their lengths. If it is at most 1 - gamma: none.
+    In between: those of the majority's verdict, on a tie the wrong ones [open], the limit being of
+    all lengths.
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -171,6 +174,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     alpha1 = 1.0
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
+        # The shaped reward of a wrong rollout is -alpha1 - ..., so the sign turns.
         alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
     if args.level == "sequence":
         flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
@@ -180,7 +184,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities, [..., T], that give each token its rollout's mean ratio to π_old."""
+    """old_logp + log of the rollout's mean ratio, [..., T]: each token then has this ratio."""
     return old_logp + masked_mean((logp - old_logp).exp(), mask).log()  # Eq. 10 [paper]
 
 
@@ -243,7 +247,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if args.scope == "batch" or common.needs_scoring_pass(policy, rollouts, args):
@@ -252,11 +256,11 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update, for the groups of a micro-batch: others may not be scored yet.
+        # Computed in the update, for groups that may not be scored before their micro-batch is.
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -264,7 +268,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -286,7 +290,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

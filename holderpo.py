@@ -3,7 +3,7 @@ r"""HölderPO: Hölder Policy Optimisation (arXiv 2605.12058).
 GRPO with one ratio per response, the power mean of its tokens' ratios, clipped once. The exponent
 p falls over training. With p > 0 the tokens that became more likely have the largest gradient,
 with p < 0 those that became less likely. The advantage is GRPO's.
-Comments with Eq. name rows of docs/holderpo.md. [paper]: the paper; [code]: the authors' code.
+Comments "Eq. ..." refer to rows of docs/holderpo.md. [paper]: the paper; [code]: the authors' code.
 
     python holderpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python holderpo.py --model Qwen/Qwen2.5-Math-7B --lora-rank 64 --dataset my/math.jsonl \
@@ -29,7 +29,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     scale_rewards: bool = True
@@ -46,14 +46,14 @@ class Args(common.RunArgs):
     """clip a response's ratio once (Eq. 2), or each token's before the mean (Eq. 11)"""
     updates_per_rollout: int = 4
     """optimiser updates per step (paper: 8); with 1 every ratio is 1 and p has no effect"""
-    loss_average: ClassVar[str] = "sequence"
+    loss_average: ClassVar[str] = "sequence"  # ClassVar: not a flag
     signed: ClassVar[tuple[str, ...]] = ("p_start", "p_end")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         common.require(0 < self.clip < 1, "--clip", self.clip, "must be above 0 and below 1")
-        used = self.schedule != "constant" or self.p_end == Args.p_end
-        common.require(used, "--p-end", self.p_end, "has no effect with --schedule constant")
+        if self.schedule == "constant" and self.p_end != Args.p_end:
+            common.reject("--p-end", self.p_end, "has no effect with --schedule constant")
 
     def depends_on_steps(self) -> bool:
         return self.schedule != "constant" or super().depends_on_steps()
@@ -69,7 +69,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -80,7 +80,7 @@ def holder_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tens
     """ρ, a response's ratio of new to old policy: the power mean of its tokens' ratios.
 
     logp, old_logp, mask: [N, T]. Returns [N]. It rises with p, from the smallest token ratio
-    (p = -∞) to the largest (p = ∞). Computed in log space, so that it cannot overflow. A response
+    (p = -∞) to the largest (p = ∞). Computed in log space, so that r^p cannot overflow. A response
     without tokens has ratio 1 and no gradient.
     """
     # In double precision, because float32 is not exact enough for a small p.
@@ -104,13 +104,13 @@ def holder_surrogate(
     clip: float = 0.2,
     clip_level: str = "sequence",
 ) -> tuple[Tensor, Tensor]:
-    """Each response's loss, [..., N], and where the clip removes its gradient, [..., N, T].
+    """Each response's loss, [...], and where the clip removes its gradient, [..., T].
 
-    logp, old_logp, mask: [N, T]; advantages: [N]. The loss of a step is the mean over responses.
+    logp, old_logp, mask: [..., T]; advantages: [...]. A step's loss is the mean over responses.
     """
     if clip_level == "sequence":
         rho = holder_ratio(logp, old_logp, mask, p)
-        zero = torch.zeros_like(rho)
+        zero = torch.zeros_like(rho)  # clipped_loss takes log-probabilities
         loss, clipped = clipped_loss(rho.log(), zero, advantages, clip, clip)  # Eq. 2 [paper]
         return loss, clipped[..., None] & mask  # Eq. 16 [paper]
     if clip_level == "token":
@@ -133,7 +133,7 @@ def holder_loss(
     clip: float = 0.2,
     clip_level: str = "sequence",
 ) -> Tensor:
-    """The mean of `holder_surrogate` over the responses, a scalar."""
+    """The mean of `holder_surrogate` over the responses, a scalar, for other projects."""
     loss, _ = holder_surrogate(
         logp, old_logp, mask, advantages, p, clip=clip, clip_level=clip_level
     )
@@ -158,6 +158,7 @@ def anneal_p(
 ) -> float:
     """p at a step: p_start at step 0, p_end from `total_steps` on (section 3.4)."""
     u = min(max(step / max(total_steps, 1), 0.0), 1.0)
+    # falls from 1, where p is p_start, to -1, where it is p_end
     shape = {
         "linear": 1 - 2 * u,  # Eq. linear [paper]
         "cosine": math.cos(math.pi * u),  # Eq. cosine [code]
@@ -227,7 +228,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -237,14 +238,14 @@ def main(args: Args) -> None:
         # 3. Compute the advantages.
         # <method>
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
-        p = anneal_p(  # Eq. p is held for a step [code]
+        p = anneal_p(  # Eq. held p [code]
             step, args.steps, p_start=args.p_start, p_end=args.p_end, schedule=args.schedule
         )
         rhos, entropies = [], []
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -252,7 +253,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -264,9 +265,10 @@ def main(args: Args) -> None:
                     response_advantage = advantage[..., 0]  # the same on all tokens
                     clip = {"clip": args.clip, "clip_level": args.clip_level}
                     loss, clipped = holder_surrogate(*inputs, response_advantage, p, **clip)
+                    # The weights of a response sum to its mean importance / number of responses.
                     loss = (loss * loss_weights.sum(-1)).sum()
 
-                    trained = batch.trained.any(-1)  # [p, G] responses, for the log
+                    trained = batch.trained.any(-1)  # [problems, G] responses, for the log
                     rhos.append(holder_ratio(*inputs, p).detach()[trained])
                     token_shares = gradient_weights(*inputs, p)[trained]
                     entropies.append(torch.special.entr(token_shares).sum(-1))
@@ -275,7 +277,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

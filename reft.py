@@ -1,7 +1,7 @@
 r"""REFT: first-token diversification of rollouts (arXiv 2605.28295).
 
-grpo.py, except that a group's rollouts begin with K different tokens, the openers: drawn uniformly
-from the N most likely ones, each for G / K of the G rollouts. Comments with Eq. name rows of
+grpo.py, except that a group's rollouts begin with K different tokens, the openers, drawn uniformly
+from the N most likely ones. Each opens G / K of the G rollouts. Comments "Eq. ..." refer to rows of
 docs/reft.md. [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python reft.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
@@ -28,7 +28,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     scale_rewards: bool = True
@@ -50,7 +50,7 @@ class Args(common.RunArgs):
     """leave the first token of each response out of the loss"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         why = f"must be from 1 to --candidates {self.candidates}"
         common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
         why = f"must be a multiple of --openers {self.openers}"
@@ -69,7 +69,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
@@ -97,7 +97,7 @@ def pick_first_tokens(
     likeliest = logits.topk(candidates)  # Eq. candidates [paper]
     if not likeliest.values.isfinite().all():
         raise ValueError(f"a prompt has fewer than {candidates=} tokens to choose from")
-    # The ranks of independent uniform numbers are a random permutation.
+    # Sorting independent uniform numbers gives a random permutation.
     permutation = torch.rand(prompts, candidates, generator=generator).argsort(-1)
     drawn = permutation[:, :openers].to(logits.device)  # Eq. distinct openers [second-hand]
     chosen = likeliest.indices.gather(-1, drawn)
@@ -142,8 +142,7 @@ def roll_out_openers(
 ) -> list[common.Group]:
     """`common.roll_out` with chosen first tokens. Each rollout's note is its first token's rank."""
     generator = torch.Generator().manual_seed(common.seed_for(*seed, "openers"))
-    prompts = [problem.prompt for problem in problems]
-    tokens, ranks = choose_openers(policy, engine, prompts, args, generator)
+    tokens, ranks = choose_openers(policy, engine, [p.prompt for p in problems], args, generator)
     groups = common.roll_out(engine, problems, args, seed, first_tokens=tokens)
     for group, group_ranks in zip(groups, ranks.tolist(), strict=True):
         group.notes = group_ranks
@@ -233,7 +232,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -245,17 +244,18 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
                 # <method>
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
-                weights[..., 0] *= not args.mask_opener  # Eq. masked opener [open]
+                if args.mask_opener:
+                    weights[..., 0] = 0.0  # Eq. masked opener [open]
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -274,7 +274,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()

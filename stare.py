@@ -3,8 +3,8 @@ r"""STARE: Surprisal-Guided Token-Level Advantage Reweighting (arXiv 2606.19236)
 grpo.py, except that in a step whose mean entropy is below a target, the most surprising tenth of
 the tokens with a positive advantage counts more (the paper's variant O1). With --attenuate 0.9 the
 most surprising tenth of those with a negative advantage also counts less (C2). Surprisal is -log π.
-Comments with Eq. name rows of docs/stare.md; numbers are the paper's sections. [paper]: the paper;
-[code]: the authors' code; [open]: our choice.
+Comments "Eq. ..." refer to rows of docs/stare.md; numbers are the paper's sections, as the code
+cites them. [paper]: the paper; [code]: the authors' code; [open]: our choice.
 
     python stare.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python stare.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -30,7 +30,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     top: float = 0.1
@@ -40,7 +40,7 @@ class Args(common.RunArgs):
     attenuate: float = 1.0
     """M: weight of surprising tokens with a negative advantage (variant C2: 0.9)"""
     target_entropy: float = 0.3
-    """H_tgt, nats: in a step whose mean entropy is not below it, all weights are 1"""
+    """H_tgt, nats: the weights apply only in steps whose mean entropy is below it"""
     scale_rewards: bool = True
     """divide the advantage by the group's standard deviation (Dr. GRPO: no)"""
     clip_low: float = 0.2
@@ -54,7 +54,7 @@ class Args(common.RunArgs):
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         common.require(0 < self.top <= 1, "--top", self.top, "must be above 0 and at most 1")
         common.require(self.amplify >= 1, "--amplify", self.amplify, "must be at least 1")
         weight = self.attenuate
@@ -71,25 +71,25 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
     A group of equal rewards, or of one rollout, gives exact zeros.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # A_i = (r_i - mean(r)) / std(r)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
         advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
     return torch.where(varied, advantages, 0.0)
 
 
-def most_surprising(logp: Tensor, tokens: Tensor, top: float) -> Tensor:
-    """Mask of the tokens whose surprisal, -logp, is at least the k-th largest among `tokens`.
+def most_surprising(logp: Tensor, mask: Tensor, top: float) -> Tensor:
+    """True on the tokens whose surprisal, -logp, is at least the k-th largest within the mask.
 
-    logp, tokens: [P, G, T]; k is the share `top` of the tokens, rounded up. Ties are included.
+    logp, mask: [P, G, T]; k is the share `top` of the mask's tokens, rounded up. Ties are included.
     """
-    count = int(tokens.sum())
+    count = int(mask.sum())
     if count == 0:
-        return tokens
+        return mask
     # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
     k = max(1, math.ceil(top * count - 1e-6))  # Eq. 4.1 [code]
-    threshold = logp[tokens].kthvalue(k).values
-    return tokens & (logp <= threshold)  # Eq. ties [open]
+    threshold = logp[mask].kthvalue(k).values
+    return mask & (logp <= threshold)  # Eq. ties [open]
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             # Always, because the weights compare the tokens of all groups.
@@ -192,11 +192,11 @@ def main(args: Args) -> None:
                 amplify=args.amplify,
                 attenuate=args.attenuate,
             )
-        advantages = advantages * surprisal_weight  # Eq. 5 [code]
+        advantages = advantages * surprisal_weight  # Eq. objective [code]
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -218,13 +218,12 @@ def main(args: Args) -> None:
                     if args.kl:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
                     loss = (loss * loss_weights).sum()
-                    per_token.add(batch, weight=surprisal_weight[batch.problems])
                     # </method>
                     loss.backward()
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -237,6 +236,7 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
+        per_token["weight"] = surprisal_weight
         raised, lowered = surprisal_weight > 1, mask & (surprisal_weight < 1)
         metrics |= {"gate": below_target.float(), "weight": surprisal_weight[mask].mean()}
         metrics |= {

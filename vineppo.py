@@ -3,7 +3,7 @@ r"""VinePPO: Monte Carlo values in place of PPO's value network (arXiv 2410.0167
 A response is split into steps, such as sentences. From the start of each step the policy samples K
 continuations, whose mean reward is the value there. The advantage of a step's tokens is the value
 after the step minus the value before it; the value after the last step is the reward.
-Comments with Eq. name rows of docs/vineppo.md. [code]: the authors' code.
+Comments "Eq. ..." refer to rows of docs/vineppo.md. [code]: the authors' code.
 
     python vineppo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python vineppo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -28,7 +28,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help. RunArgs rejects negative numbers."""
+    """Settings of the method; their texts are the --help."""
 
     # <method>
     continuations: int = 9
@@ -48,7 +48,7 @@ class Args(common.RunArgs):
     """β: weight of the KL to the initial policy, summed over a response (released code: 1e-4)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # rejects negative numbers
         count = self.continuations
         common.require(count > 0, "--continuations", count, "must be at least 1")
         try:
@@ -128,11 +128,11 @@ def estimate_values(
         vocabulary.update(*group.tokens)
     texts = token_texts(engine, vocabulary)
 
-    # Split each rollout into steps, and number the different prefixes (p, tokens) before them.
+    # Split each rollout into steps, and give each different prefix (p, tokens) before one an id.
     longest = max(len(row) for group in groups for row in group.tokens)
     steps = torch.zeros(len(groups), len(groups[0].tokens), longest, dtype=torch.long)
-    prefix_before = torch.zeros_like(steps)  # [P, G, S] the number of a step's prefix; S = T
-    numbers = {}  # of the prefixes
+    prefix_before = torch.zeros_like(steps)  # [P, G, S] the id of the prefix before a step; S = T
+    ids = {}  # of the prefixes
     for p, group in enumerate(groups):
         for g, row in enumerate(group.tokens):
             start = 0
@@ -140,20 +140,20 @@ def estimate_values(
             for s, end in enumerate(step_ends(pieces, args.step_end)):
                 steps[p, g, start:end] = s
                 prefix = p, tuple(row[:start])
-                prefix_before[p, g, s] = numbers.setdefault(prefix, len(numbers))
+                prefix_before[p, g, s] = ids.setdefault(prefix, len(ids))
                 start = end
 
     # Continue each prefix K times.
-    prompts, seeds, lengths = [], [], []
-    for p, prefix in numbers:
+    prompts, seeds, limits = [], [], []
+    for p, prefix in ids:
         for k in range(args.continuations):
             prompts.append(groups[p].problem.prompt + list(prefix))
             seeds.append(common.seed_for(*seed, "value", p, prefix, k))
-            lengths.append(args.max_new_tokens - len(prefix))
-    continuations = engine.generate(prompts, seeds, lengths, args.temperature)
+            limits.append(args.max_new_tokens - len(prefix))
+    continuations = engine.generate(prompts, seeds, limits, args.temperature)
 
     # The value of a prefix is the mean reward of its K responses, which begin with it.
-    prefixes = list(numbers)
+    prefixes = list(ids)
     responses, problems = [], []
     for i, (tokens, _) in enumerate(continuations):
         p, prefix = prefixes[i // args.continuations]
@@ -221,7 +221,8 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         with run.time("rollout"):
-            estimates = estimate_values(engine, grader, groups, args, (args.seed, step, 0))
+            seed = args.seed, step, 0
+            step_of_token, values, sampled = estimate_values(engine, grader, groups, args, seed)
         # </method>
         engine.sleep()  # frees memory until the next sync
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
@@ -230,7 +231,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), or leave it to phase 4.
+        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -239,12 +240,11 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        steps, values, sampled = estimates  # steps of the responses, not of training
-        advantages = vineppo_advantages(values, steps, rewards, mask, whiten=args.whiten)
+        advantages = vineppo_advantages(values, step_of_token, rewards, mask, whiten=args.whiten)
         # </method>
 
-        # 4. Update on one share of the problems at a time. A micro-batch sees whole groups.
-        per_token = common.TokenValues(mask)
+        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
+        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -252,7 +252,7 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
-                # A forward pass with gradients. A micro-batch may train only a part of a group.
+                # A forward pass with gradients. A group too large for one is trained in parts.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
@@ -273,7 +273,7 @@ def main(args: Args) -> None:
                     update_loss += loss.item()
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
-                gap = common.check_engine(rollouts, args)  # all are scored; stops before the update
+                gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
@@ -286,9 +286,9 @@ def main(args: Args) -> None:
         metrics |= per_token.means("clip_fraction", "kl_to_old")
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
-        per_token["value"] = values.gather(-1, steps)  # before the token's step
+        per_token["value"] = values.gather(-1, step_of_token)  # before the token's step
         metrics["value/prompt"] = values[..., 0].mean()
-        metrics["value/steps"] = (steps.amax(-1) + 1.0).mean()
+        metrics["value/steps"] = (step_of_token.amax(-1) + 1.0).mean()
         metrics["value/tokens"] = float(sampled)
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)

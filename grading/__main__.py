@@ -27,16 +27,15 @@ def main() -> None:
     name = source = parser.parse_args().file
     if name == "-":
         source = 0  # standard input
-    number, pairs, responses, references = 0, [], [], []
+    number, pairs = 0, []
     try:
         with open(source, "rb") as lines:
             for line in lines:
                 number += 1
                 if line.strip():
-                    pair = parse_line(line)
-                    pairs.append(pair)
-                    responses.append(pair["response"])
-                    references.append(pair["reference"])
+                    pairs.append(parse_line(line))
+        responses = [pair["response"] for pair in pairs]
+        references = [pair["reference"] for pair in pairs]
         with Grader(workers=os.cpu_count() or 1) as grader:
             verdicts = grader.grade(responses, references)
     except (ValueError, OSError, RuntimeError) as error:  # a bad line, no file, no math-verify

@@ -36,15 +36,17 @@ STATED = re.compile(
     r"| is(?! (?!yes|no\b|true|false)(?:[a-z]{2}|(?-i:a)\b)))"
     r"[*_ ]*(\S.*)\s*\Z"
 )
-# Prose has at least four words before a word, such as "So" in "So Tom has 5", and it begins with a
-# word, perhaps numbered: (a) Find. Or it has a second sentence: $x$ is 5. Then
+# Prose: at least four of its words stand before another word, as "So" and "Tom" do in "So Tom has
+# 5". It also begins with a word, perhaps numbered, as in (a) Find; or it has a second sentence, as
+# in $x$ is 5. Then
 WORD_BEFORE_WORD = r"(?<![^\W\d_])[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"
 PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
 
-# What may be too large to evaluate: an exponent of more than four digits, a power in an exponent, a
-# factorial of a factorial, and such a number anywhere if there is a factorial or a binomial
+# What may be too large to evaluate: an exponent of more than four digits; a power in an exponent; a
+# power of a power of a power; a factorial of a factorial; a number of more than four digits in a
+# text with a factorial or a binomial
 TOO_LARGE = re.compile(
-    r"(?s)\^\{?[^{}]*\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
+    r"(?s)\^(?:\{[^{}]*|[-+( ]*)\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
     r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"
 )
 
@@ -56,7 +58,7 @@ GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}
 DECIMAL = rf"(?:{GROUPS}|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,2}}(?!\d))?|\.\d+"
 NUMBER = rf"[-+]?(?:{FRACTION}|{POWER}|{DECIMAL})"
 PLAIN_NUMBER = re.compile(rf"\s*{NUMBER}\s*", re.ASCII)
-AS_FRACTION = {  # to what Python reads
+AS_FRACTION = {  # rewritten for Fraction()
     r"[,'\s+]": "",
     r"\\[dt]?frac\{(.*)\}\{(.*)\}": r"\1/\2",
     r"(.*)/-": r"-\1/",
@@ -67,7 +69,7 @@ AS_FRACTION = {  # to what Python reads
 
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
-    """Where each balanced box begins, and its content begins and ends, in order of their begin.
+    """Where each balanced box begins, and its content begins and ends, sorted by the first.
 
     A box that is never closed (a truncated response) is ignored. The braces are read once, without
     recursion.
@@ -103,12 +105,13 @@ def last_boxed(text: str) -> str | None:
 def find_answer(response: str, answer_format: str) -> str | None:
     """Return the answer of a response: what is boxed, or what the last answer line says.
 
-    "auto" reads the answer line where there is no box.
+    "auto" reads the answer line if there is no box.
     """
     boxed = last_boxed(response)
     if answer_format == "boxed" or (boxed and answer_format == "auto"):
         return boxed
-    *_, line = ["", *re.findall(ANSWER_LINE, response)]
+    lines = re.findall(ANSWER_LINE, response)
+    line = lines[-1] if lines else ""
     return last_boxed(line) or line.strip("* ") or None
 
 
@@ -119,7 +122,7 @@ def reference_text(reference: str) -> str:
     all of it. Prose and proofs hold none.
     """
     text = re.sub(BARE_BOX, r"\\boxed{\1}", reference).strip()
-    if text.startswith('["'):
+    if text.startswith('["'):  # a list of answers as JSON: ["1", "2"]
         with suppress(ValueError, TypeError):
             text = ", ".join(json.loads(text))
     boxed, stated = last_boxed(text), STATED.search(text)

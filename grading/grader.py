@@ -1,9 +1,9 @@
 r"""Grade answers in worker processes that can be killed.
 
-A response of a policy is hostile input: sympy can be sent into work that neither a thread nor a
-signal can always stop. So every answer that is more than a number or a phrase is read in a worker
-process, under a deadline and a memory cap. A worker that exceeds the deadline or dies is replaced,
-and its answer is wrong. sympy never enters the caller's process.
+A response of a policy is hostile input: sympy can be made to do work that neither a thread nor a
+signal can always stop. So math-verify runs only in worker processes, under a deadline and a memory
+cap. A worker that exceeds the deadline or dies is replaced, and its answer is wrong. sympy never
+enters the caller's process.
 
     with Grader(workers=2) as grader:
         grader.grade([r"so \boxed{\frac{2}{4}}", "no box"], ["0.5", "7"])  # [True, False]
@@ -33,8 +33,8 @@ WORKER = Path(__file__).resolve().with_name("worker.py")
 ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
 
 
-# (reference, answer, strict): whether an answer is right; without one, if the reference is readable
-Request = tuple
+# Reference, answer, strict. Is the answer right? If it is None: can the reference be read?
+Request = tuple[str, str | None, bool]
 
 
 class NeedsWorker(Exception):
@@ -92,7 +92,7 @@ class Grader(AbstractContextManager):
     strict: bool = True  # if the reference is a number, `(16-3-4)*2` is wrong
     memory_mb: int = 2048  # cap on each worker's address space
 
-    boxed = staticmethod(last_boxed)  # of a response
+    boxed = staticmethod(last_boxed)  # the last boxed answer of a response, or None
     reference = staticmethod(reference_text)  # the answer that a text holds, or an empty text
 
     def __post_init__(self) -> None:
@@ -112,11 +112,11 @@ class Grader(AbstractContextManager):
         return self._ask_all([self._quick_verdict(*pair) for pair in pairs])
 
     def readable(self, references: list[str]) -> list[bool]:
-        """Whether each reference is an answer. Uses workers of its own, on all processors."""
-        found = [self._quick_readable(reference) for reference in references]
-        workers = min(os.cpu_count() or 1, 1 + len({*found}) // 50)
+        """Whether each reference is an answer. Uses workers of its own, up to one per CPU core."""
+        pending = [self._quick_readable(reference) for reference in references]
+        workers = min(os.cpu_count() or 1, 1 + len({*pending}) // 50)
         with replace(self, workers=workers, deadline=READ_SECONDS) as reader:
-            return reader._ask_all(found)
+            return reader._ask_all(pending)
 
     def close(self) -> None:
         """End all workers. A later call starts new ones."""
@@ -147,12 +147,12 @@ class Grader(AbstractContextManager):
             return False
         return (text, None, False) if leaves(read(text)) else True
 
-    def _ask_all(self, found: list[Request | bool]) -> list[bool]:
+    def _ask_all(self, pending: list[Request | bool]) -> list[bool]:
         """The verdicts, those of workers for requests. Equal requests are asked once."""
-        requests = dict.fromkeys(item for item in found if isinstance(item, tuple))
+        requests = dict.fromkeys(item for item in pending if isinstance(item, tuple))
         with ThreadPoolExecutor(self.workers) as threads:
             verdicts = dict(zip(requests, threads.map(self._ask, requests), strict=True))
-        return [verdicts.get(item, item) for item in found]
+        return [verdicts[item] if isinstance(item, tuple) else item for item in pending]
 
     def _ask(self, request: Request) -> bool:
         """A worker's verdict; False if it exceeded the deadline or died.

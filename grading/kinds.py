@@ -1,9 +1,9 @@
 r"""The kinds of answers, and how a text is read as one of them.
 
-Each function below reads one kind. Its docstring has examples, which are tests: A `reference` is
-`right`, `right`, not `wrong`. The functions are tried in the order in which they stand here. Each
-has a pattern that must match the whole text; it gets the groups, and returns None if the text is of
-another kind. rules.py holds which kinds may be equal.
+Each function below reads one kind. Its docstring has examples, which are also tests, in the form:
+`reference` is `right`, `right`, not `wrong`. The functions are tried in the order of this file.
+Each has a pattern that must match the whole text; it gets the groups, and returns None if the text
+is of another kind. rules.py holds which kinds may be equal.
 """
 
 import functools
@@ -47,7 +47,10 @@ BRACKETS = r"(?P<open>\\\{|\\begin|[({\[])|(?P<close>\\\}|\\end|[)}\]])"
 
 
 def tokens(text: str, separator: str = "(?!)") -> Iterator[tuple[re.Match, int]]:
-    """The brackets and separators with their depth, which is 0 outside all brackets."""
+    """The brackets and separators with their depth, which is 0 outside all brackets.
+
+    By default nothing is a separator.
+    """
     depth = 0
     for token in compiled(f"{BRACKETS}|{separator}").finditer(text):
         depth += token.lastgroup == "open"
@@ -189,11 +192,11 @@ class Quantity(Kind):
     value: Kind
     size: Fraction  # of the unit, in base units
     powers: tuple[tuple[str, int], ...]  # of the base units
-    parts: int = field(default=1, compare=False)
+    parts: int = field(default=1, compare=False)  # 2 for 5 feet 3 inches
 
     @property
     def amount(self) -> Fraction | float:
-        """In base units."""
+        """In base units; NaN, which equals nothing, if the value is an expression."""
         return getattr(self.value, "value", math.nan) * self.size
 
 
@@ -295,7 +298,8 @@ def matrix(_, cells):
     not `\begin{pmatrix}1&0\\1&0\end{pmatrix}`; `\begin{pmatrix}1\\2\end{pmatrix}` is `(1,2)`,
     `\begin{pmatrix}1\\[4pt]2\end{pmatrix}`."""
     rows = [line.replace("&", ",") for line in cells.split(r"\\") if line.strip()]
-    return parse(f"(({'),('.join(rows)}))")  # a tuple of rows
+    rows = ",".join(f"({row})" for row in rows)
+    return parse(f"({rows})")  # a tuple of tuples
 
 
 @kind(r"([(\[])(.*)([)\]])")
@@ -328,6 +332,8 @@ def ratio(text):
 
 COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
 FALLING = (">", r"\ge")
+OPENING = {"<": "(", ">": "(", r"\le": "[", r"\ge": "["}
+CLOSING = {"<": ")", ">": ")", r"\le": "]", r"\ge": "]"}
 LETTER = r"(?:[A-Za-z]|\\(?:(?:var)?[a-z]?eta|alpha|gamma|delta|lambda|mu|omega|phi|rho|sigma|tau))"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
 # Area; x, a_1, f(3); (x, y); with a capital letter, but without an operator: P(A), |AB|, A:B
@@ -353,16 +359,17 @@ def inequality(first, sign, second, other, third):
     falling = sign in FALLING
     if other and falling != (other in FALLING):
         return None
-    if falling and other:
-        first, sign, other, third = third, other, sign, first
-    elif falling:
-        first, second = second, first
-    if not other and (NAME.fullmatch(second) or not re.search("[A-Za-z]", first)):
-        other, third = "<", r"\infty"
-    elif not other:
-        first, sign, second, other, third = r"-\infty", "<", first, sign, second
-    brackets = "(["["e" in sign] + ")]"["e" in other]  # square for \le and \ge
-    return Interval(parse(first), parse(third), brackets, second)
+    if other:  # a chain
+        low, low_sign, subject, high_sign, high = first, sign, second, other, third
+        if falling:
+            low, low_sign, high_sign, high = high, high_sign, low_sign, low
+    else:
+        left, right = (second, first) if falling else (first, second)
+        if NAME.fullmatch(right) or not re.search("[A-Za-z]", left):  # 3 < x
+            low, low_sign, subject, high_sign, high = left, sign, right, "<", r"\infty"
+        else:  # x < 3
+            low, low_sign, subject, high_sign, high = r"-\infty", "<", left, sign, right
+    return Interval(parse(low), parse(high), OPENING[low_sign] + CLOSING[high_sign], subject)
 
 
 @dataclass
@@ -392,7 +399,8 @@ def equation(text):
 
 # ------------------------------------------------------------------------------- all else
 
-# No word, but a product of letters: abc, xyz, mn, pqr; any two letters that are no word
+# No word, but a product of letters: abc, xyz, mn, pqr; up to four consonants; any two letters that
+# are no word
 PRODUCT = (
     r"[a-h]{1,3}|[xyztuvw]{1,4}|[k-n]{1,3}|[p-s]{1,3}|[b-df-hj-np-tv-xz]{1,4}"
     r"|(?!(?i:no|on|so|up|we|or|to|at|by|of|in|is|if|as))[A-Za-z]{2}"
@@ -413,18 +421,19 @@ def words(text):
     `\text{circle}` is `\text{a circle}`, not `\text{two circles}`."""
     plain = re.sub(r"_\{[^{}]*\}|\\[A-Za-z]+|\^\{[^{}]*\}", " ", text)
     found = [word for word in re.findall(WORD, plain) if not re.fullmatch(PRODUCT, word)]
+    # or has marks and commands that math-verify drops or misreads
     if found or re.search(r"[?@#\"]|\\(?:ldots|text|overline\{\d)|\d \d", text):
         return Words(rewrite(text.casefold(), PHRASE).strip())
 
 
-FOR_PARSER = {  # what the parser of math-verify reads otherwise
+FOR_PARSER = {  # what math-verify's parser misreads
     r"(?<=[A-Za-z])'('*)": r"_{prime\1}",  # A' is not A, f'' is not f'
     r"\^(?:T|\{T\})": "^{(T)}",  # x^T is not x
     r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
     r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",
     r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-    # math-verify adds 2(3)
+    # 2(3), which math-verify reads as 2+3
     r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
 }
 
@@ -444,7 +453,7 @@ def expression(text):
 
 # ------------------------------------------------------------------------------- reading
 
-AROUND = {  # what stands around an answer: a sentence, a condition
+AROUND = {  # what stands around an answer, and answers that are written in another form
     r"^((?i:yes|no|true|false))[,.;:] \w+ \w.*": r"\1",  # Yes, it is
     r"^(?:[A-Za-z]+ )*(?:is|are|equals)(?: equal to)?:? (?=.)": "",  # the area is 40
     # Sum: 40; the point (1, 2)
@@ -460,7 +469,7 @@ AROUND = {  # what stands around an answer: a sentence, a condition
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Kind:
-    """Read a tidy text as the first kind that it can be. An expression is any text."""
+    """Read a tidy text as the first kind that it can be. Any text can be an expression."""
     for pattern, function in KINDS:
         match = pattern.fullmatch(text)
         found = match and function(*match.groups(""))

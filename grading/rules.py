@@ -7,7 +7,7 @@ not in it is never equal. math-verify decides only about the expressions at the 
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grading.answers import plain_number
 from grading.kinds import (
@@ -22,8 +22,8 @@ from grading.kinds import (
     Quantity,
 )  # fmt: skip
 
-# Operations that are left to do, so that an answer is not yet a number: 3+4, 7!, 6 \cdot 3. A sum
-# before a closing brace is not, as in 2^{n-1} and \frac{1+5}{2}.
+# Operations that are left to do, so that an answer is not yet a number: 3+4, 7!, 6 \cdot 3. A sign
+# before digits that end a brace does not count, as in 2^{n-1} and \frac{1+5}{2}.
 OPERATION = (
     r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]"
     r"|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
@@ -36,19 +36,23 @@ class Judge:
 
     ask: whether two LaTeX expressions are "equal", or "proportional" by a constant that is not 0.
     strict: if the reference is a number, an answer that leaves an operation to do is wrong.
+    swapped: whether `equal` gets the answer first.
     """
 
     ask: Callable[[str, str, str], bool]
     strict: bool
+    swapped: bool = False
 
     def equal(self, reference: Kind, answer: Kind) -> bool:
         if reference == answer:
             return True
+        # `Kind` stands for any kind.
         for left, right in itertools.product((type(reference), Kind), (type(answer), Kind)):
             if (left, right) in RULES:
                 return RULES[left, right](self, reference, answer)
             if (right, left) in RULES:
-                return RULES[right, left](self, answer, reference)
+                judge = replace(self, swapped=not self.swapped)
+                return RULES[right, left](judge, answer, reference)
         return False
 
 
@@ -63,7 +67,10 @@ def same_number(judge, a, b):
 
 
 def same_expression(judge, reference, answer):
-    """Strictly, an answer that leaves an operation to do is wrong if the reference is a number."""
+    """Equal for math-verify. Strictly, an answer that leaves an operation to do is wrong if the
+    reference is a number."""
+    if judge.swapped:
+        reference, answer = answer, reference
     if judge.strict and isinstance(reference, Number) and re.search(OPERATION, answer.text):
         return False
     if reference.latex.replace(" ", "") == answer.latex.replace(" ", ""):
@@ -109,10 +116,10 @@ def same_items(judge, a, b):
         return all(map(judge.equal, a.items, b.items))
     left = list(b.items)
     for item in a.items:
-        equal = [other for other in left if judge.equal(item, other)]
-        if not equal:
+        equal = next((other for other in left if judge.equal(item, other)), None)
+        if equal is None:
             return False
-        left.remove(equal[0])
+        left.remove(equal)
     return True
 
 
@@ -125,7 +132,8 @@ def list_and_number(judge, a, b):
 
 def same_interval(judge, a, b):
     """The name of the variable may be left out."""
-    if a.brackets != b.brackets or len({a.subject, b.subject, ""}) > 2:
+    other_name = a.subject and b.subject and a.subject != b.subject
+    if other_name or a.brackets != b.brackets:
         return False
     return judge.equal(a.low, b.low) and judge.equal(a.high, b.high)
 
@@ -139,7 +147,8 @@ def interval_and_pair(judge, a, b):
 
 
 def same_equation(judge, a, b):
-    """Equal values of one name, or proportional differences of the sides. `2x=6` is not solved."""
+    """Equal values of one name, or proportional differences of the sides unless one is solved:
+    `x=3` is not `2x=6`."""
     if a.name and a.name == b.name:
         return judge.equal(a.right, b.right)
     solved = any(side.name and isinstance(side.right, Number) for side in (a, b))

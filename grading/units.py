@@ -7,10 +7,12 @@ from fractions import Fraction
 
 from grading.notation import rewrite
 
-# The names of each unit, its size in a base unit, the base unit; # multiplies the number.
-UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0.1 m
+# The names of each unit, its size in a base unit, the base unit; # multiplies the number. The first
+# to claim a name has it: ms is not several m.
+UNITS = """ms millisecond 0.001 s
+|mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0.1 m
 |m meter metre 1 m|km kilometer kilometre 1000 m|in inch inches 1 in|ft foot feet 12 in
-|yd yard 36 in|mi mile 63360 in|ms millisecond 0.001 s|s sec second 1 s|min minute 60 s
+|yd yard 36 in|mi mile 63360 in|s sec second 1 s|min minute 60 s
 |h hr hour 3600 s|day 86400 s|week 604800 s|month 1 month|yr year 12 month|decade 120 month
 |century centuries 1200 month
 |mg milligram 0.001 g|g gram gm 1 g|kg kilogram 1000 g|ton tonne 1000000 g|oz ounce 1 oz
@@ -32,11 +34,11 @@ UNITS = """mm millimeter millimetre 0.001 m|cm centimeter centimetre 0.01 m|dm 0
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
 pen pencil marble ball card coin ticket toy box bag bottle stamp sticker shirt flower tree cat dog
 bird fish cow chicken horse animal person people student child children kid boy girl man men woman
-women friend player worker teacher member team class game match score goal step lap car bus truck
-train bike wheel mile word letter number integer pair pairing group set subset triple element term
+women friend player worker teacher member team class game match goal step lap car bus truck
+train bike wheel word letter number pair pairing group set subset triple element term
 triangle square circle rectangle side edge vertex vertices face angle line segment path route
 arrangement permutation combination outcome possibility choice value case factor divisor multiple
-prime zero degree time hour trip question problem test piece slice part serving meal sandwich pizza
+prime zero time trip question problem test piece slice part serving meal sandwich pizza
 house room floor seat table chair row column block tile cube brick stone rock bead shell rose
 plant seed bean nut potato tomato carrot pie donut muffin cupcake brownie chocolate bar can jar
 carton packet pack package crate basket bucket barrel load shelf shelves guest customer visitor
@@ -70,8 +72,8 @@ for line in UNITS.split("|") + [f"{noun} 1 {noun}" for noun in NOUNS.split()]:
 def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
     """Read all words after a number: `million km/h` is (10^6, 5/18, (("m", 1), ("s", -1))).
 
-    These are what the words multiply the number by, the size of the unit in base units, and the
-    powers of these. None if a word is unknown.
+    These are the factor for the number, the unit's size in base units, and the power of each base
+    unit. None if a word is unknown.
     """
     text = rewrite(text, SPELLINGS).strip()
     multiple = size = Fraction(1)

@@ -23,7 +23,7 @@ REPLIES = os.dup(1)
 NOWHERE = os.open(os.devnull, os.O_WRONLY)
 os.dup2(NOWHERE, 1)
 
-# Last, so that no file of the caller's has the place of a library's module.
+# Last, so that no file of the caller's takes precedence over a library's module.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from latex2sympy2_extended import latex2sympy  # noqa: E402
@@ -40,7 +40,7 @@ from grading.rules import Judge  # noqa: E402
 
 @functools.lru_cache
 def expression(latex: str) -> Any:
-    """Read LaTeX with math-verify's parser. Letters keep their case, and i is the unit.
+    """Read LaTeX with math-verify's parser. Letters keep their case; i is the imaginary unit.
 
     Letters are positive, so that log(x^2) is 2 log(x), except where there is an absolute value.
     """

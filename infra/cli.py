@@ -1,4 +1,4 @@
-"""Command line of a script: settings, resume, and errors as one line with exit code 2."""
+"""Command line of a script: settings, checks, resume, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import torch
 import tyro
 from tqdm import tqdm
 
-# The settings that may differ when a run is resumed. All others would change what is trained.
+# Settings that may differ when a run is resumed (--steps if training does not depend on it).
 MAY_CHANGE = {
     *("resume", "steps", "eval_dataset", "eval_every", "eval_problems", "eval_samples"),
     *("save_every", "keep_checkpoints", "log_rollouts", "wandb_project"),
     *("token_budget", "gradient_checkpointing", "gpu_memory", "max_logp_gap"),
 }
 
-# A bar for work that lasts above a few seconds. None is drawn if the output is not a terminal.
+# A progress bar for work of more than 3 seconds. None is drawn if the output is not a terminal.
 progress_bar = functools.partial(tqdm, delay=3, disable=None, leave=False, dynamic_ncols=True)
 
 
 class StopRun(Exception):
-    """The run cannot continue. The message gives the cause, and the flag to change."""
+    """The run cannot continue. The message gives the cause, and often a flag to change."""
 
 
 def reject(flag: str, value: Any, why: str) -> NoReturn:
@@ -70,7 +70,7 @@ def check_numbers(args: Any) -> None:
 
 
 def check_temperature(args: Any) -> None:
-    """Reject temperatures that vLLM rejects, or changes without an error, if it may be used."""
+    """If vLLM may be used, reject temperatures that it rejects or silently changes."""
     if args.engine != "transformers" and importlib.util.find_spec("vllm"):
         why = "vLLM takes 0.01 to 2; --engine transformers takes any"
         require(0.01 <= args.temperature <= 2, "--temperature", args.temperature, why)
@@ -93,8 +93,8 @@ def check_settings(args: Any) -> None:
     unused = "has no effect without "
     must(args.lora_rank or not args.lora_alpha, "lora_alpha", unused + "--lora-rank")
     must(args.lora_rank or not args.lora_dropout, "lora_dropout", unused + "--lora-rank")
-    default = args.generation_rounds == type(args).generation_rounds
-    must(args.dynamic_sampling or default, "generation_rounds", unused + "--dynamic-sampling")
+    is_default = args.generation_rounds == type(args).generation_rounds
+    must(args.dynamic_sampling or is_default, "generation_rounds", unused + "--dynamic-sampling")
     constant = args.lr_schedule == "constant"
     why = "has no effect with --lr-schedule constant: use constant_with_warmup"
     must(not (constant and args.warmup_ratio), "warmup_ratio", why)
@@ -121,7 +121,7 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
-        if args.engine == "auto":  # the run's args.json has the engine that auto stood for
+        if args.engine == "auto":  # the flag was given; args.json has the engine that it chose
             args.engine = saved.engine
         check_resume(args, saved)
     return args
@@ -136,7 +136,8 @@ def load_settings(settings: type, script: str, folder: str) -> Any:
         for name, value in saved.items():
             if isinstance(value, list):  # JSON has no tuples
                 saved[name] = tuple(value)
-        return settings(**saved | {"resume": folder, "run_dir": folder})
+        saved |= {"resume": folder, "run_dir": folder}
+        return settings(**saved)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reject("--resume", folder, f"is not the folder of a run: {first_line(error)}")
 
@@ -156,6 +157,7 @@ def first_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
+    # the last two are vLLM's
     phrases = ("can't allocate memory", "out of memory", "Free memory on device", "KV cache")
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
@@ -169,7 +171,10 @@ def place_of(error: BaseException) -> str:
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:
-    """Parse the command line and run `main`; report an interrupt or a known error as one line."""
+    """Parse the command line and run `main`. After an interrupt or known error print how to resume.
+
+    Exits with 130 after an interrupt, with 1 after an error.
+    """
     args = parse_args(settings)
     try:
         return main(args)

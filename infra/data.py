@@ -30,7 +30,7 @@ COLUMNS = {
     "answer": [
         *("answer", "final_answer", "expected_answer", "ground_truth"),
         *("reward_model.ground_truth", "solution"),
-        # of the assistant's turn that ends a conversation
+        # in the assistant's turn that ends a conversation, which `flatten` nests
         *("conversations.ground_truth.value", "conversations.ground_truth"),
         *("conversations.value", "conversations.content", "messages.content"),
     ],
@@ -50,12 +50,12 @@ class Problem:
 
 
 class Problems(list[Problem]):
-    """Problems in a shuffled order that depends on the seed and the epoch alone."""
+    """Problems in the order of the file. `take` draws them in a shuffled order."""
 
     position = 0  # the number of problems taken so far
 
     def take(self, count: int, seed: int) -> list[Problem]:
-        """The next `count` problems. Each epoch has its own order."""
+        """The next `count` problems. An epoch's order depends on the seed and its number alone."""
         taken = []
         for position in range(self.position, self.position + count):
             epoch, offset = divmod(position, len(self))
@@ -76,7 +76,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list[bool]:
-    """Whether each response has one of the reference answers of its problem."""
+    """Whether the answer of each response equals a reference answer of its problem."""
     texts, references, places = [], [], []
     for place, problem in enumerate(problems):
         for reference in (problem.answer, *problem.alternatives):
@@ -89,6 +89,12 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
+WHY_TEMPLATED = (
+    "which the chat template writes too; --template-args "
+    """'{"chat_template": "{{ messages[-1].content }}"}' takes prompts as they are"""
+)
+
+
 def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Problems:
     """The problems of --dataset or --eval-dataset, as docs/data.md describes.
 
@@ -96,23 +102,23 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     dataset of which none is left.
     """
     name = dataset_name(args, flag)
-    for_template = template_arguments(args)
+    template_args = template_arguments(args)
     column, questions, answers = read_columns(args, flag)
     references = readable_references(grader, answers, args.references)
 
     problems, discarded, unreadable = Problems(), Counter(), []
-    check_system_prompt(tokenizer, args.system_prompt, for_template)
-    of_template = template_tokens(tokenizer, for_template)
-    for question, answer, texts in zip(questions, answers, references, strict=True):
+    check_system_prompt(tokenizer, args.system_prompt, template_args)
+    written = template_tokens(tokenizer, template_args)
+    for question, answer, readable in zip(questions, answers, references, strict=True):
         chat = as_chat(question)
         if not chat:
             discarded[f"problems have no text in {column!r}"] += 1
-        elif any(token in message["content"] for message in chat for token in of_template):
-            discarded[f"prompts hold {' or '.join(of_template)}, {TEMPLATED}"] += 1
-        elif not texts:
+        elif any(token in message["content"] for message in chat for token in written):
+            discarded[f"prompts hold {' or '.join(written)}, {WHY_TEMPLATED}"] += 1
+        elif not readable:
             unreadable.append(repr(answer)[:40])
         else:
-            problem = make_problem(chat, texts, tokenizer, args, for_template)
+            problem = make_problem(chat, readable, tokenizer, args, template_args)
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
             else:
@@ -151,7 +157,7 @@ def dataset_name(args: Any, flag: str) -> str:
 
 
 def make_problem(
-    chat: list[Row], references: list[str], tokenizer: Any, args: Any, for_template: Row
+    chat: list[Row], references: list[str], tokenizer: Any, args: Any, template_args: Row
 ) -> Problem:
     """Add --instruction and --system-prompt, and apply the chat template."""
     text = chat[-1]["content"]
@@ -160,21 +166,22 @@ def make_problem(
     if args.system_prompt and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": args.system_prompt})
     try:
-        prompt = prompt_tokens(tokenizer, chat, **for_template)
+        prompt = prompt_tokens(tokenizer, chat, **template_args)
     except ValueError as error:
         why = "its chat template"
         if args.system_prompt:
             why += f", given --system-prompt {args.system_prompt}"
         if args.template_args:
             why += f", given --template-args {args.template_args}"
-        flag = "--models" if hasattr(args, "models") else "--model"
+        flag = "--models" if hasattr(args, "models") else "--model"  # tools/evaluate.py has several
         reject(flag, tokenizer.name_or_path, f"{why}: {error}")
     return Problem(text, references[0], prompt, tuple(references[1:]))
 
 
 # ------------------------------------------------------------------ columns
 
-# A text that is a list of texts or objects, or an object: `["1", "2"]`, `{'role': ...}`
+# A text that holds a list of texts or objects, or an object: `["1", "2"]`, `{'role': ...}`. Not
+# `[1, 2]`, which may be an interval.
 NESTED = re.compile(r"\s*((\[\s*)+[\"'{]|\{\s*[\"'][\w ]+[\"']:)")
 # Roles as ShareGPT names them. All others keep their names.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -183,8 +190,8 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 def read_columns(args: Any, flag: str) -> tuple[str, list[Any], list[Any]]:
     """The name of the problem's column, its values, and the values of the reference answer.
 
-    For each of the two, the first of the wanted columns in which some row holds a value. Only the
-    first value of a row is kept, so other columns take no memory.
+    For each of the two it is the first of the wanted columns in which any row holds a value. Rows
+    without a value there get None. To save memory, a row's first value alone is kept while reading.
     """
     wanted = {kind: wanted_columns(args, flag, kind) for kind in COLUMNS}
     needed = set()
@@ -200,18 +207,18 @@ def read_columns(args: Any, flag: str) -> tuple[str, list[Any], list[Any]]:
             for kind, names in wanted.items():
                 found[kind].append(first_value(columns, names))
 
-    values = {}
+    names, values = {}, {}
     for kind, of_rows in found.items():
         first = min((place for place, _ in of_rows), default=len(wanted[kind]))
         if first == len(wanted[kind]):
             reject_columns(args, flag, kind, wanted[kind])
         values[kind] = [value if place == first else None for place, value in of_rows]
-        wanted[kind] = wanted[kind][first]
-    return wanted["question"], values["question"], values["answer"]
+        names[kind] = wanted[kind][first]
+    return names["question"], values["question"], values["answer"]
 
 
 def wanted_columns(args: Any, flag: str, kind: str) -> list[str]:
-    """Columns by preference. kind: "question" or "answer". The flag for it comes first."""
+    """Columns by preference, first the one that the flag names. kind: "question" or "answer"."""
     chosen = getattr(args, f"{kind}_column").lower()
     wanted = [chosen] if chosen else []
     if not chosen or flag != "--dataset":  # held-out problems may have columns of their own
@@ -239,8 +246,8 @@ def reject_columns(args: Any, flag: str, kind: str, wanted: list[str]) -> NoRetu
 def flatten(row: Row, needed: Container[str] = (), prefix: str = "") -> Row:
     """Columns by their names in lower case; a nested column {"a": {"b": 1}} is also a.b.
 
-    Of a conversation that ends with the assistant's turn, this turn is nested. needed: the names
-    that are kept; empty: all.
+    Of a conversation that ends with the assistant's turn, the fields of that turn are columns too:
+    messages.content. needed: the names that are kept; empty: all.
     """
     columns = {}
     for key, value in row.items():
@@ -274,7 +281,7 @@ def role_of(message: Row) -> str:
 
 
 def as_chat(value: Any) -> list[Row]:
-    """Messages up to the user's last, each content as one text; [] if that one has no text."""
+    """Messages up to the user's last, each content as one text; [] if the last has no text."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
@@ -300,7 +307,7 @@ def as_chat(value: Any) -> list[Row]:
 # ------------------------------------------------------------------ reference answers
 
 THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
-# A text that is JSON: "1\/2"
+# A JSON string, in its quotes: "1\/2"
 QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
 
 
@@ -322,8 +329,8 @@ def readable_references(grader: Grader, answers: list[Any], mode: str) -> list[l
 def reference_answers(value: Any, mode: str) -> list[str]:
     """The reference answers of a row: of a list, its distinct entries.
 
-    mode: with "any" each entry is a reference answer, with "all" together they are one. So are the
-    entries of a list of lists, such as pairs, always.
+    mode: with "any" each entry is a reference answer, with "all" the joined entries are one. A list
+    that holds lists, such as pairs, is always joined.
     """
     if not isinstance(value, list):
         value = [value]
@@ -336,8 +343,8 @@ def reference_answers(value: Any, mode: str) -> list[str]:
 def reference_answer(value: Any) -> str:
     r"""The final answer in a reference.
 
-    What `Grader.reference` reads in the text after the thoughts. A list is a tuple: (1, 2). Returns
-    "" for what is no answer: a proof, prose, an object, nothing.
+    It is what `Grader.reference` reads in the text after `</think>`. A list is a tuple: (1, 2).
+    Returns "" for what is no answer: a proof, prose, an object, nothing.
     """
     if isinstance(value, list):
         parts = [reference_answer(part) for part in value]
@@ -363,11 +370,6 @@ def as_text(value: Any) -> str:
 
 # ------------------------------------------------------------------ chat templates
 
-TEMPLATED = (
-    "which the chat template writes too; --template-args "
-    """'{"chat_template": "{{ messages[-1].content }}"}' takes prompts as they are"""
-)
-
 
 def template_arguments(args: Any) -> dict[str, Any]:
     """--template-args, and a fixed date, because prompts must not change from day to day."""
@@ -392,7 +394,7 @@ def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -
 
 
 def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
-    """Messages as text. A user's message is followed by the beginning of the assistant's turn.
+    """Messages as text. After a user's message the text ends with the generation prompt.
 
     Raises ValueError if the template fails or leaves the last message out.
     """
@@ -415,7 +417,7 @@ def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
 
 
 def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) -> None:
-    """Reject --system-prompt if the chat template leaves it out, as one for the question alone."""
+    """Reject --system-prompt if the chat template leaves it out."""
     if not text:
         return
     chat = [{"role": "system", "content": text}, {"role": "user", "content": "What is 3+4?"}]
@@ -455,13 +457,16 @@ def turn_ends(args: Any, tokenizer: Any) -> set[int]:
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     arguments = template_arguments(args)
     special, ends = special_tokens(tokenizer), set()
-    for template in (None, arguments.pop("chat_template", None)):  # None: the model's
+    templates = {None, arguments.pop("chat_template", None)}  # None: the model's
+    for template in templates:
         with contextlib.suppress(ValueError):  # a template that fails ends no turn
             text = apply_template(tokenizer, chat, chat_template=template, **arguments)
             before, _, after = text.rpartition(answer)
             if question in before:
                 ids = tokenizer.encode(after, add_special_tokens=False)
-                ends.update([number for number in ids if number in special][:1])
+                first = next((number for number in ids if number in special), None)
+                if first is not None:
+                    ends.add(first)
     return ends
 
 

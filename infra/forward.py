@@ -5,7 +5,6 @@ A prompt can be computed once for all its responses, in the update and in the tr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,25 +32,26 @@ class ForwardPass(NamedTuple):
 def forward_passes(
     which: list[int], prompt_lengths: list[int], lengths: list[int], can_share: bool
 ) -> list[ForwardPass]:
-    """Plan passes over rows of similar length, so that at most a tenth of the tokens is padding.
+    """Plan passes over rows of similar length.
 
     which: the prompt of each row, as a place in prompt_lengths; lengths: response tokens of each
-    row. A pass of at most MIN_TOKENS is not split.
+    row. At most a tenth of a pass's tokens is padding, unless it has at most MIN_TOKENS or shares
+    prompts.
     """
     totals = []
     for p, length in zip(which, lengths, strict=True):
         totals.append(prompt_lengths[p] + length)
 
-    groups: list[list[int]] = [[]]  # rows of each pass
+    passes: list[list[int]] = [[]]  # the rows of each
     used = 0
     for row in sorted(range(len(totals)), key=totals.__getitem__):
-        computed = totals[row] * (len(groups[-1]) + 1)
+        computed = totals[row] * (len(passes[-1]) + 1)
         used += totals[row]
         if computed > MIN_TOKENS and used < 0.9 * computed:
-            groups.append([])
+            passes.append([])
             used = totals[row]
-        groups[-1].append(row)
-    return [plan_pass(rows, which, prompt_lengths, lengths, can_share) for rows in groups]
+        passes[-1].append(row)
+    return [plan_pass(rows, which, prompt_lengths, lengths, can_share) for rows in passes]
 
 
 def plan_pass(
@@ -61,7 +61,7 @@ def plan_pass(
     lengths: list[int],
     can_share: bool,
 ) -> ForwardPass:
-    """Prompts are shared if that computes less than three quarters of the padded rows' tokens."""
+    """Share the prompts if that computes less than three quarters of the padded rows' tokens."""
     prompts = set()
     longest_prompt = longest_response = longest = 0
     for row in rows:
@@ -99,15 +99,15 @@ def response_states(
     passes = forward_passes(which.tolist(), list(map(len, prompts)), lengths, can_share)
     states: dict[int, Tensor] = {}  # of each row, [tokens of the row, D]
     for rows, share, _ in passes:
-        # of_row: [rows], the place of each row's prompt among the prompts of this pass
-        used, of_row = which[rows].unique(return_inverse=True)
+        # in_pass: [rows], the place of each row's prompt among the prompts of this pass
+        used, in_pass = which[rows].unique(return_inverse=True)
         pass_prompts = [prompts[p] for p in used.tolist()]
         row_lengths = mask[rows].sum(-1).tolist()
         longest = max(row_lengths)
         pass_tokens, pass_mask = tokens[rows, :longest], mask[rows, :longest]
         compute = shared_states if share else padded_states
-        of_pass = compute(model, pass_prompts, of_row.to(mask.device), pass_tokens, pass_mask)
-        states |= zip(rows, of_pass.split(row_lengths), strict=True)
+        of_rows = compute(model, pass_prompts, in_pass.to(mask.device), pass_tokens, pass_mask)
+        states.update(zip(rows, of_rows.split(row_lengths), strict=True))
     return torch.cat([states[row] for row in range(len(lengths))])
 
 
@@ -172,7 +172,10 @@ def prompt_cache(model: nn.Module, prompts: list[TokenIds], which: Tensor) -> tu
 
 
 def left_pad(prompts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids padded on the left to length L, which are tokens, their positions: three [n, L]."""
+    """Three [n, L]: token ids padded on the left, a mask of the tokens, and position ids.
+
+    L is at least 1: a pass needs a position, even if all prompts are empty.
+    """
     longest = max(1, *map(len, prompts))
     rows = []
     for prompt in prompts:
@@ -215,8 +218,9 @@ def micro_batches(
 
     groups = []
     for p in sorted(problems.tolist(), key=lambda p: sum(lengths[p])):
-        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)  # to pad little
-        groups.append(list(itertools.product([p], by_length)))
+        # neighbours of similar length, for little padding if the group has to be split
+        by_length = sorted(range(len(lengths[p])), key=lengths[p].__getitem__)
+        groups.append([(p, g) for g in by_length])
     for batch in pack(groups, fits):
         parts = [batch] if fits(batch) else pack([[row] for row in batch], fits)
         for part in parts:

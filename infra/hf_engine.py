@@ -20,6 +20,7 @@ class HFEngine(Engine):
     """A decode loop over the policy's forward pass."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
+        """As VLLMEngine's. The cache grows with the responses, so the context is not needed."""
         super().__init__(args, policy, tokenizer)
         self.args, self.policy = args, policy
         self.batch_size = args.prompts_per_step * args.group_size
@@ -81,7 +82,7 @@ class HFEngine(Engine):
         return responses
 
     def prefill(self, model: nn.Module, prompts: list[TokenIds]) -> tuple[Tensor, Tensor, Any]:
-        """The first inputs, which positions are tokens, and the cache of what comes before.
+        """The first inputs, a mask of the positions that are tokens, and the cache before them.
 
         Each different prompt is computed once, except its last token, which is the first input.
         A recurrent model has no cache that rows could share: its first inputs are whole prompts.
@@ -107,7 +108,7 @@ def decode_step(
     """
     width = inputs.shape[1]
     mask = is_token
-    if "past_key_values" not in cache:  # nothing but the inputs is attended to
+    if "past_key_values" not in cache:  # a first pass, or Mamba's state, which has no positions
         mask = is_token[:, -width:]
     position_ids = positions(is_token)
     outputs = model(

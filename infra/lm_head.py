@@ -85,7 +85,8 @@ class HeadLogp(torch.autograd.Function):
         log_masses, target_logps, entropies = [], [], []  # [tokens] for each tile
         for tile in tiles(hidden, weight, targets, scale, cap):
             logp = tile.logits.log_softmax(-1)  # log p(v | s)
-            log_masses.append(tile.logits.amax(-1) - logp.amax(-1))  # log Σ_v exp(logits)
+            # log Σ_v exp(logits) is logits - log p(v | s), the same for every token v of the tile.
+            log_masses.append(tile.logits.amax(-1) - logp.amax(-1))
             target_logp = logp.gather(-1, tile.column)[:, 0]
             target_logps.append(target_logp.where(tile.has_target[:, 0], -torch.inf))
             entropies.append(-torch.linalg.vecdot(logp.exp(), logp))  # H(v | s)

@@ -77,7 +77,7 @@ def read_dataset(repository: str, config: str, split: str, wanted: Container[str
             yield from read_files(files, split, wanted)
             return
         table = datasets.load_dataset(repository, config or None, split=split)
-    table = table.select_columns(needed(table.column_names, wanted))
+    table = table.select_columns(present(table.column_names, wanted))
     yield from arrow_rows(table.with_format("arrow").iter(BATCH))
 
 
@@ -171,7 +171,7 @@ def read_json(path: Path, encoding: str, split: str, wanted: Container[str]) -> 
 
 
 def json_values(text: TextIO) -> Iterator[Any]:
-    """The values of a file: one per line, or from the first line that is none, in any layout."""
+    """The JSON values of a file: one per line, and from the first other line on in any layout."""
     for number, line in enumerate(text):
         if not line.strip():
             continue
@@ -195,7 +195,11 @@ def decode_all(text: str) -> Iterator[Any]:
 
 
 def rows_within(value: Any, split: str, wanted: Container[str]) -> list[Any]:
-    """The rows of a file that holds one JSON value. An object with a wanted column is a row."""
+    """The rows of a file that holds one JSON value.
+
+    {"train": [...], "test": [...]} and {"data": [...]} hold rows; an object with a wanted column
+    next to its lists is a row.
+    """
     if isinstance(value, list) and not is_chat(value):
         return value
     if isinstance(value, dict):
@@ -231,12 +235,12 @@ def read_parquet(path: Path, wanted: Container[str]) -> Iterator[Row]:
 
     with open_file(path) as data:
         file = pyarrow.parquet.ParquetFile(data)
-        columns = needed(file.schema_arrow.names, wanted)
+        columns = present(file.schema_arrow.names, wanted)
         yield from arrow_rows(file.iter_batches(BATCH, columns=columns))
 
 
-def needed(names: list[str], wanted: Container[str]) -> list[str]:
-    """The wanted ones of the columns, or all if there are none."""
+def present(names: list[str], wanted: Container[str]) -> list[str]:
+    """Those of a table's columns that are wanted, or all if none is."""
     return [name for name in names if name.strip().lower() in wanted] or names
 
 
@@ -253,11 +257,11 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[Row]:
 def decode_json(value: Any, kind: Any) -> Any:
     r"""A value of an Arrow type that contains JSON, which `datasets` makes of a mixed column.
 
-    Only texts that are no JSON are in quotes there: `"1\/2"`. So `007` stays the text that it may
-    have been, and so does `[1, 2]`.
+    Texts are in quotes there, and lists of lists begin with `[[`: both are decoded. Anything else,
+    such as `007` or `[1, 2]`, may have been a text that `datasets` took for JSON, and is kept.
     """
     if isinstance(value, str) and "arrow.json" in str(kind) and value.startswith(('"', "[[")):
-        with contextlib.suppress(ValueError):  # [[007]]
+        with contextlib.suppress(ValueError):  # [[007]] is not JSON
             return json.loads(value)
     if isinstance(value, dict):
         return {field.name: decode_json(value[field.name], field.type) for field in kind}

@@ -153,10 +153,12 @@ class Run:
         self.step = 0  # the last step that was logged
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}  # of the step's parts
-        self.failures, self.skipped_updates = 0, 0
-        self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)
-        self.first_gap: float | None = None  # mean gap between engine and trainer at the first step
-        self.interrupted, self.stopped = False, False
+        self.skipped_updates = 0  # in this step
+        self.failures = 0  # updates in a row that were not finite
+        self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)  # in a row
+        self.earlier_gap: float | None = None  # mean engine-trainer gap that later ones should have
+        self.interrupted = False  # a signal has come
+        self.stopped = False  # and the step in which it came is saved
 
     def check_folder(self) -> None:
         """Reject a folder that holds another run, and exit if the run is finished."""
@@ -203,7 +205,7 @@ class Run:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def update_is_finite(self, loss: float, grad_norm: float) -> bool:
-        """Whether to take the optimiser's step. Raises StopRun after three that were skipped."""
+        """Whether to take the optimiser's step. Raises StopRun when three in a row are skipped."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.failures = 0
             return True
@@ -249,7 +251,7 @@ class Run:
         return metrics
 
     def check_health(self, metrics: dict[str, float]) -> None:
-        """Warn once if nothing can be learned, or if engine and trainer drift apart."""
+        """Warn if nothing could be learned in five steps, or if engine and trainer drift apart."""
         for name, (value, why) in NOTHING_TO_LEARN.items():
             if name == "boxed" and self.args.answer_format != "boxed":
                 continue
@@ -258,13 +260,14 @@ class Run:
             if self.idle_steps[name] == 5:
                 warn(f"warning: for 5 steps {why}")
         gap = metrics.get("logp_gap/mean", 0.0)
-        if self.first_gap is None:
-            self.first_gap = gap
+        if self.earlier_gap is None:
+            self.earlier_gap = gap
         if gap > 0.05:  # more than rounding in bfloat16
             warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
-        elif gap > max(3 * self.first_gap, 1e-3):  # below 1e-3 it is rounding
-            warn(f"warning: logp_gap/mean {gap:.2g} is three times that of the first step")
-            self.first_gap = gap
+        elif gap > max(3 * self.earlier_gap, 1e-3):  # below 1e-3 it is rounding
+            earlier = f"{self.earlier_gap:.2g}"
+            warn(f"warning: logp_gap/mean {gap:.2g} is three times the earlier {earlier}")
+            self.earlier_gap = gap
 
     def log_rollouts(
         self, step: int, rollouts: Any, rewards: Tensor, per_token: dict[str, Tensor]
@@ -368,6 +371,7 @@ class Run:
                 accuracy[row["step"]] = row["eval/accuracy"]
         # A checkpoint of a later step did not load, or the run would have resumed from it.
         loadable = [folder for folder in self.checkpoints() if step_of(folder) <= step]
+        # reversed: of several with the same accuracy, the latest
         best = max(reversed(loadable), key=lambda folder: accuracy.get(step_of(folder), -1))
         for folder in loadable[: -self.args.keep_checkpoints]:
             if folder != best:
@@ -377,11 +381,11 @@ class Run:
         """Write model/, the policy as an ordinary model folder, and print the result."""
         self.board.close()
         if self.stopped and self.step < self.args.steps:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # `launch` prints how to resume
         with atomic_write(self.folder / "model") as folder:
             save_model(policy, tokenizer, folder)
         rows = [row for row in read_lines(self.metrics_file) if "eval/accuracy" in row]
-        for label, row in zip(("before", "after"), rows[:1] + rows[-1:], strict=False):
+        for label, row in (("before", rows[0]), ("after", rows[-1])):
             low, high = row["eval/accuracy_low"], row["eval/accuracy_high"]
             print(
                 f"held-out accuracy {label:6}  {row['eval/accuracy']:.3f}  "

@@ -41,7 +41,6 @@ class Engine:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         self.set_tokenizer(args, policy, tokenizer)
-        self.vocab_size = base_model(policy).config.get_text_config().vocab_size
 
     def set_tokenizer(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         """Set the tokenizer and the ids of all tokens that end a response, and print these.
@@ -79,8 +78,10 @@ class VLLMEngine(Engine):
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         import vllm
 
-        body = type(base_model(policy).base_model)
-        constructor = body.__init__
+        # If vLLM lacks a model, it runs transformers' class and patches that class so that it
+        # compiles. The policy may be of this class and must not be compiled: undone below.
+        policy_class = type(base_model(policy).base_model)
+        original_init = policy_class.__init__
         self.sampling_params = vllm.SamplingParams
         self.on_cuda = on_cuda
         self.llm = vllm.LLM(
@@ -97,10 +98,8 @@ class VLLMEngine(Engine):
             seed=seed_for(args.seed, "engine"),  # vLLM takes 32 bits
             **self.device_options(args, context),
         )
-        # vLLM runs transformers' class for a model that it has no class for, and patches that
-        # class so that it compiles. The policy may be of that class and must not be compiled.
-        body.__init__ = constructor
-        body.do_not_compile = True
+        policy_class.__init__ = original_init
+        policy_class.do_not_compile = True
 
         [self.model] = self.llm.apply_model(lambda model: model)  # it is in this process
         self.syncs = 0
@@ -123,7 +122,7 @@ class VLLMEngine(Engine):
         }
 
     def sync(self, policy: nn.Module) -> None:
-        """Load the policy's weights, a tied LM head included.
+        """Load the policy's weights, and a tied LM head too if vLLM has one.
 
         Raises StopRun if one of the first three syncs of a run did not load them.
         """
@@ -211,7 +210,7 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
 
 
 def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: list[Any]) -> Engine:
-    """vLLM, or transformers where vLLM cannot be used, for the longest prompt of the sets.
+    """vLLM, or transformers if vLLM cannot be used. There is room for the sets' longest prompt.
 
     Sets `args.engine` to the engine's name, so that the run's args.json records it.
     """
@@ -237,6 +236,6 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
             return VLLMEngine(args, policy, tokenizer, context)
         print(f"--engine auto: transformers is used, because {why_not}", file=sys.stderr)
     args.engine = "transformers"
-    from infra.hf_engine import HFEngine
+    from infra.hf_engine import HFEngine  # imports Engine from here
 
     return HFEngine(args, policy, tokenizer, context)

@@ -64,23 +64,27 @@ def erpo(batch: Batch) -> Tensor:
     )
 
 
-def gtpo(normalize: str) -> Method:
+def gtpo(**settings: str) -> Method:
     def method(batch: Batch) -> Tensor:
         correct = batch.rewards > 0.5
-        return gtpo_advantages(correct, batch.entropy, batch.mask, normalize=normalize)
+        return gtpo_advantages(correct, batch.entropy, batch.mask, **settings)
 
     return method
 
 
-def grpo_s(batch: Batch) -> Tensor:
-    correct = batch.rewards > 0.5
-    return grpo_s_advantages(correct, batch.entropy, batch.mask)[..., None] * batch.mask
+def grpo_s(**settings: str) -> Method:
+    def method(batch: Batch) -> Tensor:
+        correct = batch.rewards > 0.5
+        advantages = grpo_s_advantages(correct, batch.entropy, batch.mask, **settings)
+        return advantages[..., None] * batch.mask
+
+    return method
 
 
 def vineppo(whiten: bool) -> Method:
     def method(batch: Batch) -> Tensor:
         """Steps of two tokens; the first token's log-probability gives the value before a step."""
-        step = torch.arange(batch.mask.shape[-1]) // 2
+        step = torch.arange(batch.mask.shape[-1], device=batch.mask.device) // 2
         values = batch.logp[..., ::2].exp()
         return vineppo_advantages(
             values, step * batch.mask, batch.rewards, batch.mask, whiten=whiten
@@ -117,10 +121,12 @@ METHODS: dict[str, Method] = {
     "grpo without scale": lambda batch: grpo(batch, scale=False),
     "ep_grpo": ep_grpo,
     "erpo": erpo,
-    "gtpo with-zeros": gtpo("with-zeros"),
-    "gtpo own-set": gtpo("own-set"),
-    "gtpo joint": gtpo("joint"),
-    "grpo_s": grpo_s,
+    "gtpo with-zeros": gtpo(normalize="with-zeros"),
+    "gtpo own-set": gtpo(normalize="own-set"),
+    "gtpo joint": gtpo(normalize="joint"),
+    "gtpo by batch": gtpo(scope="batch"),
+    "grpo_s": grpo_s(),
+    "grpo_s by batch": grpo_s(scope="batch"),
     "vineppo": vineppo(whiten=False),
     "vineppo whitened": vineppo(whiten=True),
     "holderpo weights": lambda b: gradient_weights(b.logp, b.ref_logp, b.mask, 2.0),
@@ -134,7 +140,13 @@ METHODS: dict[str, Method] = {
     "lambda_grpo weights": shared_prefix,
 }
 # Whitened or ranked over all groups
-OF_A_STEP = ["vineppo whitened", "forking mask", "stare weights"]
+OF_A_STEP = [
+    "vineppo whitened",
+    "gtpo by batch",
+    "grpo_s by batch",
+    "forking mask",
+    "stare weights",
+]
 OF_REWARDS_ALONE = ["grpo", "grpo without scale", "vineppo", "vineppo whitened"]
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -224,6 +236,17 @@ def test_inputs_are_left_alone(method):
         method(batch)
         for item in fields(batch):
             assert torch.equal(getattr(batch, item.name), getattr(before, item.name))
+
+
+READS_VALUES = ["forking mask", "stare weights"]  # the number of kept tokens depends on the mask
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in READS_VALUES])
+def test_no_tensor_is_made_on_another_device(name):
+    """The meta device, like a GPU, rejects tensors of the CPU with dimensions."""
+    result = METHODS[name](EXAMPLE.change(lambda x: x.to("meta")))
+    assert result.device.type == "meta"
+    assert result.shape == EXAMPLE.mask.shape
 
 
 @ALL

@@ -109,7 +109,7 @@ REJECTED = {  # by the message after the last flag of each command line
     "must lie in (0.5, 1], or be 0: off": [
         *("gtpo --overlong-gamma 0.5", "gtpo --overlong-gamma 1.5"),
     ],
-    "only verdicts count here, which it does not change; use --overlong-gamma": [
+    "changes rewards, but GTPO uses verdicts; use --overlong-gamma": [
         "gtpo --overlong-buffer 8",
     ],
     "has no effect with --level sequence": [

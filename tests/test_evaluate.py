@@ -130,6 +130,12 @@ def test_majority_by_hand(answers, reference, expected, grader):
         assert majority(grader, *zip(*both, strict=True)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("answer_format", ["boxed", "line", "auto"])
+def test_two_spellings_are_one_answer_in_every_format(answer_format):
+    with Grader(answer_format) as grader:
+        assert majority(grader, ["7", r"2\pi", r"\pi+\pi"], [1, 0, 0]) == 0.0
+
+
 def test_majority_asks_math_verify_only_if_it_can_decide(monkeypatch):
     monkeypatch.setattr(Grader, "_ask", lambda self, requests: 1 / (not requests) and [])
     with Grader() as never_asked:

@@ -275,6 +275,8 @@ RULES = {
          r"18^\circ", "18 inches", "18 cm^2", "18%", "9 cm"]),
         ("5 feet 3 inches", ["5 feet 3 inches"], ["5", "5 feet", "3 inches"]),
         ("60 mph", ["60 miles per hour", r"60\text{ mi/h}", "60"], ["60 km/h", "61 mph"]),
+        ("5 s", ["5000 ms", r"5000\text{ milliseconds}"], ["5000 m", "5 ms"]),
+        ("5 m", ["5 metres"], ["5 ms"]),
         ("18000", ["18 thousand", r"18 \text{ thousand}", "18 thousand dollars"], ["18",
          "18 million"]),
         ("18", [], ["18 thousand", r"18 \text{ thousand}", "[18]"]),
@@ -296,6 +298,10 @@ RULES = {
         ("2.5e-07", [r"2.5 \times 10^{-7}"], [r"2.5 \times 10^{-8}", "0"]),
         ("1024", ["2^{10}", "4^5"], ["2^{9}", "2^9+512"]),
         ("2e - 3", ["-3+2e"], ["0.002"]),
+    ],
+    "large numbers": [
+        ("x^2+10000", ["10000+x^2"], ["x^2+10001"]),
+        ("2^{10000}", [], ["2^{10001}", "2^10001", "2^(12345)"]),
     ],
     "characters": [
         (r"2\sqrt{13}", ["2√13", "2 √(13)"], ["2√1 3", "√13"]),
@@ -363,7 +369,9 @@ def test_strict_wants_a_number() -> None:
     table = [
         ("18", [r"18 \text{ dollars}", r"9 \cdot 2 = 18", "x = 18", r"18^\circ", r"18\%",
          r"1.8 \times 10^{1}", "{18}", r"\frac{36}{2}", r"\sqrt{324}", r"\binom{18}{1}"],
-         ["(16-3-4)*2", r"2 \cdot 9", "20-2", r"18 = 9 \cdot 2"]),
+         ["(16-3-4)*2", r"2 \cdot 9", "20-2", r"18 = 9 \cdot 2", r"20-2 \text{ dollars}",
+          "20-2, 18"]),
+        ("(5,7)", ["5<x<7"], ["1+4<x<3+4", "(1+4, 7)"]),
         (r"\sqrt{12}", [r"2\sqrt{3}"], []),
     ]  # fmt: skip
     for reference, right, unevaluated in table:

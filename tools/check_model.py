@@ -3,9 +3,11 @@
     python tools/check_model.py --model Qwen/Qwen2.5-0.5B-Instruct --lora-rank 8
 
 Loads the policy and vLLM, syncs, changes the trained weights a little, syncs again and compares.
-A run compares vectors only, after its first three syncs. Log-probabilities do not show every stale
-weight: in bfloat16 those of a policy one update old are within rounding error of the new ones.
-Exit code: 0 if vLLM holds the policy's weights, 1 if it does not, 2 for an error.
+A run itself compares only vectors, after each of its first three syncs. Log-probabilities do not
+show every stale weight: in bfloat16 those of a policy one update old are within rounding error of
+the new ones.
+Exit code: 0 if vLLM holds the policy's weights, 1 if it does not or if a run would stop after the
+change, 2 for an error.
 """
 
 from __future__ import annotations
@@ -86,12 +88,12 @@ class WeightCheck:
 
     def equal(self, of_engine: Columns, of_policy: Columns) -> set[str]:
         """The names under which both hold the same values. vLLM may pad at the end."""
-        equal = set()
+        names = set()
         for name in of_engine.keys() & of_policy.keys():
             count = len(of_policy[name])
             if of_engine[name][:count].equal(of_policy[name]):
-                equal.add(name)
-        return equal
+                names.add(name)
+        return names
 
     def stale(self, policy: nn.Module) -> list[str]:
         """The names that were equal after loading and are not now."""
@@ -101,7 +103,7 @@ class WeightCheck:
 
 @torch.no_grad()
 def perturb(policy: nn.Module, seed: int) -> None:
-    """Change every trained weight by about 2% of its tensor's size; zeros by about 0.02."""
+    """Change trained weights by about 2% of their tensor's mean absolute value, zeros by 0.02."""
     generator = torch.Generator().manual_seed(seed)
     for weight in policy.parameters():
         if weight.requires_grad:
@@ -129,7 +131,7 @@ def main(args: Args) -> int:
         rollouts = common.stack(groups, engine.stop_tokens, device(settings))
         common.score_rollouts(policy, None, rollouts, settings)
         gap = common.check_engine(rollouts, settings)
-    except StopRun as error:  # the checks of a run, the first of which names one weight
+    except StopRun as error:  # a run's own checks: stale vectors, log-probabilities
         print(error)
         gap = {}
 

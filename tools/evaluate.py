@@ -69,17 +69,17 @@ FIXED = [
 
 @dataclass
 class Args:
-    models: tuple[str, ...] = ("tiny",)  # differences are to the first
-    datasets: tuple[str, ...] = ("tiny/test.jsonl",)  # split of a hub dataset: test
+    models: tuple[str, ...] = ("tiny",)  # differences are relative to the first
+    datasets: tuple[str, ...] = ("tiny/test.jsonl",)  # hub datasets: by default the test split
     samples: int = 64  # n: sampled responses per problem, in addition to a greedy one
     k: tuple[int, ...] = ()  # of pass@k, at most --samples; empty: 1, 8 and 64, up to --samples
     problems: int = 0  # problems used of each dataset, the first ones; 0: all
     max_new_tokens: int = 1024  # longest response
     temperature: float = 1.0  # of sampling
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response, next to the model's own
-    question_column: str = ""  # column of the problem, text or messages; empty: a usual name
-    answer_column: str = ""  # column of the reference answer; empty: a usual name
-    references: Literal["any", "all"] = "any"  # of a list of reference answers, what is right
+    question_column: str = ""  # column of the problem, text or messages; empty: found by its name
+    answer_column: str = ""  # column of the reference answer; empty: found by its name
+    references: Literal["any", "all"] = "any"  # all: several reference answers are joined into one
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either
@@ -110,20 +110,20 @@ def respond(
     args: Args,
     kind: Literal["evaluation", "greedy"],
 ) -> list[Record]:
-    """Verified samples of the problems of these numbers, or greedy responses: a record each."""
+    """Sample and grade responses to the problems with these numbers. One record per problem."""
     samples, temperature = args.samples, args.temperature
     if kind == "greedy":
         samples, temperature = 1, 0.0
-    prompts, seeds, asked = [], [], []
+    prompts, seeds, problem_of_each = [], [], []
     for number in numbers:
         for sample in range(samples):
             prompts.append(problems[number].prompt)
             seeds.append(seed_for(args.seed, kind, number, sample))
-            asked.append(problems[number])
+            problem_of_each.append(problems[number])
     lengths = [args.max_new_tokens] * len(prompts)
     tokens = [ids for ids, _ in engine.generate(prompts, seeds, lengths, temperature)]
     texts = engine.decode(tokens)
-    verdicts = grade(grader, texts, asked)
+    verdicts = grade(grader, texts, problem_of_each)
 
     records = []
     for start in range(0, len(tokens), samples):
@@ -142,12 +142,12 @@ def respond(
 def evaluate_model(
     engine: Engine, grader: Grader, problems: Problems, numbers: Sequence[int], args: Args
 ) -> list[Record]:
-    """Verified samples and a greedy response of the engine's model, for problems by number.
+    """Verified samples and a greedy response to the problems with these numbers.
 
     A response depends only on the weights, the seed and the problem's number, so problems can be
     evaluated in any batches. With the same seed, the samples are those of a run's own evaluation.
-    A record holds number, problem, reference (and alternatives, if any); answers (None without a
-    box), correct, lengths and truncated of the samples; majority; and greedy, the same lists for
+    A record holds number, problem, reference (and alternatives, if any); answers (None if there is
+    none), correct, lengths and truncated of the samples; majority; and greedy, the same lists for
     the greedy response.
     """
     sampled = respond(engine, grader, problems, numbers, args, "evaluation")

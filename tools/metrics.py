@@ -38,10 +38,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[float]) -> float:
     """Whether the most frequent answer is correct. A tie of m answers, one of them correct, is 1/m.
 
-    answers: the boxed answer of each response, None (no vote) if there is none; correct: their
-    verdicts. math-verify decides which answers are equal. Correct answers already equal the
-    reference answer, so only incorrect ones are compared with each other, and only if the result
-    depends on it.
+    answers: the answer of each response, None (no vote) if there is none; correct: their verdicts.
+    math-verify decides which answers are equal. Correct answers already equal the reference answer,
+    so only incorrect ones are compared with each other, and only if the result depends on it.
     """
     right = sum(map(bool, correct))
     texts: dict[Any, str] = {}  # the first spelling of each incorrect answer
@@ -51,19 +50,22 @@ def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[fl
             number = plain_number(answer)
             key = " ".join(answer.split()) if number is None else number
             votes[texts.setdefault(key, answer)] += 1
-    if right == 0 or right > votes.total():
-        return float(right > 0)
+    if right == 0:
+        return 0.0
+    if right > votes.total():  # even if all incorrect answers are equal
+        return 1.0
     if max(votes.values()) > right:
         return 0.0
     ranked = [text for text, _ in votes.most_common()]
     readable = [t for t, fine in zip(ranked, grader.readable(ranked), strict=True) if fine]
     pairs = list(itertools.combinations(readable, 2))
-    responses = [rf"\boxed{{{second}}}" for _, second in pairs]
+    responses = [rf"Answer: \boxed{{{second}}}" for _, second in pairs]  # in every --answer-format
     verdicts = grader.grade(responses, [first for first, _ in pairs])
     same = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict}
     groups: Counter[str] = Counter()
     for text in ranked:
-        groups[next((first for first in groups if (first, text) in same), text)] += votes[text]
+        equal = [first for first in groups if (first, text) in same]
+        groups[equal[0] if equal else text] += votes[text]
     sizes = list(groups.values())
     return 0.0 if max(sizes) > right else 1 / (1 + sizes.count(right))
 
