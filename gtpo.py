@@ -52,11 +52,12 @@ class Args(common.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # rejects negative numbers
-        gamma = self.overlong_gamma
-        valid = not gamma or 0.5 < gamma <= 1
-        common.require(valid, "--overlong-gamma", gamma, "must lie in (0.5, 1], or be 0: off")
-        why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
-        common.require(not self.overlong_buffer, "--overlong-buffer", self.overlong_buffer, why)
+        if self.overlong_gamma and not 0.5 < self.overlong_gamma <= 1:
+            why = "must lie in (0.5, 1], or be 0: off"
+            common.reject("--overlong-gamma", self.overlong_gamma, why)
+        if self.overlong_buffer:
+            why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
+            common.reject("--overlong-buffer", self.overlong_buffer, why)
         if self.level == "sequence":
             why = "has no effect with --level sequence"
             common.require(self.normalize == "with-zeros", "--normalize", self.normalize, why)
@@ -79,15 +80,15 @@ def shaped_rewards(
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
     correct: [P, G] verdicts; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
-    the verdict. alpha2 weighs x / mean(x), where x is the entropy in correct rollouts, 1 / entropy
-    in wrong ones, and the mean is over the rollouts of this verdict that have a token there.
+    the verdict. alpha2 weighs x / mean(x): x is the entropy, in wrong rollouts 1 / entropy, and the
+    mean is over the rollouts of this verdict that have a token at this position.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     entropy = entropy.clamp(min=1e-6)  # keeps 1 / entropy finite [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
-    # Where no rollout of this verdict has a token this is NaN, which torch.where drops.
+    # NaN where no rollout of this verdict has a token, which torch.where drops.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
@@ -150,10 +151,9 @@ def grpo_s_advantages(
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    Rollouts longer than a limit are punished. If the group's accuracy is at least gamma, in
-    (1/2, 1]: the correct ones, the limit being of their lengths. If it is at most 1 - gamma: none.
-    In between: those of the majority's verdict, on a tie the wrong ones [open], the limit being of
-    all lengths.
+    Punishes rollouts above a limit. At a group accuracy of at least gamma, in (1/2, 1], the correct
+    ones, with a limit from their lengths; of at most 1 - gamma none. In between those with the
+    majority's verdict, on a tie the wrong ones [open], with a limit from all lengths.
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -174,8 +174,8 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     alpha1 = 1.0
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-        # The shaped reward of a wrong rollout is -alpha1 - ..., so the sign turns.
-        alpha1 = 1 + torch.where(correct > 0, punishment, -punishment)[..., None]  # Eq. D+ [open]
+        signed = torch.where(correct > 0, punishment, -punishment)  # wrong rewards have -alpha1
+        alpha1 = 1 + signed[..., None]  # Eq. D+ [open]
     if args.level == "sequence":
         flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
         return grpo_s_advantages(correct, entropy, mask, **flags)[..., None] * mask
