@@ -52,8 +52,8 @@ class RunArgs:
 
     # Model and problems
     model: str = "tiny"  # folder or hub name of a causal language model
-    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split], by default train
-    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, in the same form, by default test
+    dataset: str = "tiny/train.jsonl"  # file, folder or hub name[:config][@split]; no split: train
+    eval_dataset: str = "tiny/test.jsonl"  # held-out problems, in the same form; no split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
     references: Literal["any", "all"] = "any"  # all: several reference answers are joined into one
@@ -83,7 +83,7 @@ class RunArgs:
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
     lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
-    warmup_ratio: float = 0.0  # share of all updates with linear warm-up
+    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not with a constant schedule
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
@@ -169,8 +169,7 @@ def roll_out(
     group_size: int | None = None,
     temperature: float | None = None,
 ) -> list[Group]:
-    """G responses to each problem. Each has its own seed, whatever else is in the batch.
-
+    """G responses to each problem, each sampled with its own seed: a hash of `seed`, p and g.
     first_tokens: [P, G] token ids that the responses begin with; None: every token is sampled.
     group_size, temperature: override those of `args`.
     """
@@ -321,7 +320,7 @@ def head_logp(
     weight, logit_scale, soft_cap = lm_head(model)
     scale = logit_scale / args.temperature  # logits = scale x soft cap of (hidden @ weight.T)
     targets = rollouts.tokens[index][mask]
-    hidden = hidden.to(precision(args))
+    hidden = hidden.to(precision(args))  # autocast leaves the final norm's output in float32
     logp, entropy = HeadLogp.apply(hidden, weight, targets, scale, soft_cap)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)

@@ -35,7 +35,7 @@ from common import standardize
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help."""
+    """Settings of the method. The string below each is its --help text."""
 
     # <method>
     gamma: float = 5.0

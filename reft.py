@@ -28,7 +28,7 @@ import common
 # Below the imports, scripts may differ only between the marks <method> and </method>.
 @dataclass
 class Args(common.RunArgs):
-    """Settings of the method; their texts are the --help."""
+    """Settings of the method. The string below each is its --help text."""
 
     # <method>
     scale_rewards: bool = True

@@ -156,7 +156,7 @@ class Run:
         self.skipped_updates = 0  # in this step
         self.failures = 0  # updates in a row that were not finite
         self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)  # in a row
-        self.earlier_gap: float | None = None  # mean engine-trainer gap that later ones should have
+        self.earlier_gap: float | None = None  # mean engine-trainer gap, to compare later ones with
         self.interrupted = False  # a signal has come
         self.stopped = False  # and the step in which it came is saved
 
