@@ -5,7 +5,7 @@ standardised over the group's tokens.
 - Progress: log π_old - log π_ref of the sampled token, as a z-score over the group's tokens in the
   same bucket of relative position, negated if the rollout's advantage is negative, times the gate,
   rescaled to a standard deviation of 1.
-- Gate: the sigmoid of the z-score of the token's entropy in its group.
+- Gate: the sigmoid of gamma x the z-score of the token's entropy in its group.
 Comments "Eq. ..." refer to rows of docs/erpo.md; lines are those of the paper's Algorithm 1.
 [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 

@@ -152,8 +152,8 @@ def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Te
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
     Punishes rollouts above a limit. At a group accuracy of at least gamma, in (1/2, 1], the correct
-    ones, with a limit from their lengths; of at most 1 - gamma none. In between those with the
-    majority's verdict, on a tie the wrong ones [open], with a limit from all lengths.
+    ones, with a limit from their lengths; of at most 1 - gamma none. In between the correct ones if
+    they are the majority, else the wrong ones [open], with a limit from all lengths.
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update, for groups that may not be scored before their micro-batch is.
+        # Computed in phase 4, where the groups have been scored, --scope batch's before it.
         # </method>
 
         # 4. Update on one share of the problems at a time. Advantages are of whole groups.

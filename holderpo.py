@@ -10,7 +10,7 @@ Comments "Eq. ..." refer to rows of docs/holderpo.md. [paper]: the paper; [code]
         --eval-dataset my/test.jsonl --instruction 'Put your final answer in \boxed{}.'
 
 GSPO is --schedule constant --p-start 0, GMPO is that with --clip-level token.
-Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
+Shapes: P problems, G rollouts of each (the group), T response tokens. p is the exponent.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -
 def holder_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tensor:
     """ρ, a response's ratio of new to old policy: the power mean of its tokens' ratios.
 
-    logp, old_logp, mask: [N, T]. Returns [N]. It rises with p, from the smallest token ratio
+    logp, old_logp, mask: [..., T]. Returns [...]. It rises with p, from the smallest token ratio
     (p = -∞) to the largest (p = ∞). Computed in log space, so that r^p cannot overflow. A response
     without tokens has ratio 1 and no gradient.
     """
@@ -142,7 +142,7 @@ def holder_loss(
 
 @torch.no_grad()
 def gradient_weights(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tensor:
-    """W, each token's share of its response's gradient, [N, T]: ∇ρ = ρ Σ W_t ∇log π_t."""
+    """W, each token's share of its response's gradient, [..., T]: ∇ρ = ρ Σ W_t ∇log π_t."""
     powers = p * (logp - old_logp).masked_fill(~mask, 0.0)  # logarithms of r_t^p
     weights = powers.masked_fill(~mask, -math.inf).softmax(-1)  # Eq. 3 [paper]
     return weights.masked_fill(~mask, 0.0)
