@@ -221,7 +221,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
+        # 2. Score the rollouts under the policy that sampled, unless the update does so (phase 4).
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -262,8 +262,9 @@ def main(args: Args) -> None:
                             # The update's hidden states, unless they have dropout
                             hidden = None if args.lora_dropout else batch.hidden
                             norms = residuals(policy, base, rollouts, batch.index, args, hidden)
+                            # one norm for each token of batch.trained, row by row
                             signal = torch.zeros_like(batch.old_logp)
-                            signal = signal.masked_scatter(batch.trained, norms)  # in its order
+                            signal = signal.masked_scatter(batch.trained, norms)
                     credit = credit_weights(signal, batch.mask, sharpening=args.sharpening)
                     per_token.add(batch, credit=credit)
                     # The loss is averaged over each response: its length cancels.

@@ -75,7 +75,7 @@ class RunArgs:
     overlong_buffer: int = 0  # B: the reward falls by up to 1/2 in the last B tokens allowed (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # stop if engine and trainer differ more; 0: 0.2 (CPU float32: 1e-4)
+    max_logp_gap: float = 0.0  # stop if logp_gap/mean (nats) exceeds it; 0: 0.2 (CPU float32: 1e-4)
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -83,7 +83,7 @@ class RunArgs:
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
     lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
-    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not with a constant schedule
+    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not if constant
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights

@@ -5,8 +5,8 @@ from the N most likely ones. Each opens G / K of the G rollouts. Comments "Eq. .
 docs/reft.md. [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
     python reft.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
-    python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --dataset openai/gsm8k:main \
-        --eval-dataset openai/gsm8k:main --instruction 'Put your final answer in \boxed{}.'
+    python reft.py --model Qwen/Qwen2.5-3B-Instruct --lora-rank 64 --lr 1e-5 --dataset \
+        openai/gsm8k:main --eval-dataset openai/gsm8k:main --instruction 'Answer in \boxed{}.'
 
 Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T response tokens.
 """
@@ -232,7 +232,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled (log-probability, entropy), here or in phase 4.
+        # 2. Score the rollouts under the policy that sampled, unless the update does so (phase 4).
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

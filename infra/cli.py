@@ -81,30 +81,30 @@ def check_settings(args: Any) -> None:
     check_numbers(args)
     check_temperature(args)
 
-    def must(condition: Any, name: str, why: str) -> None:
+    def check(condition: Any, name: str, why: str) -> None:
         require(condition, flag_of(name), getattr(args, name), why)
 
-    must(args.group_size > 1, "group_size", "must be at least 2")
+    check(args.group_size > 1, "group_size", "must be at least 2")
     divides = args.prompts_per_step % args.updates_per_rollout == 0
-    must(divides, "updates_per_rollout", f"must divide --prompts-per-step {args.prompts_per_step}")
+    check(divides, "updates_per_rollout", f"must divide --prompts-per-step {args.prompts_per_step}")
     fits = args.overlong_buffer <= args.max_new_tokens
-    must(fits, "overlong_buffer", f"must be at most --max-new-tokens {args.max_new_tokens}")
+    check(fits, "overlong_buffer", f"must be at most --max-new-tokens {args.max_new_tokens}")
 
     unused = "has no effect without "
-    must(args.lora_rank or not args.lora_alpha, "lora_alpha", unused + "--lora-rank")
-    must(args.lora_rank or not args.lora_dropout, "lora_dropout", unused + "--lora-rank")
+    check(args.lora_rank or not args.lora_alpha, "lora_alpha", unused + "--lora-rank")
+    check(args.lora_rank or not args.lora_dropout, "lora_dropout", unused + "--lora-rank")
     is_default = args.generation_rounds == type(args).generation_rounds
-    must(args.dynamic_sampling or is_default, "generation_rounds", unused + "--dynamic-sampling")
+    check(args.dynamic_sampling or is_default, "generation_rounds", unused + "--dynamic-sampling")
     constant = args.lr_schedule == "constant"
     why = "has no effect with --lr-schedule constant: use constant_with_warmup"
-    must(not (constant and args.warmup_ratio), "warmup_ratio", why)
+    check(not (constant and args.warmup_ratio), "warmup_ratio", why)
 
     has_vllm = importlib.util.find_spec("vllm")
-    must(has_vllm or args.engine != "vllm", "engine", "vLLM is not installed; see README.md")
+    check(has_vllm or args.engine != "vllm", "engine", "vLLM is not installed; see README.md")
     has_wandb = importlib.util.find_spec("wandb")
-    must(has_wandb or not args.wandb_project, "wandb_project", "wandb is not installed")
+    check(has_wandb or not args.wandb_project, "wandb_project", "wandb is not installed")
     has_cuda = torch.cuda.is_available()
-    must(has_cuda or args.device != "cuda", "device", "there is no CUDA GPU")
+    check(has_cuda or args.device != "cuda", "device", "there is no CUDA GPU")
 
 
 def parse_args(settings: type, command: list[str] | None = None) -> Any:
@@ -121,7 +121,7 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
-        if args.engine == "auto":  # the flag was given; args.json has the engine that it chose
+        if args.engine == "auto":  # the flag was given; args.json names the engine auto chose then
             args.engine = saved.engine
         check_resume(args, saved)
     return args

@@ -1,6 +1,6 @@
 """Problems: columns of a dataset, reference answers, chat templates.
 
-docs/data.md describes what is read, and what becomes of what cannot be read.
+docs/data.md lists what can be read, and what is discarded or rejected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = {
     "answer": [
         *("answer", "final_answer", "expected_answer", "ground_truth"),
         *("reward_model.ground_truth", "solution"),
-        # in the assistant's turn that ends a conversation, which `flatten` nests
+        # fields of the assistant's turn that ends a conversation, as `flatten` names them
         *("conversations.ground_truth.value", "conversations.ground_truth"),
         *("conversations.value", "conversations.content", "messages.content"),
     ],
@@ -55,7 +55,7 @@ class Problems(list[Problem]):
     position = 0  # the number of problems taken so far
 
     def take(self, count: int, seed: int) -> list[Problem]:
-        """The next `count` problems. An epoch's order depends on the seed and its number alone."""
+        """The next `count` problems. Only the seed and an epoch's number determine its order."""
         taken = []
         for position in range(self.position, self.position + count):
             epoch, offset = divmod(position, len(self))
@@ -89,6 +89,7 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
+# Ends the reason for discarding a prompt that holds tokens of the chat template.
 WHY_TEMPLATED = (
     "which the chat template writes too; --template-args "
     """'{"chat_template": "{{ messages[-1].content }}"}' takes prompts as they are"""
@@ -190,8 +191,9 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 def read_columns(args: Any, flag: str) -> tuple[str, list[Any], list[Any]]:
     """The name of the problem's column, its values, and the values of the reference answer.
 
-    For each of the two it is the first of the wanted columns in which any row holds a value. Rows
-    without a value there get None. To save memory, a row's first value alone is kept while reading.
+    Each of the two columns is the first wanted one in which any row holds a value; rows without a
+    value there get None. To save memory, only each row's first value is kept while reading: no row
+    has a value in a wanted column before the chosen one.
     """
     wanted = {kind: wanted_columns(args, flag, kind) for kind in COLUMNS}
     needed = set()
@@ -207,18 +209,21 @@ def read_columns(args: Any, flag: str) -> tuple[str, list[Any], list[Any]]:
             for kind, names in wanted.items():
                 found[kind].append(first_value(columns, names))
 
-    names, values = {}, {}
+    chosen, values = {}, {}
     for kind, of_rows in found.items():
         first = min((place for place, _ in of_rows), default=len(wanted[kind]))
         if first == len(wanted[kind]):
             reject_columns(args, flag, kind, wanted[kind])
         values[kind] = [value if place == first else None for place, value in of_rows]
-        names[kind] = wanted[kind][first]
-    return names["question"], values["question"], values["answer"]
+        chosen[kind] = wanted[kind][first]
+    return chosen["question"], values["question"], values["answer"]
 
 
 def wanted_columns(args: Any, flag: str, kind: str) -> list[str]:
-    """Columns by preference, first the one that the flag names. kind: "question" or "answer"."""
+    """Columns by preference: first --question-column or --answer-column, if given.
+
+    kind: "question" or "answer".
+    """
     chosen = getattr(args, f"{kind}_column").lower()
     wanted = [chosen] if chosen else []
     if not chosen or flag != "--dataset":  # held-out problems may have columns of their own
@@ -307,8 +312,8 @@ def as_chat(value: Any) -> list[Row]:
 # ------------------------------------------------------------------ reference answers
 
 THOUGHTS = re.compile(r"(?s).*(?:</think>|<\|end_of_thought\|>)")
-# A JSON string, in its quotes: "1\/2"
-QUOTED = re.compile(r'"(?:[^"\\]|\\[\\/"])*"')
+# A text in quotes, escaped as in JSON: "1\/2". Not "\frac{1}{2}", where \f is LaTeX.
+QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f]|\\[\\/"])*"')
 
 
 def asked_format(prompt: str) -> str:
@@ -344,7 +349,7 @@ def reference_answer(value: Any) -> str:
     r"""The final answer in a reference.
 
     It is what `Grader.reference` reads in the text after `</think>`. A list is a tuple: (1, 2).
-    Returns "" for what is no answer: a proof, prose, an object, nothing.
+    Returns "" if there is no answer: for a proof, prose, an object, or nothing.
     """
     if isinstance(value, list):
         parts = [reference_answer(part) for part in value]
@@ -442,16 +447,16 @@ def template_tokens(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
         return []
     try:
         prompt = prompt_tokens(tokenizer, "What is 3+4?", **arguments)
-    except ValueError:  # for example without a system message
+    except ValueError:  # for example, the template requires a system message
         return []
     return tokenizer.convert_ids_to_tokens(sorted(special_tokens(tokenizer).intersection(prompt)))
 
 
 def turn_ends(args: Any, tokenizer: Any) -> set[int]:
-    """The ids of special tokens that end an assistant's turn: the first after its content.
+    """The ids of the special tokens that end an assistant's turn: the first after its content.
 
-    In the model's chat template and in that of --template-args. A template for prompts alone has
-    none.
+    At most one is from the model's chat template and one from that of --template-args. A template
+    that writes only the last message ends no turn.
     """
     question, answer = "What is 3+4?", "It is 7."
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -462,7 +467,7 @@ def turn_ends(args: Any, tokenizer: Any) -> set[int]:
         with contextlib.suppress(ValueError):  # a template that fails ends no turn
             text = apply_template(tokenizer, chat, chat_template=template, **arguments)
             before, _, after = text.rpartition(answer)
-            if question in before:
+            if question in before:  # not so in a template that writes only the last message
                 ids = tokenizer.encode(after, add_special_tokens=False)
                 first = next((number for number in ids if number in special), None)
                 if first is not None:

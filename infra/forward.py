@@ -1,6 +1,6 @@
 """Micro-batches of rollouts, and forward passes over prompts and responses with little padding.
 
-A prompt can be computed once for all its responses, in the update and in the transformers engine.
+A prompt can be computed once for all its responses, also in the transformers engine.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def shared_states(
     cache, is_prompt = prompt_cache(model, [prompt[:-1] for prompt in prompts], which)
     last = tokens.new_tensor([prompt[-1] for prompt in prompts])
     inputs = torch.cat([last[which, None], tokens[:, :-1]], dim=1)  # [n, T]
+    # Padding on the right counts as tokens, because a causal model never attends to it.
     is_token = torch.cat([is_prompt, torch.ones_like(mask)], dim=1)  # [n, L + T]
     position_ids = positions(is_token)
     position_ids = position_ids[:, is_prompt.shape[1] :]  # [n, T]

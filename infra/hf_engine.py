@@ -20,7 +20,7 @@ class HFEngine(Engine):
     """A decode loop over the policy's forward pass."""
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any, context: int) -> None:
-        """As VLLMEngine's. The cache grows with the responses, so the context is not needed."""
+        """context: longest prompt plus --max-new-tokens. Not needed here: the cache grows."""
         super().__init__(args, policy, tokenizer)
         self.args, self.policy = args, policy
         self.batch_size = args.prompts_per_step * args.group_size
@@ -108,7 +108,7 @@ def decode_step(
     """
     width = inputs.shape[1]
     mask = is_token
-    if "past_key_values" not in cache:  # a first pass, or Mamba's state, which has no positions
+    if "cache_params" in cache:  # Mamba's state has no positions
         mask = is_token[:, -width:]
     position_ids = positions(is_token)
     outputs = model(

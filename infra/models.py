@@ -52,7 +52,7 @@ def seed_for(*parts: int | str) -> int:
 
 
 def load_tokenizer(args: Any, flag: str = "--model") -> Any:
-    """The tokenizer of `args.model`. Rejects what cannot be trained before its weights load."""
+    """The tokenizer of `args.model`. Rejects models that cannot be trained, before weights load."""
     from transformers import AutoConfig, AutoTokenizer
 
     is_adapter = (Path(args.model) / "adapter_config.json").is_file()
@@ -67,7 +67,7 @@ def load_tokenizer(args: Any, flag: str = "--model") -> Any:
 
     # Without tokenizer files transformers returns an empty tokenizer and no error.
     require(tokenizer.encode("1"), flag, args.model, "has no tokenizer")
-    named_stop_tokens(args, tokenizer)  # rejects what is no token
+    named_stop_tokens(args, tokenizer)  # rejects a text that is not one token
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = dict(quantization).get("quant_method", "unknown")
@@ -95,7 +95,7 @@ def load_policy(args: Any) -> nn.Module:
 
 
 def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
-    """The weights of `args.model` on the CPU. Rejects missing weights, and ones not finite."""
+    """The weights of `args.model` on the CPU. Rejects weights that are missing or not finite."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -190,8 +190,7 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
 
 
 def freeze_routers(policy: nn.Module) -> None:
-    """Do not train the adapters of routers, which choose experts: they stay 0. For LoRA alone.
-
+    """Freeze the adapters of mixture-of-experts routers, at 0. Without LoRA, routers are trained.
     peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
     """
     for name, weight in policy.named_parameters():
@@ -251,14 +250,15 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = {}
     for path, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            # peft nests a wrapper, called base_layer, for each adapted tensor of a module.
+            # peft wraps an experts module once per adapted tensor. Each wrapper has the tensor's
+            # parameter_name and is the base_layer of the next. A linear layer has one wrapper.
             tensor = getattr(layer, "parameter_name", "weight")
             adapters[f"{path}.{tensor}".replace(".base_layer", "")] = layer
     for path, weight in model.state_dict().items():
         name = path.replace(".base_layer", "")
         if ".lora_" in name:
             continue
-        if name in adapters:  # added in float32: in bfloat16 a small delta would be rounded away
+        if name in adapters:  # the sum is in float32, so that it is rounded once
             delta = adapters[name].get_delta_weight("default")
             weight = (weight.float() + delta).to(weight.dtype)
         yield name, weight

@@ -23,16 +23,17 @@ from infra.cli import first_line, reject
 Row = dict[str, Any]
 
 FILES = {"jsonl", "json", "ndjson", "parquet", "csv", "tsv"}
-NOT_A_HUB_NAME = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
+# A name that ends in one of these is no hub name.
+FILE_ENDINGS = FILES | {"gz", "bz2", "xz", "zst", "zip", "tar", "txt", "arrow", "xlsx"}
 BATCH = 256  # rows of an Arrow table that are in memory at a time
 
 # ------------------------------------------------------------------ names
 
 
-def read_rows(flag: str, name: str, wanted: Container[str] = ()) -> Iterator[Row]:
+def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row]:
     """Rows of a local file or folder, or of a hub dataset, name[:config][@split].
 
-    wanted: the columns needed, in lower case; others may be missing. Empty: every column.
+    needed: the columns, in lower case; others may be missing. Empty: every column.
     """
     split = "train" if flag == "--dataset" else "test"
     repository, config = name, ""
@@ -41,22 +42,22 @@ def read_rows(flag: str, name: str, wanted: Container[str] = ()) -> Iterator[Row
         repository, _, config = repository.partition(":")
         split = chosen or split
     path = Path(repository)
-    looks_local = NOT_A_HUB_NAME.intersection(path.name.lower().split(".")[1:])
+    looks_local = FILE_ENDINGS.intersection(path.name.lower().split(".")[1:])
     is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository) and not looks_local
     is_local = name and path.exists()  # the path of an empty name is the current folder
     if not is_local and not is_hub_name:
         reject(flag, name, "no such file or folder")
     try:
         if path.is_file():
-            yield from read_file(path, split, wanted)
+            yield from read_file(path, split, needed)
         else:
-            yield from read_dataset(repository, config, split, wanted)
+            yield from read_dataset(repository, config, split, needed)
     except Exception as error:  # datasets raises many kinds for a wrong name or broken file
         error = error.__cause__ or error
         reject(flag, name, f"{type(error).__name__}: {first_line(error)[:200]}")
 
 
-def read_dataset(repository: str, config: str, split: str, wanted: Container[str]) -> Iterator[Row]:
+def read_dataset(repository: str, config: str, split: str, needed: Container[str]) -> Iterator[Row]:
     """Rows of a folder or a hub dataset. `datasets` finds the files of a folder's split."""
     import datasets  # slow to import, and not needed for a file
 
@@ -74,17 +75,17 @@ def read_dataset(repository: str, config: str, split: str, wanted: Container[str
             found = datasets.load_dataset_builder(repository, config or None).config.data_files
             files = [Path(file) for file in of_split(found, split)]
         if files and all(map(kind_of, files)):
-            yield from read_files(files, split, wanted)
+            yield from read_files(files, split, needed)
             return
         table = datasets.load_dataset(repository, config or None, split=split)
-    table = table.select_columns(present(table.column_names, wanted))
+    table = table.select_columns(present(table.column_names, needed))
     yield from arrow_rows(table.with_format("arrow").iter(BATCH))
 
 
-def read_files(files: list[Path], split: str, wanted: Container[str]) -> Iterator[Row]:
+def read_files(files: list[Path], split: str, needed: Container[str]) -> Iterator[Row]:
     for file in files:
         try:
-            yield from read_file(file, split, wanted)
+            yield from read_file(file, split, needed)
         except Exception as error:  # which of the files it is
             raise ValueError(f"{file.name}: {first_line(error)}") from None
 
@@ -114,7 +115,7 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
     return io.TextIOWrapper(open_file(path), encoding, newline=newline)
 
 
-def read_file(path: Path, split: str, wanted: Container[str]) -> Iterator[Row]:
+def read_file(path: Path, split: str, needed: Container[str]) -> Iterator[Row]:
     """Rows of one file, compressed or not. `datasets` would read some texts as numbers or dates."""
     kind = kind_of(path)
     if not kind:
@@ -123,12 +124,13 @@ def read_file(path: Path, split: str, wanted: Container[str]) -> Iterator[Row]:
         start = file.read(50)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("is a Git LFS pointer: the data itself was not downloaded")
+    encoding = json.detect_encoding(start)  # UTF-8 or UTF-16, from the first bytes
     if kind == "parquet":
-        yield from read_parquet(path, wanted)
+        yield from read_parquet(path, needed)
     elif kind in ("csv", "tsv"):
-        yield from read_csv(path, json.detect_encoding(start))
+        yield from read_csv(path, encoding)
     else:
-        yield from read_json(path, json.detect_encoding(start), split, wanted)
+        yield from read_json(path, encoding, split, needed)
 
 
 def read_csv(path: Path, encoding: str) -> Iterator[Row]:
@@ -154,14 +156,14 @@ def read_csv(path: Path, encoding: str) -> Iterator[Row]:
 # ------------------------------------------------------------------ JSON
 
 
-def read_json(path: Path, encoding: str, split: str, wanted: Container[str]) -> Iterator[Row]:
+def read_json(path: Path, encoding: str, split: str, needed: Container[str]) -> Iterator[Row]:
     """Rows of JSON lines, of a list, or of an object that holds a list of rows for each split."""
     with open_text(path, encoding) as text:
         values = json_values(text)
         first = list(itertools.islice(values, 2))
         rows = itertools.chain(first, values)
         if len(first) == 1:
-            rows = rows_within(first[0], split, wanted)
+            rows = rows_within(first[0], split, needed)
         for number, row in enumerate(rows, 1):
             if is_chat(row):
                 row = {"conversations": row}
@@ -171,7 +173,10 @@ def read_json(path: Path, encoding: str, split: str, wanted: Container[str]) -> 
 
 
 def json_values(text: TextIO) -> Iterator[Any]:
-    """The JSON values of a file: one per line, and from the first other line on in any layout."""
+    """The JSON values of a file, one per line.
+
+    From the first line on that is not one JSON value, they may have any layout.
+    """
     for number, line in enumerate(text):
         if not line.strip():
             continue
@@ -194,17 +199,17 @@ def decode_all(text: str) -> Iterator[Any]:
         position = space.match(text, position).end()
 
 
-def rows_within(value: Any, split: str, wanted: Container[str]) -> list[Any]:
+def rows_within(value: Any, split: str, needed: Container[str]) -> list[Any]:
     """The rows of a file that holds one JSON value.
 
-    {"train": [...], "test": [...]} and {"data": [...]} hold rows; an object with a wanted column
+    {"train": [...], "test": [...]} and {"data": [...]} hold rows; an object with a needed column
     next to its lists is a row.
     """
     if isinstance(value, list) and not is_chat(value):
         return value
     if isinstance(value, dict):
         splits = {key: rows for key, rows in value.items() if is_rows(rows)}
-        is_row = any(key.strip().lower() in wanted for key in value.keys() - splits.keys())
+        is_row = any(key.strip().lower() in needed for key in value.keys() - splits.keys())
         if split in splits and not is_row:
             return splits[split]
         if len(splits) == 1 and not is_row:
@@ -230,18 +235,18 @@ def is_chat(value: Any) -> bool:
 # ------------------------------------------------------------------ Arrow
 
 
-def read_parquet(path: Path, wanted: Container[str]) -> Iterator[Row]:
+def read_parquet(path: Path, needed: Container[str]) -> Iterator[Row]:
     import pyarrow.parquet
 
     with open_file(path) as data:
         file = pyarrow.parquet.ParquetFile(data)
-        columns = present(file.schema_arrow.names, wanted)
+        columns = present(file.schema_arrow.names, needed)
         yield from arrow_rows(file.iter_batches(BATCH, columns=columns))
 
 
-def present(names: list[str], wanted: Container[str]) -> list[str]:
-    """Those of a table's columns that are wanted, or all if none is."""
-    return [name for name in names if name.strip().lower() in wanted] or names
+def present(names: list[str], needed: Container[str]) -> list[str]:
+    """Those of a table's columns that are needed, or all if none is."""
+    return [name for name in names if name.strip().lower() in needed] or names
 
 
 def arrow_rows(batches: Iterable[Any]) -> Iterator[Row]:
@@ -257,8 +262,9 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[Row]:
 def decode_json(value: Any, kind: Any) -> Any:
     r"""A value of an Arrow type that contains JSON, which `datasets` makes of a mixed column.
 
-    Texts are in quotes there, and lists of lists begin with `[[`: both are decoded. Anything else,
-    such as `007` or `[1, 2]`, may have been a text that `datasets` took for JSON, and is kept.
+    In such a type `datasets` puts a text in quotes unless it takes it for JSON, such as `007` or
+    `[1, 2]`. A value in quotes is decoded, and so is a list of lists, which begins with `[[`.
+    Anything else is kept as text, because it may have been one.
     """
     if isinstance(value, str) and "arrow.json" in str(kind) and value.startswith(('"', "[[")):
         with contextlib.suppress(ValueError):  # [[007]] is not JSON

@@ -4,7 +4,7 @@
     checkpoints/      step-000050/ and so on    rollouts.jsonl   some rollouts of each step
     model/            the final policy          tensorboard/     the same metrics
 
-Checkpoints are written under another name and renamed, so a kill at any moment leaves complete
+Checkpoints are written under another name and renamed, so a kill at any moment leaves only complete
 ones. In float32 on a CPU a resumed run is bit-identical to an uninterrupted one.
 """
 
@@ -121,7 +121,7 @@ class TokenValues(dict[str, Tensor]):
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean of [problems] values, resampling problems."""
+    """95% percentile bootstrap interval of the mean of values, [problems]."""
     draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[draws].mean(-1), [0.025, 0.975])
     return float(low), float(high)
@@ -129,7 +129,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float
 
 # ------------------------------------------------------------------ the run
 
-# Metrics that at this value leave nothing to learn, and the warning after five such steps.
+# metric: the value at which a step teaches nothing, the warning after five such steps in a row
 NOTHING_TO_LEARN = {
     "boxed": (0.0, "no response held a \\boxed{} answer: --instruction can ask for one"),
     "zero_variance": (1.0, "in each group all rewards were equal, so GRPO's advantages are 0"),
@@ -157,8 +157,8 @@ class Run:
         self.failures = 0  # updates in a row that were not finite
         self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)  # in a row
         self.earlier_gap: float | None = None  # mean engine-trainer gap, to compare later ones with
-        self.interrupted = False  # a signal has come
-        self.stopped = False  # and the step in which it came is saved
+        self.interrupted = False  # becomes True when a signal comes
+        self.stopped = False  # becomes True when the step in which it came is saved
 
     def check_folder(self) -> None:
         """Reject a folder that holds another run, and exit if the run is finished."""
@@ -266,7 +266,7 @@ class Run:
             warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
         elif gap > max(3 * self.earlier_gap, 1e-3):  # below 1e-3 it is rounding
             earlier = f"{self.earlier_gap:.2g}"
-            warn(f"warning: logp_gap/mean {gap:.2g} is three times the earlier {earlier}")
+            warn(f"warning: logp_gap/mean {gap:.2g} is over three times the earlier {earlier}")
             self.earlier_gap = gap
 
     def log_rollouts(

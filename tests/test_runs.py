@@ -638,7 +638,7 @@ def test_weights_that_are_not_finite_are_not_saved(small_run):
     [
         ("boxed", 0.0, 0.1, "for 5 steps no response held a \\boxed{} answer"),
         ("zero_variance", 1.0, 0.5, "for 5 steps in each group all rewards were equal"),
-        ("logp_gap/mean", 0.031, 0.01, "logp_gap/mean 0.031 is three times the earlier 0.01"),
+        ("logp_gap/mean", 0.031, 0.01, "logp_gap/mean 0.031 is over three times the earlier 0.01"),
     ],
 )
 def test_warnings(name, bad, good, warning, small_run, capsys):
