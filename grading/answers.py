@@ -46,7 +46,7 @@ PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
 # power of a power of a power; a factorial of a factorial; a number of more than four digits in a
 # text with a factorial or a binomial
 TOO_LARGE = re.compile(
-    r"(?s)\^(?:\{[^{}]*|[-+( ]*)\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
+    r"(?s)\^(?:\{[^{}]*(?<![\d.])|[-+( ]*)\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
     r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"
 )
 
@@ -56,7 +56,7 @@ POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{[-+]?\d{1
 # 1,234.5; 12,00,000; 10'000; 12 345; 1e-05; .5
 GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}(?: \d{3})+"
 DECIMAL = rf"(?:{GROUPS}|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,2}}(?!\d))?|\.\d+"
-NUMBER = rf"[-+]?(?:{FRACTION}|{POWER}|{DECIMAL})"
+NUMBER = rf"[-+]? *(?:{FRACTION}|{POWER}|{DECIMAL})"
 PLAIN_NUMBER = re.compile(rf"\s*{NUMBER}\s*", re.ASCII)
 AS_FRACTION = {  # rewritten for Fraction()
     r"[,'\s+]": "",

@@ -334,7 +334,10 @@ COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
 FALLING = (">", r"\ge")
 OPENING = {"<": "(", ">": "(", r"\le": "[", r"\ge": "["}
 CLOSING = {"<": ")", ">": ")", r"\le": "]", r"\ge": "]"}
-LETTER = r"(?:[A-Za-z]|\\(?:(?:var)?[a-z]?eta|alpha|gamma|delta|lambda|mu|omega|phi|rho|sigma|tau))"
+GREEK = (
+    "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi"
+)
+LETTER = rf"(?:[A-Za-z]|\\(?:var)?(?:{GREEK}|omega))"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
 # Area; x, a_1, f(3); (x, y); with a capital letter, but without an operator: P(A), |AB|, A:B
 NAME = re.compile(
@@ -357,7 +360,7 @@ def inequality(first, sign, second, other, third):
     `1 \le x > 2`; `x>3` is `3<x`, `(3,\infty)`, not `x \ge 3`; `[-2,2]` is `|x| \le 2`, not
     `x \le 2`."""
     falling = sign in FALLING
-    if other and falling != (other in FALLING):
+    if other and (falling != (other in FALLING) or re.search(COMPARISON, second)):
         return None
     if other:  # a chain
         low, low_sign, subject, high_sign, high = first, sign, second, other, third
@@ -365,7 +368,8 @@ def inequality(first, sign, second, other, third):
             low, low_sign, high_sign, high = high, high_sign, low_sign, low
     else:
         left, right = (second, first) if falling else (first, second)
-        if NAME.fullmatch(right) or not re.search("[A-Za-z]", left):  # 3 < x
+        named = re.search("[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi|infty)", "", left))
+        if NAME.fullmatch(right) or not named:  # 3 < x
             low, low_sign, subject, high_sign, high = left, sign, right, "<", r"\infty"
         else:  # x < 3
             low, low_sign, subject, high_sign, high = r"-\infty", "<", left, sign, right

@@ -51,6 +51,7 @@ SPELLINGS = {
     r"\bbelow zero$": "belowzero",
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
+    r"\bms *\^ *\{?-": "m s^-",  # m s^{-1}
     r"\^\\circ|°": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",

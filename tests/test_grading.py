@@ -277,6 +277,9 @@ RULES = {
         ("60 mph", ["60 miles per hour", r"60\text{ mi/h}", "60"], ["60 km/h", "61 mph"]),
         ("5 s", ["5000 ms", r"5000\text{ milliseconds}"], ["5000 m", "5 ms"]),
         ("5 m", ["5 metres"], ["5 ms"]),
+        ("20 m/s", [r"20 ms^{-1}", r"20 \text{ m s}^{-1}"], [r"20 ms^{-2}"]),
+        ("300000000", [r"3 \times {10}^{8}\text{ m/s}", r"3 \times {10}^{8}"],
+         [r"3 \times {10}^{7}"]),
         ("18000", ["18 thousand", r"18 \text{ thousand}", "18 thousand dollars"], ["18",
          "18 million"]),
         ("18", [], ["18 thousand", r"18 \text{ thousand}", "[18]"]),
@@ -302,6 +305,7 @@ RULES = {
     "large numbers": [
         ("x^2+10000", ["10000+x^2"], ["x^2+10001"]),
         ("2^{10000}", [], ["2^{10001}", "2^10001", "2^(12345)"]),
+        ("100e^{-0.000121t}", [r"100 \cdot e^{-0.000121t}"], ["100e^{-0.000122t}"]),
     ],
     "characters": [
         (r"2\sqrt{13}", ["2√13", "2 √(13)"], ["2√1 3", "√13"]),
@@ -328,11 +332,17 @@ RULES = {
     "intervals": [
         ("(-2,3)", ["-2<x<3"], [r"-2\le x<3", "-2<x<4"]),
         (r"[0,\infty)", [r"x \geq 0"], ["x > 0"]),
+        (r"(\frac{1}{2},\infty)", [r"\frac{1}{2} < \theta", r"\frac12 < x"],
+         [r"\theta < \frac{1}{2}"]),
+        ("(1,2)", ["1<a<2"], ["1<a<b<2", "1<x>5<2"]),
     ],
     "names": [
         ("a=1,b=2,c=3", ["1,2,3", "(1,2,3)", "c=3, a=1, b=2"], ["3,2,1", "(3,2,1)",
          "a=3,b=2,c=1"]),
         ("x=1, x=2", ["2, 1"], ["1, 3"]),
+        (r"\theta=\frac{\pi}{3}", [r"\frac{\pi}{3}", r"\frac{\pi}{3}=\theta"],
+         [r"\varphi=\frac{\pi}{3}"]),
+        (r"\psi=2", ["2"], ["3"]),
     ],
     "rounding": [
         (r"\pi", [r"\pi"], ["3.14159265", "3.14"]),
@@ -357,11 +367,11 @@ def test_rules_take_linear_time() -> None:
     """The longest texts that are read, made of what the patterns repeat."""
     parts = ["{", "}", " ", "1", "1,", "a", "a ", "$", r"\text{", r"\bf ", "√", "(approx", r"\,"]
     parts += ["A, ", "10^{", "1 000 ", ".", "1 km ", "²", "x=1,", "½", "*", "B) A "]
-    start = time.perf_counter()
+    start = time.process_time()
     for part in parts:
         for text in ((part * 4096)[:4096], "18 " + (part * 4096)[:4093]):
             read(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_strict_wants_a_number() -> None:
@@ -372,6 +382,7 @@ def test_strict_wants_a_number() -> None:
          ["(16-3-4)*2", r"2 \cdot 9", "20-2", r"18 = 9 \cdot 2", r"20-2 \text{ dollars}",
           "20-2, 18"]),
         ("(5,7)", ["5<x<7"], ["1+4<x<3+4", "(1+4, 7)"]),
+        ("- 5", ["-5"], ["2-7"]),
         (r"\sqrt{12}", [r"2\sqrt{3}"], []),
     ]  # fmt: skip
     for reference, right, unevaluated in table:
