@@ -142,7 +142,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score the rollouts under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score under the policy that sampled, unless the update does so (phase 4).
         with run.time("score"):
             # <method>
             # All tokens of an update share a threshold, so all are scored before it.
