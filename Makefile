@@ -1,9 +1,12 @@
-# make demo    train the tiny model with GRPO and write a report      make test    run the tests
-# make check   format, lint, requirements                             make clean   remove .venv
-# make scale-test   the tests of scale/, in .venv-scale              make soak    run the slow tests
-# make tables  measure again what is older than the code (many hours)
-# make scale-server-test   those with a vLLM server, without a GPU
-# Each sets up .venv by itself; a second call installs nothing.
+# make demo               train the tiny model with GRPO and write a report
+# make test               run the tests
+# make soak               run the slow tests
+# make check              format, lint, requirements
+# make tables             measure again what is older than the code (many hours)
+# make scale-test         run the tests of scale/
+# make scale-server-test  run those of scale/ that need a vLLM server, without a GPU
+# make clean              remove the environments
+# Each sets up the environment that it needs; a second call installs nothing.
 
 PYTHON ?= $(shell for v in python3 python3.13 python3.12 python3.11; do \
 	$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
@@ -21,7 +24,7 @@ demo: $(INSTALLED)
 	.venv/bin/python grpo.py --lr 2e-4 --max-new-tokens 64 --steps 100 --run-dir $(DEMO)
 	.venv/bin/python tools/report.py $(DEMO)
 
-# Two processes, each with whole test files. With a GPU, first the tests of a CPU, then the others.
+# Two processes, each with whole test files. With a GPU, first the tests that need none.
 test: $(INSTALLED)
 ifeq ($(REQUIREMENTS),requirements.txt)
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"

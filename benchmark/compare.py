@@ -111,7 +111,7 @@ for core in sorted(os.sched_getaffinity(0)):
 @dataclass
 class Args:
     task: Literal["sums", "needle", "real"] = "sums"  # in tiny/, tiny/needle, or of docs/real.md
-    seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (2 to 10)
+    seeds: int = 5  # runs of each method at its learning rate, with seeds 1, 2, ... (at most 10)
     rates: tuple[str, ...] = RATES  # learning rates to select from; a single one is not selected
     steps: int = 40  # training steps; DAPO's runs are cut earlier, see docs/compare.md
     prompts: int = 16  # problems per training step, with 8 rollouts each
@@ -240,10 +240,8 @@ def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[
     run_on_free_core([*command, "--models", *map(str, models)])
     columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
     evaluated = {}
-    for row in read_json(output)["results"]:
-        metrics = row["metrics"]
-        values = {name: metrics[key]["value"] for name, key in columns.items()}
-        evaluated[ROOT / row["model"]] = values
+    for model, row in zip(models, read_json(output)["results"], strict=True):
+        evaluated[model] = {name: row["metrics"][key]["value"] for name, key in columns.items()}
     return evaluated
 
 
@@ -411,19 +409,19 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
     name: "selection" or "rows", the list of the results that the runs belong to.
     """
-    rows = results[name]
-    if args.refresh:
-        rows = [row for row in rows if row.get("code") == code(row["method"])]
-    finished = {job_of(row) for row in rows}
+    finished = set()
+    for row in results[name]:
+        if not args.refresh or row.get("code") == code(row["method"]):
+            finished.add(job_of(row))
     jobs = [job for job in jobs if job not in finished]
     with ThreadPoolExecutor(args.jobs) as pool:
         reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
     parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
     evaluated = evaluate([part.weights for part in parts.values()], problems, args)
 
-    rows = [row for row in results[name] if job_of(row) not in reasons]
+    rows = [row for row in results[name] if job_of(row) not in jobs]
     for job, part in parts.items():
-        rows.append(result_row(job, part, evaluated[ROOT / part.weights], args))
+        rows.append(result_row(job, part, evaluated[part.weights], args))
     for job, reason in reasons.items():
         if reason and name == "selection":
             stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
@@ -472,7 +470,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
-    results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
+    results.setdefault("machine", f"{shared.describe_cores(args.jobs)}, one run on each")
     # `make tables` repeats the command that made the file, not those that added methods to it. The
     # default file may be filled by several commands, each for some of the methods.
     is_default = args.results == Args.results

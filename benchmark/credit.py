@@ -416,7 +416,9 @@ def code() -> str:
     """Digest of the code that the results depend on."""
     names = "arca ep_grpo erpo fipo forking grpo gtpo holderpo lambda_grpo stare vineppo"
     scripts = [f"{name}.py" for name in names.split()]
-    return shared.code_digest(*scripts, "benchmark/truth.py", *shared.TRAINING)
+    return shared.code_digest(
+        *scripts, "benchmark/credit.py", "benchmark/truth.py", *shared.TRAINING
+    )
 
 
 def main(args: Args) -> None:

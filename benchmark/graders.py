@@ -70,7 +70,11 @@ class Args:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Pairs with verdicts; or references against themselves in other spellings, and solutions."""
+    """The labelled pairs of a file.
+
+    Of a data set each reference is graded against itself in four spellings, of MATH-500 also
+    against its solution.
+    """
     cases = []
     for line in path.read_text().strip().split("\n"):
         row = json.loads(line)
@@ -103,7 +107,7 @@ def make_pairs(forms: list, count: int) -> tuple[list, list]:
     responses, references = [], []
     for number in range(count):
         reference, answer = forms[number % len(forms)]
-        answer = answer.replace("A", str(number + number % 2 + 8))
+        answer = answer.replace("A", str(number + number % 2 + 8))  # odd responses are wrong
         responses.append(rf"So \boxed{{{answer}}}.")
         references.append(reference.replace("A", str(number + 8)))
     return responses, references
@@ -124,7 +128,8 @@ def measure_own(folder: Path) -> None:
         for name, (forms, count) in SPEED.items():
             responses, references = make_pairs(forms, count)
             grader.grade(responses[-8:], references[-8:])  # starts the workers
-            clock = time.perf_counter if name == "LaTeX" else time.process_time  # no worker
+            # The others need no worker, so the CPU time of this process is enough.
+            clock = time.perf_counter if name == "LaTeX" else time.process_time
             start = clock()
             right = sum(grader.grade(responses, references))
             rate = count / (clock() - start)

@@ -234,9 +234,9 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     measurement, log_rollouts = Measurement(shape), Run.log_rollouts
     token_logp = common.token_logp if BEFORE else common.head_logp
 
-    def count_rollouts(*call: Any) -> Any:
-        measurement.at_once = max(measurement.at_once, len(call[2][0]))
-        return token_logp(*call)
+    def count_rollouts(model: Any, rollouts: Any, index: Any, *rest: Any) -> Any:
+        measurement.at_once = max(measurement.at_once, len(index[0]))
+        return token_logp(model, rollouts, index, *rest)
 
     def count_tokens(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
         log_rollouts(run, step, rollouts, *rest, **more)
@@ -349,7 +349,7 @@ def measure_in_process(name: str, tree: Path = ROOT) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A commit in a temporary folder, with this file in the place of its own."""
+    """A commit in a temporary folder, with today's speed.py and shared.py."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "before"
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -438,7 +438,7 @@ def table(results: dict[str, Any]) -> str:
         else:
             missing.append(f"*{name}* ({shape.device})")
     if missing:
-        captions.append(f"Not measured on this code: {', '.join(missing)}.")
+        captions.append(f"Not measured: {', '.join(missing)}.")
     rows = []
     for row in next(iter(columns.values())):
         goal, *_ = RATIOS.get(row, ("",))
@@ -459,7 +459,8 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
     of_device = results.setdefault(DEVICE, {"sections": {}})
-    of_device.update(shared.environment(), command=shared.own_command())
+    of_device.update(shared.environment())
+    of_device.setdefault("command", shared.own_command())
     if DEVICE == "cuda":
         of_device["machine"] += f", {torch.cuda.get_device_name()}"
     for number, name in itertools.product(range(args.rounds), names):

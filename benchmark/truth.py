@@ -109,7 +109,8 @@ def replace_tokens(
     """Draw other tokens in place of each token of a group.
 
     Returns 1 - p of each token (0 if it is certain), and by the tokens up to and including each
-    uncertain token `count` prefixes that end in another token. Responses share those they can.
+    uncertain token `count` prefixes that end in another token. Responses that begin alike share
+    them.
     """
     others_of_group, drawn = [], {}
     for tokens, chances in zip(responses, probabilities, strict=True):
@@ -343,6 +344,6 @@ def facts(truths: list[Truth]) -> dict[str, float]:
         "the same, on the first token of each rollout": tokens["size"].loc[0].sum() / size,
         "right steps in failed rollouts": len(right_steps),
         "of those, in groups that are not all wrong": right_steps.mixed.mean(),
-        "of those, helpful": right_steps.helpful.mean(),
+        "of the right steps in failed rollouts, helpful": right_steps.helpful.mean(),
         "of the steps in right rollouts, wrong": 1 - steps.query("right == 1").fine.mean(),
     }

@@ -38,8 +38,10 @@ def main() -> None:
         references = [pair["reference"] for pair in pairs]
         with Grader(workers=os.cpu_count() or 1) as grader:
             verdicts = grader.grade(responses, references)
-    except (ValueError, OSError, RuntimeError) as error:  # a bad line, no file, no math-verify
+    except ValueError as error:  # a bad line
         parser.exit(2, f"error: {name}, line {number}: {error}\n")
+    except (OSError, RuntimeError) as error:  # no file, no math-verify
+        parser.exit(2, f"error: {name}: {error}\n")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without an error
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))

@@ -29,7 +29,8 @@ NO_ANSWER = (
     r"|\{\s*['\"]|(?s:.{4097}))"
 )
 # The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
-# Not: `the answer is a prime`, `the answer is independent of x`
+# Not: `the answer is a prime`, `the answer is independent of x`. After "is" without a colon, of
+# words only yes, no, true and false count.
 STATED = re.compile(
     r"(?i)(?<![*_#])[*_#]*(?:\b(?:so|thus|hence|therefore)\b,? )?(?:\bthe )?"
     r"(?:\b(?:final|correct) )?\banswer(?:(?: is)?[*_ ]*:"
@@ -37,14 +38,14 @@ STATED = re.compile(
     r"[*_ ]*(\S.*)\s*\Z"
 )
 # Prose: at least four of its words stand before another word, as "So" and "Tom" do in "So Tom has
-# 5". It also begins with a word, perhaps numbered, as in (a) Find; or it has a second sentence, as
-# in $x$ is 5. Then
+# 5". In addition it begins with a word, perhaps numbered: "(a) Find"; or it has a second sentence:
+# "$x$ is 5. Then".
 WORD_BEFORE_WORD = r"(?<![^\W\d_])[^\W\d_]{2,}(?=[.:]?\s+[^\W\d_]{2})"
 PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
 
 # What may be too large to evaluate: an exponent of more than four digits; a power in an exponent; a
-# power of a power of a power; a factorial of a factorial; a number of more than four digits in a
-# text with a factorial or a binomial
+# power of a power of brackets, ((x+1)^2)^3; a factorial of a factorial; a number of more than four
+# digits in a text with a factorial or a binomial
 TOO_LARGE = re.compile(
     r"(?s)\^(?:\{[^{}]*(?<![\d.])|[-+( ]*)\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
     r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"

@@ -33,7 +33,7 @@ WORKER = Path(__file__).resolve().with_name("worker.py")
 ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
 
 
-# Reference, answer, strict. Is the answer right? If it is None: can the reference be read?
+# Reference, answer, strict: is the answer right? Without an answer: can the reference be read?
 Request = tuple[str, str | None, bool]
 
 

@@ -2,8 +2,9 @@ r"""The kinds of answers, and how a text is read as one of them.
 
 Each function below reads one kind. Its docstring has examples, which are also tests, in the form:
 `reference` is `right`, `right`, not `wrong`. The functions are tried in the order of this file.
-Each has a pattern that must match the whole text; it gets the groups, and returns None if the text
-is of another kind. rules.py holds which kinds may be equal.
+Each has a pattern that must match the whole text. The function gets the groups, and returns None
+if the text is of another kind. Several kinds are read as one class, a subclass of Kind: a decimal
+and a ratio as Number. rules.py holds which classes may be equal.
 """
 
 import functools
@@ -23,7 +24,7 @@ MAX_DEPTH = 24  # of brackets; a deeper text is a phrase
 
 @dataclass
 class Kind:
-    """An answer. Answers of one kind and equal fields are equal, whatever their text."""
+    """An answer. Answers of one class with equal fields are equal, whatever their text."""
 
     text: str = field(default="", compare=False, kw_only=True)
 
@@ -108,8 +109,8 @@ def mixed_number(sign, whole, above, below):
 def repeating_decimal(sign, whole, digits, period):
     r"""A repeating decimal: `\frac16` is `0.1\overline{6}`, `0.1\dot{6}`, `0.1666\ldots`, not
     `0.16`."""
-    once = int(f"0{whole}{digits}") + Fraction(int(period), 10 ** len(period) - 1)
-    value = once / 10 ** len(digits)
+    shifted = int(f"0{whole}{digits}") + Fraction(int(period), 10 ** len(period) - 1)
+    value = shifted / 10 ** len(digits)
     return Number(-value if sign else value)
 
 
@@ -213,7 +214,8 @@ def quantity(number, unit):
     `5` is not `5 \text{ zorks}`; `50\%` is `0.5`, `50`, not `5`; `17` is `17^{\text{th}}`;
     `x + C` is `C + x`, not `x`, `x C`."""
     found = read_unit(unit)
-    # Not \sin 5 m; nor in braces: \frac{5 m}{2}; nor a letter that is added: x + C; nor a circle
+    # Not \sin 5 m; nor in braces: \frac{5 m}{2}; nor a letter that is added: x + C; nor after an
+    # article: a circle
     if not found or re.search(
         r"\\(?:sin|cos|tan|cot)|\{[^}]*$|(?:[-+*/]|\\cdot|\\times|^a) *$", number
     ):
@@ -249,13 +251,13 @@ def parse_all(texts: list[str]) -> tuple[Kind, ...]:
     return tuple(parse(text) for text in texts if text)
 
 
-SET = r"\{"
+SET = r"\{"  # the brackets of a set
 
 
 @dataclass
 class Items(Kind):
     items: tuple[Kind, ...]
-    brackets: str = ""
+    brackets: str = ""  # "" of a list or union, SET, ":" of a ratio, else both: "()", "[)"
 
     @property
     def named(self) -> bool:
@@ -269,6 +271,7 @@ def set_in_braces(text):
     r"""A set: `\{1,2\}` is `\{2,1\}`, `2,1`, not `1`, `(1,2)`; `\emptyset` is `\{\}`,
     `\text{no solution}`, not `0`; `x>2` is `\{x \mid x>2\}`, not `\{x \mid x<2\}`."""
     if closed(text):
+        # Of {x | x>2} the condition alone is compared.
         _, *condition = split(text, r"\||:(?!=)")
         return parse(condition[0]) if condition else list_of_items(text, SET)
 
@@ -281,14 +284,14 @@ def list_of_items(text, brackets=""):
     parts = []
     for part in split(text, LIST):
         signed = [re.sub(r"\\pm(?![a-z]) *", sign, part) for sign in "+-"]
-        parts += dict.fromkeys(signed)  # one if there is no sign
+        parts += dict.fromkeys(signed)  # one if there is no \pm
     if len(parts) < 2 and not brackets:
         return None
     items = parse_all(parts)
     if len(items) == 1:
         return items[0]
     intervals = all(isinstance(item, Interval) for item in items)
-    if brackets or not intervals or compiled(OR).search(text):  # not x<1 and x>2
+    if brackets or not intervals or compiled(OR).search(text):  # x<1 and x>2 is no union
         return Items(items, brackets)
 
 
@@ -334,10 +337,11 @@ COMPARISON = r"\\[lg]e(?![a-z])|[<>]"
 FALLING = (">", r"\ge")
 OPENING = {"<": "(", ">": "(", r"\le": "[", r"\ge": "["}
 CLOSING = {"<": ")", ">": ")", r"\le": "]", r"\ge": "]"}
-GREEK = (
+GREEK = (  # without pi, which is a number
     "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi"
+    "|omega"
 )
-LETTER = rf"(?:[A-Za-z]|\\(?:var)?(?:{GREEK}|omega))"
+LETTER = rf"(?:[A-Za-z]|\\(?:var)?(?:{GREEK}))"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w)|'+)*"
 # Area; x, a_1, f(3); (x, y); with a capital letter, but without an operator: P(A), |AB|, A:B
 NAME = re.compile(
@@ -437,8 +441,8 @@ FOR_PARSER = {  # what math-verify's parser misreads
     r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",
     r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
-    # 2(3), which math-verify reads as 2+3
-    r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d)(?<!\^\{\d\}) *(?=\()": r"\\cdot ",
+    # 2(3), which math-verify reads as 2+3; not \sin^2(x)
+    r"(?:(?<=[\d)])|(?<=\\pi))(?<!\^\d) *(?=\()": r"\\cdot ",
 }
 
 
@@ -478,7 +482,7 @@ def parse(text: str) -> Kind:
         match = pattern.fullmatch(text)
         found = match and function(*match.groups(""))
         if found:
-            found.text = found.text or text  # the inner text of (x+1)
+            found.text = found.text or text  # (x+1) is read as x+1 and keeps that text
             return found
 
 

@@ -1,7 +1,7 @@
-r"""Which kinds of answers may be equal, and when.
+r"""Which classes of answers may be equal, and when.
 
-Answers of one kind with equal fields are equal. Else `RULES` is the table; a pair of kinds that is
-not in it is never equal. math-verify decides only about the expressions at the leaves.
+Answers of one class with equal fields are equal. Else `RULES` is the table; a pair of classes that
+is not in it is never equal. math-verify decides only about the expressions at the leaves.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from grading.kinds import (
 # Operations that are left to do, so that an answer is not yet a number: 3+4, 7!, 6 \cdot 3. A sign
 # before digits that end a brace does not count, as in 2^{n-1} and \frac{1+5}{2}.
 OPERATION = (
-    r"(?<=[\w)}!]) *[-+] *(?!\d*\})|[*!]"
+    r"(?<=[\w)}!]) *[-+](?! *\d*\})|[*!]"
     r"|\\(?:cdot|times|sum|prod|int|lim|log|ln|sin|cos|tan|gcd)"
 )
 
@@ -46,7 +46,7 @@ class Judge:
     def equal(self, reference: Kind, answer: Kind) -> bool:
         if reference == answer:
             return True
-        # `Kind` stands for any kind.
+        # First the two classes, then with Kind, which stands for any; each pair in both orders.
         for left, right in itertools.product((type(reference), Kind), (type(answer), Kind)):
             if (left, right) in RULES:
                 return RULES[left, right](self, reference, answer)
@@ -67,8 +67,8 @@ def same_number(judge, a, b):
 
 
 def same_expression(judge, reference, answer):
-    """Equal for math-verify. Strictly, an answer that leaves an operation to do is wrong if the
-    reference is a number."""
+    """Equal for math-verify. With `strict`, an answer that leaves an operation to do is wrong if
+    the reference is a number."""
     if judge.swapped:
         reference, answer = answer, reference
     if judge.strict and isinstance(reference, Number) and re.search(OPERATION, answer.text):
@@ -114,12 +114,12 @@ def same_items(judge, a, b):
         return False
     if a.named != b.named or brackets - {SET}:
         return all(map(judge.equal, a.items, b.items))
-    left = list(b.items)
+    remaining = list(b.items)
     for item in a.items:
-        equal = next((other for other in left if judge.equal(item, other)), None)
+        equal = next((other for other in remaining if judge.equal(item, other)), None)
         if equal is None:
             return False
-        left.remove(equal)
+        remaining.remove(equal)
     return True
 
 

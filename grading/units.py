@@ -16,7 +16,7 @@ UNITS = """ms millisecond 0.001 s
 |h hr hour 3600 s|day 86400 s|week 604800 s|month 1 month|yr year 12 month|decade 120 month
 |century centuries 1200 month
 |mg milligram 0.001 g|g gram gm 1 g|kg kilogram 1000 g|ton tonne 1000000 g|oz ounce 1 oz
-|lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|L 1 l|cup 1 cup|pint 2 cup
+|lb pound 16 oz|ml milliliter millilitre 0.001 l|l liter litre 1 l|cup 1 cup|pint 2 cup
 |quart 4 cup|gal gallon 16 cup|$ dollar us usd buck 1 $|¢ cent 0.01 $|€ euro eur 1 €|£ gbp 1 £
 |₹ rs rupee inr 1 ₹|元 yuan rmb 1 元|¥ yen 1 ¥|'' arcsecond 1/3600 deg|' arcminute 1/60 deg
 |degree deg 1 deg|rad radian 1 rad|celsius C 1 celsius|fahrenheit F 1 fahrenheit|kelvin 1 kelvin
@@ -28,7 +28,7 @@ UNITS = """ms millisecond 0.001 s
 |quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
 |ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
 |belowzero -1 #|hundredth 1/100 #|thousandth 1/1000 #
-|different more distinct possible total unique whole extra of in all each real integer 1 #
+|different more distinct possible total unique whole extra of all each real integer 1 #
 |st nd rd th 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page
@@ -51,7 +51,7 @@ SPELLINGS = {
     r"\bbelow zero$": "belowzero",
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
-    r"\bms *\^ *\{?-": "m s^-",  # m s^{-1}
+    r"\bms *\^ *\{?-": "m s^-",  # ms^{-1} is m/s, no millisecond
     r"\^\\circ|°": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",

@@ -59,7 +59,7 @@ def test_ratios_are_medians_over_the_rounds():
     about = {"sections": sections, "versions": {}, "command": "it", "machine": "m"}
     _, missing, table = speed.table({"cpu": about}).split("\n\n")
     assert table.startswith("|  | goal | tiny 2048, cpu |\n")
-    assert missing.startswith("Not measured on this code: *tiny 16384* (cpu), *tiny 1024* (cpu), ")
+    assert missing.startswith("Not measured: *tiny 16384* (cpu), *tiny 1024* (cpu), ")
 
 
 @pytest.mark.parametrize("name", ["nothing", "tiny 2048"])

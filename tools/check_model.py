@@ -103,7 +103,7 @@ class WeightCheck:
 
 @torch.no_grad()
 def perturb(policy: nn.Module, seed: int) -> None:
-    """Change trained weights by about 2% of their tensor's mean absolute value, zeros by 0.02."""
+    """Change trained weights by about 2% of their tensor's mean size, tensors of zeros by 0.02."""
     generator = torch.Generator().manual_seed(seed)
     for weight in policy.parameters():
         if weight.requires_grad:

@@ -39,7 +39,7 @@ def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[fl
     """Whether the most frequent answer is correct. A tie of m answers, one of them correct, is 1/m.
 
     answers: the answer of each response, None (no vote) if there is none; correct: their verdicts.
-    math-verify decides which answers are equal. Correct answers already equal the reference answer,
+    math-verify decides which answers are equal. Correct answers count as one answer,
     so only incorrect ones are compared with each other, and only if the result depends on it.
     """
     right = sum(map(bool, correct))

@@ -348,7 +348,7 @@ def page(runs: list[Run]) -> str:
 
 
 def names_of(folders: tuple[Path, ...]) -> list[str]:
-    """The folders' names, or their full paths if two names are equal."""
+    """The folders' names, or the paths as given if two names are equal."""
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return names if unique else [str(folder) for folder in folders]
