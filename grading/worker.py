@@ -44,8 +44,13 @@ def expression(latex: str) -> Any:
 
     Letters are positive, so that log(x^2) is 2 log(x), except where there is an absolute value.
     """
-    config = ConversionConfig(lowercase_symbols=False)
-    value = latex2sympy(latex, None, True, True, None, config)
+    value = latex2sympy(
+        latex,
+        is_real=True,
+        convert_degrees=True,
+        normalization_config=None,
+        conversion_config=ConversionConfig(lowercase_symbols=False),
+    )
     value = value.xreplace({Symbol("i", real=True): I})
     if value.has(Abs):
         return value

@@ -33,7 +33,7 @@ STAND_IN = """
 import os, signal, time
 from sympy import Symbol
 
-def latex2sympy(text, *_):
+def latex2sympy(text, **_):
     if "sleep" in text:
         time.sleep(600)
     if "block" in text:  # as in C code, no signal arrives
@@ -500,7 +500,7 @@ def test_equal_pairs_are_graded_once(stand_in: Callable, tmp_path: Path) -> None
     seen = tmp_path / "seen"
     stand_in(
         STAND_IN
-        + f"\ndef latex2sympy(text, *_):\n    open({str(seen)!r}, 'a').write(text + '\\n')\n"
+        + f"\ndef latex2sympy(text, **_):\n    open({str(seen)!r}, 'a').write(text + '\\n')\n"
         "    return Symbol(text)\n"
     )
     with Grader(workers=2, strict=False) as grader:
