@@ -1,10 +1,9 @@
 r"""ARCA: Adapter-Residual Credit Assignment (arXiv 2606.00257).
 
 A response's GRPO advantage is distributed over its tokens, in proportion to a power of the distance
-by which the LoRA adapter has moved the hidden state that predicts each of them. --credit selects
-another signal that the paper compares. Plain policy gradient, without ratio, clip and KL.
-Comments "Eq. ..." refer to rows of docs/arca.md. [paper]: the paper; [code]: the authors' code;
-[open]: our choice.
+by which the LoRA adapter has moved the hidden state that predicts each. --credit selects another of
+the paper's signals. Plain policy gradient, without ratio, clip and KL. Comments "Eq. ..." refer to
+rows of docs/arca.md. [paper]: the paper; [code]: the authors' code; [open]: our choice.
 
     python arca.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python arca.py --model Qwen/Qwen3-1.7B-Base --dataset my/math.jsonl --eval-dataset \
@@ -58,7 +57,7 @@ class Args(common.RunArgs):
 
 # <method>
 def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """Each reward's z-score within its group (DeepSeekMath, section 4.1.2).
+    """Each reward's z-score in its group, (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
     rewards: [P, G]. Returns [P, G]: the advantage of every token of that rollout.
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).

@@ -170,6 +170,7 @@ def roll_out(
     temperature: float | None = None,
 ) -> list[Group]:
     """G responses to each problem, each sampled with its own seed: a hash of `seed`, p and g.
+
     first_tokens: [P, G] token ids that the responses begin with; None: every token is sampled.
     group_size, temperature: override those of `args`.
     """

@@ -65,7 +65,7 @@ class Args(common.RunArgs):
 
 # <method>
 def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """Each reward's z-score within its group (DeepSeekMath, section 4.1.2).
+    """Each reward's z-score in its group, (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
     rewards: [P, G]. Returns [P, G]: the advantage of every token of that rollout.
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).

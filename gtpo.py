@@ -256,7 +256,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in phase 4, where the groups have been scored, --scope batch's before it.
+        # Computed in phase 4, for the groups that have been scored by then.
         # </method>
 
         # 4. Update on one share of the problems at a time. Advantages are of whole groups.

@@ -63,7 +63,7 @@ class Args(common.RunArgs):
 
 # <method>
 def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """Each reward's z-score within its group (DeepSeekMath, section 4.1.2).
+    """Each reward's z-score in its group, (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
     rewards: [P, G]. Returns [P, G]: the advantage of every token of that rollout.
     scale: divide by the unbiased standard deviation (Dr. GRPO does not).
@@ -83,8 +83,7 @@ def holder_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, p: float) -> Tens
     (p = -∞) to the largest (p = ∞). Computed in log space, so that r^p cannot overflow. A response
     without tokens has ratio 1 and no gradient.
     """
-    # In double precision, because float32 is not exact enough for a small p.
-    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).double()
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).double()  # p near 0 needs float64
     mask = mask | ~mask.any(-1, keepdim=True)  # an empty response counts as tokens of ratio 1
     if abs(p) < 1e-6:  # Eq. geometric branch [code]
         log_mean = log_ratio.sum(-1) / mask.sum(-1)
@@ -158,8 +157,7 @@ def anneal_p(
 ) -> float:
     """p at a step: p_start at step 0, p_end from `total_steps` on (section 3.4)."""
     u = min(max(step / max(total_steps, 1), 0.0), 1.0)
-    # falls from 1, where p is p_start, to -1, where it is p_end
-    shape = {
+    shape = {  # falls from 1, where p is p_start, to -1, where it is p_end
         "linear": 1 - 2 * u,  # Eq. linear [paper]
         "cosine": math.cos(math.pi * u),  # Eq. cosine [code]
         "quadratic": 1 - 2 * u**2,  # Eq. quadratic [code]
@@ -265,8 +263,7 @@ def main(args: Args) -> None:
                     response_advantage = advantage[..., 0]  # the same on all tokens
                     clip = {"clip": args.clip, "clip_level": args.clip_level}
                     loss, clipped = holder_surrogate(*inputs, response_advantage, p, **clip)
-                    # The weights of a response sum to its mean importance / number of responses.
-                    loss = (loss * loss_weights.sum(-1)).sum()
+                    loss = (loss * loss_weights.sum(-1)).sum()  # mean importance / responses
 
                     trained = batch.trained.any(-1)  # [problems, G] responses, for the log
                     rhos.append(holder_ratio(*inputs, p).detach()[trained])

@@ -221,7 +221,7 @@ def main(args: Args) -> None:
         # <method>
         groups = common.collect(args, step, train, engine, grader, run)
         with run.time("rollout"):
-            seed = args.seed, step, 0
+            seed = args.seed, step, 0  # as collect's first round has
             step_of_token, values, sampled = estimate_values(engine, grader, groups, args, seed)
         # </method>
         engine.sleep()  # frees memory until the next sync

@@ -240,8 +240,10 @@ def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[
     run_on_free_core([*command, "--models", *map(str, models)])
     columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
     evaluated = {}
-    for model, row in zip(models, read_json(output)["results"], strict=True):
-        evaluated[model] = {name: row["metrics"][key]["value"] for name, key in columns.items()}
+    for row in read_json(output)["results"]:
+        metrics = row["metrics"]
+        values = {name: metrics[key]["value"] for name, key in columns.items()}
+        evaluated[ROOT / row["model"]] = values  # the model's path, as it was given
     return evaluated
 
 
@@ -421,7 +423,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
 
     rows = [row for row in results[name] if job_of(row) not in jobs]
     for job, part in parts.items():
-        rows.append(result_row(job, part, evaluated[part.weights], args))
+        rows.append(result_row(job, part, evaluated[ROOT / part.weights], args))
     for job, reason in reasons.items():
         if reason and name == "selection":
             stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
@@ -470,7 +472,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     shared.write_text(validation, "".join(lines[-task.validation :]))
     results.update(shared.environment())
-    results.setdefault("machine", f"{shared.describe_cores(args.jobs)}, one run on each")
+    results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
     # `make tables` repeats the command that made the file, not those that added methods to it. The
     # default file may be filled by several commands, each for some of the methods.
     is_default = args.results == Args.results

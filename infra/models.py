@@ -191,6 +191,7 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
 
 def freeze_routers(policy: nn.Module) -> None:
     """Freeze the adapters of mixture-of-experts routers, at 0. Without LoRA, routers are trained.
+
     peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
     """
     for name, weight in policy.named_parameters():

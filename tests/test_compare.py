@@ -185,9 +185,27 @@ def test_what_is_no_learning_rate_is_rejected(rate, capsys):
     compare.check(Args(rates=("1e-4", "0.001", "2")))
 
 
+def test_each_model_gets_its_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    models = [tmp_path / "b", tmp_path / "a", tmp_path / "c"]
+
+    def run(command: list[str]) -> str:
+        names = command[command.index("--models") + 1 :]
+        rows = []
+        for number, name in enumerate(names):
+            values = {f"mean@{compare.SAMPLES}": number, "pass@8": number + 10, "length": 5}
+            metrics = {key: {"value": value} for key, value in values.items()}
+            rows.append({"model": name, "metrics": metrics})
+        output = Path(command[command.index("--output") + 1])
+        output.write_text(json.dumps({"results": rows[::-1]}))
+        return ""
+
+    monkeypatch.setattr(compare, "run_on_free_core", run)
+    found = compare.evaluate(models, tmp_path / "test.jsonl", Args(runs=tmp_path))
+    for number, model in enumerate(models):
+        assert found[model] == {"accuracy": number, "pass@8": number + 10, "length": 5}
+
+
 # ------------------------------------------------------------------------------- what is kept
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

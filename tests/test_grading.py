@@ -278,7 +278,7 @@ RULES = {
         ("5 s", ["5000 ms", r"5000\text{ milliseconds}"], ["5000 m", "5 ms"]),
         ("5 m", ["5 metres"], ["5 ms"]),
         ("20 m/s", [r"20 ms^{-1}", r"20 \text{ m s}^{-1}"], [r"20 ms^{-2}"]),
-        ("300000000", [r"3 \times {10}^{8}\text{ m/s}", r"3 \times {10}^{8}"],
+        ("300000000", [r"3\times{10}^{8}\text{ m/s}", r"3 \times {10}^{8}"],
          [r"3 \times {10}^{7}"]),
         ("18000", ["18 thousand", r"18 \text{ thousand}", "18 thousand dollars"], ["18",
          "18 million"]),
@@ -332,7 +332,7 @@ RULES = {
     "intervals": [
         ("(-2,3)", ["-2<x<3"], [r"-2\le x<3", "-2<x<4"]),
         (r"[0,\infty)", [r"x \geq 0"], ["x > 0"]),
-        (r"(\frac{1}{2},\infty)", [r"\frac{1}{2} < \theta", r"\frac12 < x"],
+        (r"(\frac{1}{2},\infty)", [r"\frac{1}{2} < \theta", r"\frac12 < x", r"\frac12 < |t|"],
          [r"\theta < \frac{1}{2}"]),
         ("(1,2)", ["1<a<2"], ["1<a<b<2", "1<x>5<2"]),
     ],
@@ -383,6 +383,7 @@ def test_strict_wants_a_number() -> None:
           "20-2, 18"]),
         ("(5,7)", ["5<x<7"], ["1+4<x<3+4", "(1+4, 7)"]),
         ("- 5", ["-5"], ["2-7"]),
+        ("3", [r"\frac{1 + 5}{2}", r"\frac{1+5}{2}"], ["1 + 2"]),
         (r"\sqrt{12}", [r"2\sqrt{3}"], []),
     ]  # fmt: skip
     for reference, right, unevaluated in table:

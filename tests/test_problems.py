@@ -609,6 +609,7 @@ def test_duplicates_are_kept_and_counted(load_rows, capsys):
         (r"a \boxed{1} <|end_of_thought|> It is $\boxed{3}$. <|end_of_solution|>", "3"),
         *((r'"1\/2"', "1/2"), (r'"\\frac{1}{2}"', r"\frac{1}{2}"), ('"a" or "b"', '"a" or "b"')),
         (r'"\frac{1}{2}"', r'"\frac{1}{2}"'),  # in JSON \f is a control character
+        ('"1\n2"', '"1\n2"'),  # JSON escapes line breaks
         *((datetime(2024, 1, 2), "2024-01-02"), (date(2024, 1, 2), "2024-01-02")),
         *((datetime(2024, 1, 2, 3, 4), "2024-01-02T03:04:00"), (Decimal("2.50"), "2.5")),
     ],
