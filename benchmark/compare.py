@@ -86,13 +86,21 @@ class Task:
     # Rates measured in addition to the selected rate, because both were close
     second_rate: dict[str, str] = field(default_factory=dict)
     validation: int = 256  # the last rows of train.jsonl; no run trains on them
+    # Methods whose learning rate is selected; the others take GRPO's. Empty: all are selected.
+    selected: tuple[str, ...] = ()
 
 
 TASKS = {
     "sums": Task("tiny", 64, second_rate={"EP-GRPO": "4e-4"}),
     "needle": Task("tiny/needle", 80, method_flags={"VinePPO": "--continuations 3"}),
     # benchmark/real.py --make writes the folder
-    "real": Task("runs/real/model", 24, flags="--precision bfloat16", validation=96),
+    "real": Task(
+        "runs/real/model",
+        24,
+        flags="--precision bfloat16",
+        validation=96,
+        selected=("GRPO", "ARCA"),  # all weights and LoRA; a run takes a quarter of an hour
+    ),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
@@ -229,22 +237,16 @@ def cut(folder: Path, args: Args) -> Cut:
     return Cut(folder / "checkpoints" / f"step-{last:06d}", last, sampled)
 
 
-def evaluate(models: list[Path], problems: Path, args: Args) -> dict[Path, dict[str, float]]:
-    """Accuracy, pass@8 and length of each model. tools/evaluate.py keeps finished evaluations."""
-    if not models:
-        return {}
-    output = args.runs / f"{problems.stem}-results.json"
-    command = ["tools/evaluate.py", "--datasets", str(problems), "--samples", str(SAMPLES)]
-    command += ["--k", "8", "--max-new-tokens", str(TASKS[args.task].max_new_tokens)]
-    command += ["--folder", str(args.runs / "evaluations"), "--output", str(output)]
-    run_on_free_core([*command, "--models", *map(str, models)])
+def evaluate(model: Path, problems: Path, folder: Path, args: Args) -> dict[str, float]:
+    """Accuracy, pass@8 and length. tools/evaluate.py keeps finished evaluations in the folder."""
+    task = TASKS[args.task]
+    command = ["tools/evaluate.py", "--models", str(model), "--datasets", str(problems)]
+    command += ["--samples", str(SAMPLES), "--k", "8", *task.flags.split()]
+    command += ["--max-new-tokens", str(task.max_new_tokens), "--folder", str(folder)]
+    run_on_free_core(command)
+    [result] = read_json(folder / "summary.json")["results"]
     columns = {"accuracy": f"mean@{SAMPLES}", "pass@8": "pass@8", "length": "length"}
-    evaluated = {}
-    for row in read_json(output)["results"]:
-        metrics = row["metrics"]
-        values = {name: metrics[key]["value"] for name, key in columns.items()}
-        evaluated[ROOT / row["model"]] = values  # the model's path, as it was given
-    return evaluated
+    return {name: result["metrics"][key]["value"] for name, key in columns.items()}
 
 
 def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> dict[str, Any]:
@@ -268,10 +270,14 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
 
 
 def selected_rate(results: dict, method: str) -> str:
-    """The learning rate with the highest validation accuracy; the lower rate on a tie."""
-    tuned = RATE_OF.get(method, method)
-    rows = [row for row in results["selection"] if row["method"] == tuned]
-    rows.sort(key=lambda row: float(row["lr"]))
+    """The learning rate with the highest validation accuracy; the lower rate on a tie.
+
+    A method without selection runs takes the rate of GRPO.
+    """
+    runs: dict[str, list[dict]] = {}
+    for row in sorted(results["selection"], key=lambda row: float(row["lr"])):
+        runs.setdefault(row["method"], []).append(row)
+    rows = runs.get(RATE_OF.get(method, method), runs.get("GRPO", []))
     best = max(rows, key=lambda row: row["accuracy"], default={"lr": results["rates"][0]})
     return best["lr"]
 
@@ -407,7 +413,7 @@ def draw(results: dict) -> None:
 
 
 def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: Args) -> None:
-    """Train and evaluate the runs that the results lack, and add them to the results.
+    """Train and evaluate the runs that the results lack; save the results after each run.
 
     name: "selection" or "rows", the list of the results that the runs belong to.
     """
@@ -416,24 +422,34 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
         if not args.refresh or row.get("code") == code(row["method"]):
             finished.add(job_of(row))
     jobs = [job for job in jobs if job not in finished]
+    stopped = False
     with ThreadPoolExecutor(args.jobs) as pool:
-        reasons = dict(zip(jobs, pool.map(lambda job: train(job, args), jobs), strict=True))
-    parts = {job: cut(run_folder(job, args), args) for job in jobs if not reasons[job]}
-    evaluated = evaluate([part.weights for part in parts.values()], problems, args)
+        for row in pool.map(lambda job: measure(job, problems, args), jobs):
+            if name == "rows" and "stopped" in row:
+                stopped = True
+            else:
+                add_row(results[name], row)
+                write_json(args.results, results)
+    if stopped:
+        sys.exit("a measured run stopped itself; see above")
 
-    rows = [row for row in results[name] if job_of(row) not in jobs]
-    for job, part in parts.items():
-        rows.append(result_row(job, part, evaluated[ROOT / part.weights], args))
-    for job, reason in reasons.items():
-        if reason and name == "selection":
-            stopped = {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
-            rows.append(job._asdict() | stopped)
+
+def measure(job: Job, problems: Path, args: Args) -> dict[str, Any]:
+    """Train and evaluate a run. Returns the entry of the run in the results file."""
+    folder = run_folder(job, args)
+    reason = train(job, args)
+    if reason:
+        return job._asdict() | {"accuracy": 0.0, "stopped": reason, "code": code(job.method)}
+    part = cut(folder, args)
+    evaluated = evaluate(part.weights, problems, folder / "evaluation", args)
+    return result_row(job, part, evaluated, args)
+
+
+def add_row(rows: list[dict], row: dict) -> None:
+    """Add the entry of a run, in place of an older entry of that run, and sort the entries."""
+    rows[:] = [other for other in rows if job_of(other) != job_of(row)] + [row]
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), float(row["lr"]), row["seed"]))
-    results[name] = rows
-    write_json(args.results, results)
-    if name == "rows" and any(reasons.values()):
-        sys.exit("a measured run stopped itself; see above")
 
 
 def repeat(method: str, problems: Path, results: dict, args: Args) -> None:
@@ -479,16 +495,17 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     command = "python benchmark/compare.py" if is_default else shared.own_command()
     results.setdefault("command", command)
     if "start" not in results:
-        results["start"] = evaluate([start], test, args)[start]
+        results["start"] = evaluate(start, test, args.runs / "start", args)
     if args.refresh:
         for method in methods:
             repeat(method, test, results, args)
     if len(args.rates) > 1:
         grid = []
         for method in dict.fromkeys(RATE_OF.get(method, method) for method in methods):
-            grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
+            if not task.selected or method in task.selected:
+                grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
         run_phase("selection", grid, validation, results, args)
-    for seed in range(1, 1 + args.seeds):  # the results of a seed are saved before the next seed
+    for seed in range(1, 1 + args.seeds):
         jobs = []
         for method in methods:
             rate = selected_rate(results, method)

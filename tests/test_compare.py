@@ -142,7 +142,7 @@ def test_the_second_rate_is_measured_once(
 ):
     phases = []
     monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
-    monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
+    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
     args = Args(rates=(selected,), seeds=2, runs=tmp_path, results=tmp_path / "x.json")
     results = compare.read_results(args) | {"command": "the first"}
     compare.run_everything(args, results, ["EP-GRPO"])
@@ -185,24 +185,19 @@ def test_what_is_no_learning_rate_is_rejected(rate, capsys):
     compare.check(Args(rates=("1e-4", "0.001", "2")))
 
 
-def test_each_model_gets_its_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    models = [tmp_path / "b", tmp_path / "a", tmp_path / "c"]
-
-    def run(command: list[str]) -> str:
-        names = command[command.index("--models") + 1 :]
-        rows = []
-        for number, name in enumerate(names):
-            values = {f"mean@{compare.SAMPLES}": number, "pass@8": number + 10, "length": 5}
-            metrics = {key: {"value": value} for key, value in values.items()}
-            rows.append({"model": name, "metrics": metrics})
-        output = Path(command[command.index("--output") + 1])
-        output.write_text(json.dumps({"results": rows[::-1]}))
-        return ""
+def test_an_evaluation_is_read_from_its_own_folder(tmp_path, monkeypatch):
+    def run(command: list[str]) -> None:
+        flags = dict(itertools.pairwise(command))
+        assert flags["--models"] == "a/model" and flags["--precision"] == "bfloat16"
+        values = {f"mean@{compare.SAMPLES}": 0.5, "pass@8": 1.0, "length": 5.0, "greedy": 0.25}
+        metrics = {name: {"value": value} for name, value in values.items()}
+        summary = Path(flags["--folder"]) / "summary.json"
+        summary.write_text(json.dumps({"results": [{"model": "a/model", "metrics": metrics}]}))
 
     monkeypatch.setattr(compare, "run_on_free_core", run)
-    found = compare.evaluate(models, tmp_path / "test.jsonl", Args(runs=tmp_path))
-    for number, model in enumerate(models):
-        assert found[model] == {"accuracy": number, "pass@8": number + 10, "length": 5}
+    args = Args(task="real", runs=tmp_path)
+    found = compare.evaluate(Path("a/model"), tmp_path / "test.jsonl", tmp_path, args)
+    assert found == {"accuracy": 0.5, "pass@8": 1.0, "length": 5.0}
 
 
 # ------------------------------------------------------------------------------- what is kept
@@ -268,7 +263,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     started = []
     monkeypatch.setattr(compare, "run_on_free_core", lambda c: started.append(c[-2:]) or "")
     monkeypatch.setattr(compare, "cut", lambda folder, args: compare.Cut(folder, 2, {}))
-    monkeypatch.setattr(compare, "evaluate", lambda models, *_: dict.fromkeys(models))
+    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
     monkeypatch.setattr(compare, "result_row", finished_row)
     results = compare.read_results(args) | {"rows": [jobs[0]._asdict()]}
     compare.run_phase("rows", jobs, ROOT / "tiny" / "test.jsonl", results, args)
@@ -282,6 +277,52 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     assert {row["code"] for row in results["rows"]} == {compare.code("GRPO")}
     with pytest.raises(SystemExit):  # a run of another length
         compare.train(jobs[1], Args(runs=args.runs, steps=3))
+
+
+@pytest.mark.parametrize("name", ["selection", "rows"])
+def test_each_run_is_saved_when_it_is_measured(name, tmp_path, monkeypatch):
+    """The second of three runs stops itself: a selection counts it as 0, a measured run does not
+    enter the table. The third is measured in either case."""
+    args = Args(results=tmp_path / "compare.json", runs=tmp_path, jobs=1)
+    jobs = [Job("GRPO", lr, 101) for lr in RATES]
+    saved = []
+    stops = {RATES[1]: "stopped: why"}
+    monkeypatch.setattr(compare, "write_json", lambda _, all: saved.append(len(all[name])))
+    monkeypatch.setattr(compare, "train", lambda job, _: stops.get(job.lr, ""))
+    monkeypatch.setattr(compare, "cut", lambda folder, args: compare.Cut(folder, 2, {}))
+    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
+    monkeypatch.setattr(compare, "result_row", finished_row)
+    results = compare.read_results(args)
+    if name == "selection":
+        compare.run_phase(name, jobs, tmp_path, results, args)
+        stopped = {"accuracy": 0.0, "stopped": "stopped: why"}
+        assert stopped.items() <= results[name][1].items()
+        assert saved == [1, 2, 3]
+    else:
+        with pytest.raises(SystemExit):
+            compare.run_phase(name, jobs, tmp_path, results, args)
+        assert [row["lr"] for row in results[name]] == [RATES[0], RATES[2]]
+        assert saved == [1, 2]
+
+
+@pytest.mark.parametrize("task", ["sums", "real"])
+def test_rates_are_selected_for_the_methods_of_the_task(task, tmp_path, monkeypatch):
+    """On a real model for GRPO and ARCA only. The other methods take GRPO's."""
+    phases = {}
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    model = tmp_path / compare.TASKS[task].model
+    model.mkdir(parents=True)
+    (model / "train.jsonl").write_text("{}\n" * 300)
+    monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.update({name: jobs}))
+    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
+    args = Args(task=task, rates=("1e-5", "2e-5"), seeds=1, runs=tmp_path, results=tmp_path / "x")
+    results = compare.read_results(args)
+    compare.run_everything(args, results, ["GRPO", "ERPO", "ARCA"])
+    selected = {"sums": ["GRPO", "ERPO", "ARCA"], "real": ["GRPO", "ARCA"]}[task]
+    assert list(dict.fromkeys(job.method for job in phases["selection"])) == selected
+    rows = [row("GRPO", "2e-5", 101, 0.5), row("GRPO", "1e-5", 101, 0.4)]
+    found = compare.selected_rate({"selection": rows, "rates": args.rates}, "ERPO")
+    assert found == "2e-5"
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.6])
