@@ -93,8 +93,7 @@ class Task:
 TASKS = {
     "sums": Task("tiny", 64, second_rate={"EP-GRPO": "4e-4"}),
     "needle": Task("tiny/needle", 80, method_flags={"VinePPO": "--continuations 3"}),
-    # benchmark/real.py --make writes the folder
-    "real": Task(
+    "real": Task(  # benchmark/real.py makes the folder
         "runs/real/model",
         24,
         flags="--precision bfloat16",
@@ -107,7 +106,7 @@ NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
 SAMPLES = 8  # sampled answers to each of the 256 problems of an evaluation
-PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md", ROOT / "docs" / "real.md"
 SELECTION_SEED = 101  # of the runs that select the learning rate
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -391,7 +390,7 @@ def read_table(name: str) -> dict:
 
 
 def blocks(results: dict) -> dict[str, str]:
-    """The results blocks of README.md and docs/compare.md."""
+    """The results blocks of the pages."""
     needle = read_table("needle")
     return {
         "accuracy": accuracy_table(results, needle),
@@ -401,12 +400,15 @@ def blocks(results: dict) -> dict[str, str]:
         "compare-few": described(read_table("few")),
         "compare-needle": described(needle),
         "compare-needle-tokens": tokens_table(needle, read_table("needle-tokens")),
+        "compare-real": described(read_table("real")),
     }
 
 
 def draw(results: dict) -> None:
-    """Draw the figures of both tasks."""
-    for name, of_task in (("compare", results), ("compare-needle", read_table("needle"))):
+    """Draw the figure of each task."""
+    tasks = {"compare": results}
+    tasks |= {f"compare-{name}": read_table(name) for name in ("needle", "real")}
+    for name, of_task in tasks.items():
         runs = at_selected_rates(of_task)
         curves = {method: rows.curve.tolist() for method, rows in runs.items()}
         figures.draw_compare(f"{name}.svg", curves)
@@ -524,7 +526,7 @@ def check(args: Args) -> list[str]:
         is_rate = re.fullmatch(r"\d*\.?\d+(e-?\d+)?", rate) is not None
         require(is_rate, "--rates", rate, "is not a learning rate")
     has_model = args.write or (ROOT / TASKS[args.task].model / "train.jsonl").exists()
-    require(has_model, "--task", args.task, "needs its model: python benchmark/real.py --make")
+    require(has_model, "--task", args.task, "needs its model: python benchmark/real.py")
     return shared.parse_names("--only", args.only, METHODS)
 
 

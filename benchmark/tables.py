@@ -22,7 +22,6 @@ from typing import Any
 
 import compare
 import credit
-import real
 import shared
 import speed
 import tyro
@@ -38,9 +37,6 @@ def parts(script: str, results: dict[str, Any]) -> Iterator[tuple[str, str, str]
     if script == "benchmark/compare.py":
         for row in results["selection"] + results["rows"]:
             yield row["method"], row.get("code", ""), compare.code(row["method"])
-    elif script == "benchmark/real.py":
-        for method, run in results["runs"].items():
-            yield method, run.get("code", ""), real.code(method)
     elif script == "benchmark/speed.py":
         for name, rounds in results["sections"].items():
             for sides in rounds:

@@ -153,17 +153,6 @@ def draw_metrics(runs: dict[str, dict[str, list[float]]]) -> None:
     draw_panels("metrics.svg", "metrics by step", "the failed run", "the healthy run", panels)
 
 
-def draw_real(runs: dict[str, dict]) -> None:
-    """Each run's held-out accuracy at its evaluations, and its reward at every step."""
-    panels = []
-    for method, run in runs.items():
-        steps = np.arange(1, 1 + run["steps"])
-        found = [(row["step"], row["eval/accuracy"]) for row in run["evaluations"]]
-        curves = [np.interp(steps, *zip(*found, strict=True)), np.array(run["curves"]["reward"])]
-        panels.append((method, (1, steps[-1]), (0, 0.5, 1), steps, *(y[None] for y in curves)))
-    draw_panels("real.svg", "by step", "held-out accuracy", "reward", panels)
-
-
 def draw_credit(example: dict) -> None:
     """The tokens of one rollout, shaded by the truth and by each method's credit.
     example: the problem, the text of each token, and each row's value of every token."""

@@ -213,15 +213,30 @@ def make_args(tied_model, problem_file, tmp_path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def short_args(make_args, tmp_path) -> Callable[..., Any]:
-    """Settings of a short run of any script, each in its own folder, without gradient clipping."""
-    from one_step import short_settings
+def short_flags(make_args) -> Callable[..., list[str]]:
+    """The flags of a short run of grpo.py that differ from the defaults, and others."""
+    import grpo
+    from infra.cli import flag_of
 
+    def short_flags(**settings: Any) -> list[str]:
+        words = []
+        for name, value in vars(make_args(**settings)).items():
+            if value != getattr(grpo.Args, name):
+                words += [flag_of(name), str(value)]
+        return words
+
+    return short_flags
+
+
+@pytest.fixture
+def short_args(tied_model, problem_file, tmp_path) -> Callable[..., Any]:
+    """Settings of a short run of any script, each in its own folder, without gradient clipping."""
     number = itertools.count(1)
 
     def short_args(script: ModuleType, **settings: Any) -> Any:
-        folder = {"run_dir": str(tmp_path / f"run{next(number)}")}
-        return short_settings(script, make_args(), **folder | settings)
+        short = short_settings(tied_model, problem_file) | {"max_grad_norm": 1e9}
+        short["run_dir"] = str(tmp_path / f"run{next(number)}")
+        return script.Args(**short | settings)
 
     return short_args
 
@@ -259,7 +274,15 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def shared_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a file in ../shared. Without the file the test is skipped."""
+    path = SHARED_DATA.parent / name
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here")
+    return read_lines(path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

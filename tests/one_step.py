@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import worked_example as example
-from conftest import read_metrics
+from conftest import read_lines, read_metrics
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -47,14 +46,6 @@ class Recording:
     updates: list[Update] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)  # of each step, from 0
     lines: list[dict[str, Any]] = field(default_factory=list)  # of rollouts.jsonl
-
-
-def short_settings(script: ModuleType, grpo_args: Any, **settings: Any) -> Any:
-    """A script's settings: what makes a run of grpo.py short, then `settings`."""
-    shared = fields(common.RunArgs)
-    short = {item.name: getattr(grpo_args, item.name) for item in shared}
-    short = {item.name: short[item.name] for item in shared if short[item.name] != item.default}
-    return script.Args(**short | {"max_grad_norm": 1e9} | settings)
 
 
 def unchanged(_: Any) -> None:
@@ -123,8 +114,7 @@ def record_run(
             hook.remove()
     folder = Path(args.run_dir)
     recording.metrics = read_metrics(folder)
-    lines = (folder / "rollouts.jsonl").read_text().splitlines()
-    recording.lines = [json.loads(line) for line in lines]
+    recording.lines = read_lines(folder / "rollouts.jsonl")
     return recording
 
 

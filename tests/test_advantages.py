@@ -52,16 +52,12 @@ def grpo(batch: Batch, scale: bool = True) -> Tensor:
     return grpo_advantages(batch.rewards, scale=scale)[..., None] * batch.mask
 
 
-def ep_grpo(batch: Batch) -> Tensor:
-    return ep_grpo_advantages(
-        batch.rewards, batch.entropy, batch.logp, batch.ref_logp, batch.mask, buckets=3
-    )
+def with_progress(advantages: Callable[..., Tensor]) -> Method:
+    def method(batch: Batch) -> Tensor:
+        given = batch.rewards, batch.entropy, batch.logp, batch.ref_logp, batch.mask
+        return advantages(*given, buckets=3)
 
-
-def erpo(batch: Batch) -> Tensor:
-    return erpo_advantages(
-        batch.rewards, batch.entropy, batch.logp, batch.ref_logp, batch.mask, buckets=3
-    )
+    return method
 
 
 def gtpo(**settings: str) -> Method:
@@ -119,8 +115,8 @@ def shared_prefix(batch: Batch) -> Tensor:
 METHODS: dict[str, Method] = {
     "grpo": grpo,
     "grpo without scale": lambda batch: grpo(batch, scale=False),
-    "ep_grpo": ep_grpo,
-    "erpo": erpo,
+    "ep_grpo": with_progress(ep_grpo_advantages),
+    "erpo": with_progress(erpo_advantages),
     "gtpo with-zeros": gtpo(normalize="with-zeros"),
     "gtpo own-set": gtpo(normalize="own-set"),
     "gtpo joint": gtpo(normalize="joint"),

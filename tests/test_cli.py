@@ -183,48 +183,34 @@ def test_values_at_the_edge_are_accepted():
 # ------------------------------------------------------------------ models and problems
 
 
-@pytest.fixture
-def command(make_args, tmp_path) -> Callable[..., list[str]]:
-    """The flags of a short run that differ from the defaults, and others."""
-
-    def command(**settings: Any) -> list[str]:
-        words = []
-        for name, value in vars(make_args(**settings)).items():
-            if value != getattr(grpo.Args, name):
-                words += [flag_of(name), str(value)]
-        return words
-
-    return command
-
-
 @pytest.mark.parametrize("name", ["model", "dataset", "eval_dataset"])
-def test_missing_model_or_problems(name, rejected, command, tmp_path, monkeypatch):
+def test_missing_model_or_problems(name, rejected, short_flags, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_policy", lambda _: pytest.fail("the weights were loaded"))
     missing = str(tmp_path / "no" / "data.jsonl")
     why = {"model": "cannot be loaded: "}.get(name, "no such file or folder")
-    line = rejected("grpo", *command(**{name: missing}))
+    line = rejected("grpo", *short_flags(**{name: missing}))
     assert line.startswith(f"{flag_of(name)} {missing}: {why}")
 
 
 @pytest.mark.parametrize(("text", "count"), [("</answer>", 9), ("", 0)])
-def test_a_stop_token_that_is_not_one_token(text, count, rejected, command, tied_model):
-    line = rejected("grpo", *command(), "--stop-tokens", "a", text)
+def test_a_stop_token_that_is_not_one_token(text, count, rejected, short_flags, tied_model):
+    line = rejected("grpo", *short_flags(), "--stop-tokens", "a", text)
     assert line == f"--stop-tokens {text}: must be one token of {tied_model}, and is {count}"
 
 
-def test_prompts_longer_than_the_context(rejected, command, tmp_path, monkeypatch, capsys):
+def test_prompts_longer_than_the_context(rejected, short_flags, tmp_path, monkeypatch, capsys):
     """The model has 256 positions and the template takes 19. The advice in the message works."""
     rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     settings = {"dataset": str(path), "max_new_tokens": 40}
-    line = rejected("grpo", *command(**settings))
+    line = rejected("grpo", *short_flags(**settings))
     assert line == (
         "--max-new-tokens 40: 2 of 17 prompts leave less than that in the model's context of 256 "
         "tokens; --max-prompt-tokens 216 discards them"
     )
-    line = rejected("grpo", *command(dataset=str(path), max_new_tokens=256))
+    line = rejected("grpo", *short_flags(dataset=str(path), max_new_tokens=256))
     assert line == "--max-new-tokens 256: leaves no room in the model's context of 256 tokens"
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *command(**settings, max_prompt_tokens=216)])
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *short_flags(**settings, max_prompt_tokens=216)])
     launch(grpo.main, grpo.Args)
     discarded = "discarded 2 of 5: prompts exceed --max-prompt-tokens 216"
     assert discarded in capsys.readouterr().err

@@ -46,12 +46,12 @@ def selection(method: str, *accuracy: float) -> list[dict[str, Any]]:
         ((0.5, 0.4, 0.0), "1e-4"),  # the last run stopped itself
     ],
 )
-def test_selection_of_the_learning_rate(accuracy: tuple[float, ...], best: str):
+def test_selection_of_the_learning_rate(accuracy, best):
     rows = selection("M", *accuracy)[::-1] + selection("N", 1.0, 0.0, 0.0)
     assert compare.selected_rate({"selection": rows, "rates": RATES}, "M") == best
 
 
-def test_an_ablation_takes_the_rate_of_the_full_method(monkeypatch: pytest.MonkeyPatch):
+def test_an_ablation_takes_the_rate_of_the_full_method(monkeypatch):
     assert set(compare.RATE_OF) | set(compare.RATE_OF.values()) <= set(compare.METHODS)
     monkeypatch.setitem(compare.RATE_OF, "half of M", "M")
     results = {"selection": selection("M", 0.5, 0.7, 0.6), "rates": RATES}
@@ -98,7 +98,7 @@ def test_differences_are_paired_by_seed():
 
 
 @pytest.mark.parametrize(("steps", "last"), [(4, 3), (5, 4)])
-def test_a_run_is_cut_within_the_budget(tmp_path: Path, steps: int, last: int):
+def test_a_run_is_cut_within_the_budget(tmp_path, steps, last):
     for step, position in enumerate((2, 6, 8, 10), 1):  # problems taken
         folder = tmp_path / "checkpoints" / f"step-{step:06d}"
         folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def flags_of(method: str, args: Args) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", compare.METHODS)
-def test_flags_of_a_run(method: str, tmp_path: Path):
+def test_flags_of_a_run(method, tmp_path):
     sums, needle = Args(prompts=2, runs=tmp_path), Args(task="needle", runs=tmp_path)
     flags = flags_of(method, sums)
     assert flags["--prompts-per-step"] == "2" and flags["--max-new-tokens"] == "64"
@@ -137,9 +137,7 @@ def test_a_task_has_a_model_and_problems():
 
 
 @pytest.mark.parametrize(("selected", "measured"), [("4e-4", ["4e-4"]), ("8e-4", ["8e-4", "4e-4"])])
-def test_the_second_rate_is_measured_once(
-    selected: str, measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_second_rate_is_measured_once(selected, measured, tmp_path, monkeypatch):
     phases = []
     monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.append(jobs))
     monkeypatch.setattr(compare, "evaluate", lambda *_: {})
@@ -158,30 +156,20 @@ def test_the_second_rate_is_measured_once(
         ({"seeds": 11}, "--seeds 11"),
     ],
 )
-def test_a_mistake_is_one_line(settings: dict, message: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        compare.check(Args(**settings))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+def test_a_mistake_is_one_line(settings, message, rejection):
+    assert rejection(compare.check, Args(**settings)).startswith(message)
 
 
-def test_a_task_without_its_model_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_task_without_its_model_is_rejected(tmp_path, monkeypatch, rejection):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    with pytest.raises(SystemExit):
-        compare.check(Args(task="real"))
-    message = "error: --task real: needs its model: python benchmark/real.py --make\n"
-    assert capsys.readouterr().err == message
+    line = rejection(compare.check, Args(task="real"))
+    assert line == "--task real: needs its model: python benchmark/real.py"
 
 
 @pytest.mark.parametrize("rate", ["x", "1e", "-1e-4", "nan"])
-def test_what_is_no_learning_rate_is_rejected(rate, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        compare.check(Args(rates=("1e-4", rate)))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"error: --rates {rate}: is not a learning rate\n"
+def test_what_is_no_learning_rate_is_rejected(rate, rejection):
+    line = rejection(compare.check, Args(rates=("1e-4", rate)))
+    assert line == f"--rates {rate}: is not a learning rate"
     compare.check(Args(rates=("1e-4", "0.001", "2")))
 
 
@@ -211,15 +199,13 @@ def test_an_evaluation_is_read_from_its_own_folder(tmp_path, monkeypatch):
         ({"rates": ("1e-4", "2e-4", "4e-4")}, ""),  # a wider grid keeps what was measured
     ],
 )
-def test_results_are_of_one_kind(changed: dict, message: str, tmp_path: Path, capsys: Any):
+def test_results_are_of_one_kind(changed, message, tmp_path, rejection):
     results, rates = tmp_path / "compare.json", ("2e-4", "4e-4")
     first = compare.read_results(Args(results=results, rates=rates))
     shared.write_json(results, first | {"selection": [row("GRPO", "2e-4", 101, 0.5)]})
     args = Args(**{"results": results, "rates": rates} | changed)
     if message:
-        with pytest.raises(SystemExit):
-            compare.read_results(args)
-        assert f"error: {message}" in capsys.readouterr().err
+        assert rejection(compare.read_results, args).startswith(message)
     else:
         found = compare.read_results(args)
         assert found["rates"] == list(args.rates) and len(found["selection"]) == 1
@@ -235,23 +221,20 @@ def test_results_are_of_one_kind(changed: dict, message: str, tmp_path: Path, ca
     ],
 )
 @pytest.mark.parametrize("write", [True, False])
-def test_another_file_as_results(
-    write: bool, text: str | None, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_another_file_as_results(write, text, cause, tmp_path, rejection):
     results = tmp_path
     if text is not None:
         results = tmp_path / "other.json"
         results.write_text(text)
-    with pytest.raises(SystemExit):
-        compare.read_results(Args(results=results, write=write))
-    assert capsys.readouterr().err.startswith(f"error: --results {results}: {cause}")
+    line = rejection(compare.read_results, Args(results=results, write=write))
+    assert line.startswith(f"--results {results}: {cause}")
 
 
 def finished_row(job: Job, *_: Any) -> dict:
     return job._asdict() | {"code": compare.code(job.method)}
 
 
-def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     """Seed 1 has a row and seed 2 a model; seed 3 was interrupted."""
     args = Args(results=tmp_path / "compare.json", runs=tmp_path / "runs", steps=2, jobs=1)
     jobs = [Job("GRPO", "2e-4", seed) for seed in (1, 2, 3)]
@@ -402,10 +385,8 @@ def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
 
 def test_the_page_states_the_settings():
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    trained = (
-        len((ROOT / "tiny" / "train.jsonl").read_text().splitlines())
-        - compare.TASKS["sums"].validation
-    )
+    problems = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()
+    trained = len(problems) - compare.TASKS["sums"].validation
     rollouts = Args.steps * Args.prompts * compare.GROUP
     for text in (f"{trained:,} rows", f"{Args.steps} steps", f"{rollouts:,} rollouts"):
         assert text in page
@@ -419,7 +400,7 @@ def test_the_page_states_the_settings():
 
 @pytest.mark.slow
 @needs_vllm
-def test_two_methods_from_start_to_end(tmp_path: Path):
+def test_two_methods_from_start_to_end(tmp_path):
     """One learning rate, one seed, two steps; a second start trains nothing."""
     results, runs = tmp_path / "compare.json", tmp_path / "runs"
     flags = "--only GRPO,DAPO --seeds 1 --rates 2e-4 --steps 2"

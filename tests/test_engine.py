@@ -635,6 +635,8 @@ def test_a_family_is_rolled_out_synced_and_saved(family, lora_rank, kind, family
     engine = make_engine(args, policy, tokenizer, [Problem("", "", list(range(80)))])
     in_vllm = kind == "vllm" and family not in WITHOUT_VLLM
     assert isinstance(engine, ENGINES["vllm" if in_vllm else "transformers"])
+    if kind == "vllm" and not in_vllm:
+        return  # the rest is the case of the other engine
     if in_vllm:
         check = WeightCheck(engine.model, policy, torch.float32)
         assert "model.embed_tokens.weight" in check.compared or family.startswith("gpt")

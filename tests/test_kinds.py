@@ -1,13 +1,13 @@
 """grading/kinds.py and rules.py: the examples of each kind, symmetry, any text, shared pairs."""
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import read_lines, shared_rows
 
 from grading import Grader
 from grading.answers import find_answer, last_boxed, reference_text
@@ -15,7 +15,6 @@ from grading.grader import NeedsWorker, no_worker
 from grading.kinds import KINDS, Words, read
 from grading.rules import Judge
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 REFERENCES = ("math_train", "math500", "olympiadbench", "minerva_math", "aime24", "amc23")
 
 
@@ -44,15 +43,8 @@ def boxed(answers: list[str]) -> list[str]:
     return [rf"So the answer is \boxed{{{answer}}}." for answer in answers]
 
 
-def rows(name: str) -> list[dict]:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
-def test_examples(kind: Callable, grader: Grader) -> None:
+def test_examples(kind, grader):
     cases = EXAMPLES[kind]
     assert {right for *_, right in cases} == {True, False}
     references, answers, _ = zip(*cases, strict=True)
@@ -68,7 +60,7 @@ def quick(reference: str, answer: str) -> bool | None:
         return None
 
 
-def test_swapping_the_sides_changes_nothing(grader: Grader) -> None:
+def test_swapping_the_sides_changes_nothing(grader):
     """Except where an answer shows what it is the value of, and where it must be simplified."""
     texts = {text for reference, answer, _ in PAIRS for text in (reference, answer)}
     texts = sorted(text for text in texts if "=" not in text or text == "x=3")
@@ -92,7 +84,7 @@ PARTS = r"""
 \langle \rangle ∞ ٣ [1, 0.\overline{3} 101_2 3:30 \boxed{ \boxed{} #### Answer:"""
 
 
-def test_any_text_has_a_verdict() -> None:
+def test_any_text_has_a_verdict():
     rng = random.Random(0)
     known = [text for reference, answer, _ in PAIRS for text in (reference, answer)]
     for _ in range(1500):
@@ -110,7 +102,7 @@ def test_any_text_has_a_verdict() -> None:
         find_answer(text, "auto")
 
 
-def test_deep_brackets_are_a_phrase() -> None:
+def test_deep_brackets_are_a_phrase():
     assert read("(" * 24 + "1" + ")" * 24) == read("1")
     for deep in ("(" * 25 + "1" + ")" * 25, "{" * 4000, "(" * 500):
         assert read(deep) == Words(deep)
@@ -120,9 +112,9 @@ def test_deep_brackets_are_a_phrase() -> None:
     ("name", "off", "accepted"),
     [("verifier_pairs", 11, 6), ("verifier_pairs_3", 7, 0)],
 )
-def test_shared_pairs(name: str, off: int, accepted: int, grader: Grader) -> None:
+def test_shared_pairs(name, off, accepted, grader):
     """Those that differ are arguable or not read, see grading/README.md, or texts."""
-    pairs = rows(f"cases/{name}.jsonl")
+    pairs = shared_rows(f"cases/{name}.jsonl")
     answers = boxed([pair["answer"] for pair in pairs])
     verdicts = grader.grade(answers, [pair["gold"] for pair in pairs])
     others = [p for p, verdict in zip(pairs, verdicts, strict=True) if p["want"] != verdict]
@@ -145,10 +137,9 @@ ARGUABLE = {
 }  # fmt: skip
 
 
-def test_pairs_by_kind(grader: Grader) -> None:
+def test_pairs_by_kind(grader):
     """Pairs with the verdict of a careful teacher, written without looking at the rules."""
-    lines = Path(__file__).with_name("grading_pairs.jsonl").read_text().splitlines()
-    pairs = [json.loads(line) for line in lines]
+    pairs = read_lines(Path(__file__).with_name("grading_pairs.jsonl"))
     references = [pair["reference"] for pair in pairs]
     verdicts = grader.grade(boxed([pair["answer"] for pair in pairs]), references)
     others = {
@@ -159,7 +150,7 @@ def test_pairs_by_kind(grader: Grader) -> None:
     assert len(pairs) > 290 and others == ARGUABLE
 
 
-def test_large_numbers_reach_no_worker() -> None:
+def test_large_numbers_reach_no_worker():
     """At the edge of the limit: four digits are asked about, five are wrong."""
     small = ["x^{9999}", "9999!", r"\binom{9999}{2}", "C_{9999}^{2}", "x^{y+9999}"]
     large = [text.replace("9999", "10000") for text in small]
@@ -174,16 +165,16 @@ def test_large_numbers_reach_no_worker() -> None:
     assert not grader._idle
 
 
-def test_shared_responses(grader: Grader) -> None:
-    cases = rows("cases/3/responses.jsonl")
+def test_shared_responses(grader):
+    cases = shared_rows("cases/3/responses.jsonl")
     references = [case["gold"] for case in cases]
     verdicts = grader.grade([case["response"] for case in cases], references)
     assert verdicts == [case["want"] for case in cases]
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_references_equal_themselves_written_otherwise(name: str, grader: Grader) -> None:
-    texts = sorted({row["answer"] for row in rows(f"data/{name}.jsonl")})
+def test_references_equal_themselves_written_otherwise(name, grader):
+    texts = sorted({row["answer"] for row in shared_rows(f"data/{name}.jsonl")})
     for rewritten in (
         texts,
         [re.sub(" +", "  ", text) for text in texts],
@@ -196,15 +187,6 @@ def test_references_equal_themselves_written_otherwise(name: str, grader: Grader
         assert [(text, other) for text, other, verdict in pairs if not verdict] == []
 
 
-def test_boxes_and_lines_of_references() -> None:
-    for row, wanted in zip(rows("cases/3/fbox_gold.jsonl"), ("7", "12"), strict=True):
-        assert reference_text(row["solution"]) == wanted
-    for row, wanted in zip(
-        rows("cases/3/solution_then_answer_is.jsonl"), ("12", "12", "9"), strict=True
-    ):
-        assert reference_text(row["answer"]) == wanted
-
-
 @pytest.mark.parametrize(
     ("response", "line"),
     [
@@ -214,14 +196,14 @@ def test_boxes_and_lines_of_references() -> None:
         ("No answer here", None), ("Answer:", None), ("answers vary", None),
     ],
 )  # fmt: skip
-def test_answer_lines(response: str, line: str | None) -> None:
+def test_answer_lines(response, line):
     assert find_answer(response, "line") == line
     assert find_answer(response, "boxed") == last_boxed(response)
     assert find_answer(response, "auto") == (last_boxed(response) or line)
     assert find_answer(rf"\boxed{{8}} {response}", "auto") in ("8", "5")
 
 
-def test_the_answer_format_is_a_setting() -> None:
+def test_the_answer_format_is_a_setting():
     responses = ["Answer: 17", "#### 17", r"\boxed{17}", "17"]
     for answer_format, wanted in [("boxed", "0010"), ("line", "1100"), ("auto", "1110")]:
         grader = Grader(answer_format=answer_format)

@@ -7,7 +7,6 @@ import compare
 import credit
 import graders
 import pytest
-import real
 import shared
 import speed
 from conftest import ROOT
@@ -31,7 +30,7 @@ def test_the_index_names_every_page():
         (compare.PAGES[1], lambda: compare.blocks(RESULTS["compare"])),
         (credit.PAGE, lambda: {"credit": credit.tables(RESULTS["credit"])}),
         (graders.README, lambda: {"kinds": graders.kinds_table(), "rules": graders.rules_table()}),
-        (real.PAGE, lambda: real.blocks(RESULTS["real"])),
+        (compare.PAGES[2], lambda: compare.blocks(RESULTS["compare"])),
         (speed.PAGE, lambda: {"speed": speed.table(RESULTS["speed"])}),
     ],
     ids=["README", "compare", "credit", "grading", "real", "speed"],
@@ -45,7 +44,7 @@ def test_the_figures_show_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.draw_buckets()
     figures.draw_metrics({name: run["curves"] for name, run in SICK.items()})
-    figures.draw_real(RESULTS["real"]["runs"])
+
     figures.draw_credit(RESULTS["credit"]["policies"]["half-trained"]["example"])
     compare.draw(RESULTS["compare"])
     drawn = sorted(file.name for file in tmp_path.iterdir())

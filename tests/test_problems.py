@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer, write_jsonl
+from conftest import CHAT_TEMPLATE, SHARED_DATA, byte_tokenizer, shared_rows, write_jsonl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -80,6 +80,12 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_csv(path: Path, rows: list[Any], encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
 def pairs(problems: Problems) -> list[tuple[str, str]]:
     return [(problem.text, problem.answer) for problem in problems]
 
@@ -123,17 +129,12 @@ def test_file(load, tmp_path, name):
     assert pairs(load(tmp_path / name)) == PAIRS
 
 
-def test_parquet(load, tmp_path):
-    assert pairs(load(write_parquet(tmp_path / "data.parquet", ROWS))) == PAIRS
-
-
 def test_a_table_keeps_its_text(load, tmp_path):
     """Numbers, dates and quotes do not change. Windows' encoding is tried last."""
     answers = ["007", "3.10", "1/2", "2024-01-01", "123456789012345678901234567890"]
     rows = [(f'1,{i} "café’s €"\n?', answer) for i, answer in enumerate(answers)]
-    with (tmp_path / "data.csv").open("w", newline="", encoding="cp1252") as file:
-        csv.writer(file).writerows([("problem", "answer"), *rows])
-    assert pairs(load(tmp_path / "data.csv")) == rows
+    path = write_csv(tmp_path / "data.csv", [("problem", "answer"), *rows], "cp1252")
+    assert pairs(load(path)) == rows
 
 
 def test_a_line_separator_in_a_text_ends_no_line(load, tmp_path):
@@ -144,9 +145,7 @@ def test_a_line_separator_in_a_text_ends_no_line(load, tmp_path):
 
 def test_a_long_cell(load, tmp_path):
     rows = [("problem", "answer", "trace"), *((q, a, "so " * 50000) for q, a in PAIRS)]
-    with (tmp_path / "data.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    assert pairs(load(tmp_path / "data.csv")) == PAIRS
+    assert pairs(load(write_csv(tmp_path / "data.csv", rows))) == PAIRS
 
 
 # Values that `datasets` would change in a column of several types.
@@ -172,8 +171,7 @@ def test_a_folder_is_read_like_a_file(load, tmp_path, name):
         path.write_text(json.dumps({"train": MIXED_ROWS}, indent=1))
     else:
         expected = [row for row in MIXED_PAIRS if "(" not in row[1]]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([("problem", "answer"), *expected])
+        write_csv(path, [("problem", "answer"), *expected])
     assert pairs(load(path)) == pairs(load(tmp_path / "folder")) == expected
 
 
@@ -225,8 +223,7 @@ def test_columns_that_are_not_needed_take_no_memory(load, tmp_path, name):
     trace = "so " * 3000
     rows = [row | {"trace": trace, "solution": trace, "messages": trace} for row in ROWS * 200]
     if name == "a.csv":
-        with (tmp_path / name).open("w", newline="") as file:
-            csv.writer(file).writerows([list(rows[0]), *(row.values() for row in rows)])
+        write_csv(tmp_path / name, [rows[0].keys(), *(row.values() for row in rows)])
     elif name == "a.jsonl":
         write_jsonl(tmp_path / name, rows)
     elif name == "saved":
@@ -357,11 +354,8 @@ def test_other_names_are_looked_up_on_the_hub(load, rejection):
 
 @pytest.mark.parametrize("name", ["gsm8k_train", "math_train"])
 def test_real_data_does_not_change(load, name, capsys):
-    path = SHARED_DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip("the shared data is not here")
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-    problems = load(path, max_prompt_tokens=10**6)
+    rows = shared_rows(f"data/{name}.jsonl")
+    problems = load(SHARED_DATA / f"{name}.jsonl", max_prompt_tokens=10**6)
     assert len(problems) > 0.95 * len(rows)
     by_text = {row["problem"]: row["answer"] for row in rows}
     assert all(by_text[problem.text] == problem.answer for problem in problems)
@@ -398,6 +392,10 @@ def test_cases(load, capsys, name, rejection):
 
 # ------------------------------------------------------------------ columns
 
+SHAREGPT = [{"from": "system", "value": "Think."}, {"from": "human", "value": "1+1"}]
+VERIFIED = {"from": "assistant", "ground_truth": {"value": "2"}}
+DIALOG = {"dialog": [*SHAREGPT, VERIFIED], "problem": "no"}
+
 
 @pytest.mark.parametrize("question", ["problem", "question", "prompt"])
 @pytest.mark.parametrize(
@@ -421,6 +419,7 @@ def test_an_empty_column_is_skipped(load_rows):
         ({"extra": {"task": {"Query": "1+1"}}, "a": {"value": "2"}}, "extra.task.query", "a.value"),
         ({"extra": '{"query": "1+1", "x": null}', "a.b": "2"}, "extra.query", "a.b"),
         ({"query": "1+1", "problem": "no", "correct": "2", "answer": "3"}, "query", "correct"),
+        (DIALOG, "dialog", "dialog.ground_truth.value"),
     ],
 )
 def test_named_columns(load_rows, row, question, answer):
@@ -447,8 +446,6 @@ def test_unknown_columns(load_rows, tmp_path, rejection):
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1"}]
 IN_PARTS = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
-SHAREGPT = [{"from": "system", "value": "Think."}, {"from": "human", "value": "1+1"}]
-VERIFIED = {"from": "assistant", "ground_truth": {"value": "2"}}
 LAYOUTS = {
     "verl": {"prompt": CHAT, "reward_model": {"style": "rule", "ground_truth": "2"}},
     "a list": {"prompt": CHAT, "reward_model": {"ground_truth": ["2"]}},
@@ -485,12 +482,6 @@ def test_layouts(load, tmp_path, tokenizer, layout, write):
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-
-
-def test_a_conversation_in_a_named_column(load_rows):
-    row = {"dialog": [*SHAREGPT, VERIFIED], "problem": "no"}
-    named = {"question_column": "dialog", "answer_column": "dialog.ground_truth.value"}
-    assert pairs(load_rows([row], **named)) == [("1+1", "2")]
 
 
 @pytest.mark.parametrize("messages", [[*SHAREGPT, VERIFIED], LAYOUTS["a solution"]["messages"]])
@@ -565,7 +556,7 @@ def test_nothing_left_for_several_reasons_is_rejected(load_rows, capsys):
     assert stop.value.code == 2
     *reasons, line = capsys.readouterr().err.splitlines()
     assert len(reasons) == 2 and all("discarded 1 of 2: " in reason for reason in reasons)
-    assert line.startswith("") and line.endswith(": all 2 problems were discarded")
+    assert line.endswith(": all 2 problems were discarded")
 
 
 def test_duplicates_are_kept_and_counted(load_rows, capsys):
@@ -591,7 +582,8 @@ def test_duplicates_are_kept_and_counted(load_rows, capsys):
         (r"\boxed{never closed", r"\boxed{never closed"),
         *((18, "18"), (18.0, "18"), (0.5, "0.5"), (-0.1, "-0.1"), (True, "True"), (["2"], "2")),
         *((1e-05, "0.00001"), (2.5e-07, "0.00000025"), (1e16, "10000000000000000")),
-        ("Five and seven.\n#### 12\nThe answer is: 12", "12"),  # MetaMathQA
+        # MetaMathQA
+        ("4 pens cost you just 3*4 = <<3*4=12>>12 coins.\n#### 12\nThe answer is: 12", "12"),
         ("It is $\\frac12$.\nThe answer is: \\frac{1}{2}", r"\frac{1}{2}"),
         ("We add. The answer is: 52", "52"),
         ("We halve the number, and then we see what is left.\nThe answer is: 9\n", "9"),
@@ -712,8 +704,7 @@ def test_words_that_are_an_answer(answer):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHARED_DATA.glob("*[!s].jsonl")))
 def test_every_real_reference_is_an_answer(name):
-    lines = (SHARED_DATA / f"{name}.jsonl").open(encoding="utf-8")
-    references = [json.loads(line)["answer"] for line in lines]
+    references = [row["answer"] for row in shared_rows(f"data/{name}.jsonl")]
     assert [reference(text) for text in references] == [text.strip() for text in references]
 
 

@@ -14,9 +14,9 @@ def test_a_results_file_is_written_and_read(tmp_path):
 
 
 def test_a_page_shows_the_command_without_refresh(monkeypatch):
-    argv = ["/any/benchmark/real.py", "--refresh", "--only", "GRPO,GTPO by batch"]
+    argv = ["/any/benchmark/compare.py", "--refresh", "--only", "GRPO,GTPO by batch"]
     monkeypatch.setattr(shared.sys, "argv", argv)
-    assert shared.own_command() == "python benchmark/real.py --only 'GRPO,GTPO by batch'"
+    assert shared.own_command() == "python benchmark/compare.py --only 'GRPO,GTPO by batch'"
     assert "--refresh" in argv
 
 

@@ -767,13 +767,10 @@ def test_signal_while_saving(small_run, monkeypatch):
     assert small_run(steps=9, resume=True).run.step == 4
 
 
-def test_ctrl_c_in_a_real_process(make_args, tmp_path):
+def test_ctrl_c_in_a_real_process(short_flags, tmp_path):
     """One line instead of a traceback, complete logs, and a run that can be resumed."""
     folder = tmp_path / "run"
-    words = [sys.executable, "-W", "ignore", "grpo.py"]
-    for name, value in vars(make_args(steps=100000, eval_every=0)).items():
-        if value != getattr(grpo.Args, name):
-            words += [cli.flag_of(name), str(value)]
+    words = [sys.executable, "-W", "ignore", "grpo.py", *short_flags(steps=100000, eval_every=0)]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while len(run.read_lines(folder / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.communicate()[1]

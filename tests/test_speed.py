@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -24,7 +23,7 @@ from infra import lm_head
 # ------------------------------------------------------------------------------- the benchmark
 
 
-def test_two_steps_do_the_work_that_is_compared(tiny_model: Path, tmp_path: Path):
+def test_two_steps_do_the_work_that_is_compared(tiny_model, tmp_path):
     # EOS would come earlier. The budget holds one group.
     shape = speed.Shape("tiny", "cpu", 2, 3, new_tokens=60, steps=1, token_budget=300)
     measured = speed.ours(shape, "transformers", tmp_path)
@@ -63,21 +62,17 @@ def test_ratios_are_medians_over_the_rounds():
 
 
 @pytest.mark.parametrize("name", ["nothing", "tiny 2048"])
-def test_an_unknown_section_is_rejected(name: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        speed.main(speed.Args(only=name))
-    assert stop.value.code == 2 and f"--only {name}" in capsys.readouterr().err
+def test_an_unknown_section_is_rejected(name, rejection):
+    assert rejection(speed.main, speed.Args(only=name)).startswith(f"--only {name}: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_the_cuda_shape_needs_cuda(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        speed.main(speed.Args(only="1.5B 8192: vllm"))
-    assert stop.value.code == 2
-    assert "known are tiny 16384: transformers, " in capsys.readouterr().err
+def test_the_cuda_shape_needs_cuda(rejection):
+    line = rejection(speed.main, speed.Args(only="1.5B 8192: vllm"))
+    assert "known are tiny 16384: transformers, " in line
 
 
-def test_gpu_memory_is_that_after_the_last_call(monkeypatch: pytest.MonkeyPatch):
+def test_gpu_memory_is_that_after_the_last_call(monkeypatch):
     """By hand, with an engine that takes 3 GiB when it syncs and 1 GiB when it sleeps."""
     used = 0
 
@@ -99,7 +94,7 @@ def test_gpu_memory_is_that_after_the_last_call(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 @pytest.mark.parametrize("length", [192, 640, 704])
-def test_attention_with_a_mask_has_finite_gradients(length: int):
+def test_attention_with_a_mask_has_finite_gradients(length):
     """cuDNN's attention has not; the scripts disable it."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     inputs = torch.randn(3, 8, 12, length, 128, device="cuda", dtype=torch.bfloat16)
@@ -176,9 +171,7 @@ def test_peak_counts_tensors_alive_at_the_same_time():
     assert 2**23 <= peak_bytes(work) < 2**23 + 2**16
 
 
-def test_log_probs_in_chunks_need_an_eighth_of_the_memory_and_give_the_same_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_log_probs_in_chunks_need_an_eighth_of_the_memory_and_give_the_same_gradients(monkeypatch):
     """4 x 256 tokens of a vocabulary like Qwen2.5's, with narrow hidden states."""
     monkeypatch.setattr(lm_head, "TILE_SIZE", lm_head.TILE_SIZE // 4)
     tokens, vocabulary, width = 256, 151936, 64

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import compare
 import pytest
@@ -29,16 +28,14 @@ def double(x: int) -> int:
         ("2 * x", "x * 2", False),
     ],
 )
-def test_the_digest_is_that_of_the_code(
-    old: str, new: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_digest_is_that_of_the_code(old, new, same, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "ROOT", tmp_path)
     (tmp_path / "before.py").write_text(CODE)
     (tmp_path / "after.py").write_text(CODE.replace(old, new))
     assert (shared.code_digest("before.py") == shared.code_digest("after.py")) == same
 
 
-def test_each_results_file_has_the_command_that_makes_it(capsys: pytest.CaptureFixture[str]):
+def test_each_results_file_has_the_command_that_makes_it(capsys):
     """Except those of benchmarks that are retired: a page names the commit that made each."""
     retired = {"bf16", "openers", "progress", "sick", "soak", "grading"}
     files = {file.stem for file in shared.RESULTS.glob("*.json")}
@@ -46,7 +43,7 @@ def test_each_results_file_has_the_command_that_makes_it(capsys: pytest.CaptureF
         tables.main(tables.Args(check=True))
     listed = {line.partition(".json: ")[0] for line in capsys.readouterr().out.splitlines()}
     assert listed == files - retired
-    for name in files - retired - {"compare", "credit", "real", "speed"}:
+    for name in files - retired - {"compare", "credit", "speed"}:
         command = shared.read_json(shared.RESULTS / f"{name}.json")["command"]
         assert f"--results benchmark/results/{name}.json --runs runs/{name}" in command
         assert name != "compare-needle" or "--only" not in command  # it has all methods
@@ -64,9 +61,7 @@ def current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {"method": "GRPO", "code": compare.code("GRPO")}
 
 
-def test_parts_of_other_code_are_older(
-    tmp_path: Path, current: dict[str, str], capsys: pytest.CaptureFixture[str]
-):
+def test_parts_of_other_code_are_older(tmp_path, current, capsys):
     rows = [current, {"method": "ERPO"}, {"method": "ERPO", "code": compare.code("ERPO")}]
     compare_results(tmp_path, "compare", "python benchmark/compare.py", rows)
     with pytest.raises(SystemExit) as stopped:
@@ -75,12 +70,7 @@ def test_parts_of_other_code_are_older(
     assert capsys.readouterr().out == "compare.json: older than the code: ERPO\n"
 
 
-def test_older_tables_are_measured_and_written(
-    tmp_path: Path,
-    current: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_older_tables_are_measured_and_written(tmp_path, current, monkeypatch, capsys):
     few = "python benchmark/compare.py --only 'GRPO,VinePPO by token' --prompts 2"
     compare_results(tmp_path, "compare", "python benchmark/compare.py", [current])
     compare_results(tmp_path, "compare-few", few, [{"method": "GRPO"}])
@@ -108,5 +98,5 @@ def test_older_tables_are_measured_and_written(
         {1: 2},  # a name that is no text becomes one
     ],
 )
-def test_results_are_written_as_json(value: Any):
+def test_results_are_written_as_json(value):
     assert json.loads(shared.as_json(value)) == json.loads(json.dumps(value))
