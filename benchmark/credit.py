@@ -44,11 +44,13 @@ from stare import stare_weights
 from tiny.steps import check_steps
 
 PAGE = ROOT / "docs" / "credit.md"
-POLICIES = ("starting", "half-trained")
+POLICIES = ("starting", "half-trained")  # the second one's weights are loaded over the first's
 MAX_NEW_TOKENS = 64
 LORA_RANK = 64
 LR = 2e-4
-Row = dict[str, Any]  # the return value of truth.measure for a problem
+TRAIN_STEPS = 15  # steps of GRPO for the half-trained policy
+SEED = 1
+Row = dict[str, Any]  # the plain values of truth.measure for a problem
 Signals = dict[str, Tensor]  # [P, G, T] each
 
 
@@ -57,11 +59,7 @@ class Args:
     prompts: int = 32  # held-out problems, the first ones of tiny/test.jsonl
     group_size: int = 8  # G: rollouts per problem
     continuations: int = 64  # of each prefix, for each of two independent estimates of the truth
-    train_steps: int = 15  # steps of GRPO for the half-trained policy
-    policies: str = ",".join(POLICIES)  # policies to measure
-    seed: int = 1  # random seed
     run_dir: Path = ROOT / "runs" / "credit"  # the half-trained policy's run, the measurements
-    results: Path = RESULTS / "credit.json"  # summary, source of the tables and the figure
     write: bool = False  # only write the tables and the figure from the results
 
 
@@ -77,12 +75,14 @@ def method_credits(
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
+    every_rollout = mask.any(-1).nonzero(as_tuple=True)
+    residuals = arca.residuals(policy, reference, rollouts, every_rollout, args)  # [tokens]
     signals = {
         "surprisal": arca.surprisal(logp),
         "entropy": entropy,
         "entropy reduction": arca.entropy_reduction(entropy, mask),
         "divergence": arca.divergence(logp, ref_logp),
-        "residual": adapter_residuals(policy, reference, rollouts, args),
+        "residual": torch.zeros_like(logp).masked_scatter(mask, residuals),
     }
     advantages = grpo_advantages(correct)  # [P, G]
     moved = moved_logp(policy, rollouts, advantages, args)
@@ -120,18 +120,6 @@ def arca_credit(outcome: Tensor, signal: Tensor, mask: Tensor) -> Tensor:
     return outcome * weights.round(decimals=6)
 
 
-def adapter_residuals(
-    policy: nn.Module, reference: common.Reference, rollouts: Rollouts, args: vineppo.Args
-) -> Tensor:
-    """ARCA's signal, [P, G, T]."""
-    mask = rollouts.mask
-    residual = torch.zeros(mask.shape, device=mask.device)
-    for index in common.micro_batches(rollouts, args.token_budget, torch.arange(len(mask))):
-        of_tokens = arca.residuals(policy, reference, rollouts, index, args)
-        residual[index] = residual[index].masked_scatter(mask[index], of_tokens)
-    return residual
-
-
 def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: Any) -> Tensor:
     """Log-probabilities of each half of the problems after an update on the other half, [P, G, T].
 
@@ -140,18 +128,19 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: 
     """
     mask = rollouts.mask
     moved = torch.zeros(mask.shape, device=mask.device)
-    halves = torch.arange(len(mask)).chunk(2)
+    halves = []  # (problem, rollout) indices of each
+    for problems in torch.arange(len(mask)).chunk(2):
+        rows = torch.cartesian_prod(problems, torch.arange(mask.shape[1]))
+        halves.append(rows.unbind(-1))
     for half, other in (halves, halves[::-1]):
         model = copy.deepcopy(policy)
-        for index in common.micro_batches(rollouts, args.token_budget, other):
-            logp, _ = common.token_logp(model, rollouts, index, args)
-            means = logp.sum(-1) / mask[index].sum(-1)
-            (-advantages[index] * means).sum().backward()
+        logp, _ = common.token_logp(model, rollouts, other, args)
+        means = logp.sum(-1) / mask[other].sum(-1)
+        (-advantages[other] * means).sum().backward()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
         with torch.no_grad():
-            for index in common.micro_batches(rollouts, args.token_budget, half):
-                moved[index], _ = common.token_logp(model, rollouts, index, args)
+            moved[half], _ = common.token_logp(model, rollouts, half, args)
     return moved
 
 
@@ -194,10 +183,10 @@ def read_steps(problem: str, pieces: list[str]) -> list[tuple[slice, bool]]:
     return steps
 
 
-def read_truth(row: Row, curves: list[truth.Curves]) -> Truth:
-    """What the measures need to know about a problem's group."""
+def read_truth(row: Row, chosen: list[int], count: int) -> Truth:
+    """What the measures need to know about a problem's group, by `read_curves`."""
     advantages, clear = [], []
-    for curve in curves:
+    for curve in read_curves(row, chosen, count):
         advantages.append(curve.advantages)
         smallest = np.maximum(truth.CLEAR, 2 * curve.errors)
         clear.append(np.abs(curve.advantages) > smallest)
@@ -225,9 +214,10 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
         first = read_curves(row, [0], count)
         second = read_curves(row, [1], count)
         for once, again, others in zip(first, second, row["others"], strict=True):
-            error = np.hypot(once.errors, again.errors).clip(1e-12)
-            z = (once.advantages - again.advantages) / error
-            repeated.extend(z[np.array(others) > 0])
+            uncertain = np.array(others) > 0
+            change = once.advantages - again.advantages
+            error = np.hypot(once.errors, again.errors)
+            repeated.extend(change[uncertain] / error[uncertain])
     return {
         "advantages of a rollout − (reward − V(prompt)), largest": float(np.abs(closing).max()),
         "the same with V(prompt) from new responses, mean z": float(np.mean(against_new)),
@@ -284,12 +274,9 @@ def summarise(
     mask = rollouts.mask
     given, signals = method_credits(policy, rollouts, steps, values, args)
     credits = as_lists(given, mask)
-    truths = []
-    first, second = [], []  # by one of the two estimates each
-    for row in rows:
-        truths.append(read_truth(row, read_curves(row, [0, 1], count)))
-        first.append(read_truth(row, read_curves(row, [0], count)).advantages)
-        second.append(read_truth(row, read_curves(row, [1], count)))
+    truths = [read_truth(row, [0, 1], count) for row in rows]
+    first = [read_truth(row, [0], count).advantages for row in rows]
+    second = [read_truth(row, [1], count) for row in rows]
     credits["VinePPO, true values"] = list(map(step_sums, steps, truths))
     baseline = credits["GRPO"]
     methods = {}
@@ -301,7 +288,7 @@ def summarise(
     for true in truths:
         sizes.append(replace(true, advantages=list(map(np.abs, true.advantages))))
     of_signals = {}
-    for name, signal in as_lists(signals, rollouts.mask).items():
+    for name, signal in as_lists(signals, mask).items():
         of_signals[name] = estimates(truth.SIGNAL_MEASURES, signal, sizes, signal)
     return {
         "facts": truth.facts(truths),
@@ -364,13 +351,13 @@ def train(args: Args) -> Path:
     """The adapters of the half-trained policy. Trains the policy if it does not exist yet."""
     folder = args.run_dir.resolve() / "policy"
     flags = f"--lora-rank {LORA_RANK} --lr {LR} --max-new-tokens {MAX_NEW_TOKENS}"
-    flags += f" --steps {args.train_steps} --seed {args.seed} --eval-every 0 --save-every 0"
+    flags += f" --steps {TRAIN_STEPS} --seed {SEED} --eval-every 0 --save-every 0"
     command = shared.run_command("grpo.py", flags.split(), folder)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    return folder / "checkpoints" / f"step-{args.train_steps:06d}"
+    return folder / "checkpoints" / f"step-{TRAIN_STEPS:06d}"
 
 
-def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
+def measure_policies(args: Args) -> dict[str, Any]:
     """The summary of each policy."""
     settings = vineppo.Args(
         model=str(ROOT / "tiny"),
@@ -378,9 +365,9 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         lora_rank=LORA_RANK,
         group_size=args.group_size,
         max_new_tokens=MAX_NEW_TOKENS,
-        prompts_per_step=max(1, 512 // args.group_size),  # number of sequences vLLM runs at once
+        prompts_per_step=512 // args.group_size,  # vLLM runs 512 sequences at once
         lr=LR,
-        seed=args.seed,
+        seed=SEED,
     )
     count = args.continuations
     summaries = {}
@@ -390,24 +377,21 @@ def measure_policies(args: Args, names: list[str]) -> dict[str, Any]:
         problems = common.load_problems(settings, "--eval-dataset", tokenizer, grader)
         problems = problems[: args.prompts]
         engine = common.make_engine(settings, policy, tokenizer, problems)
-        # The starting policy comes first, because the other weights are loaded over its own.
-        for name in sorted(names, key=POLICIES.index):
+        for name in POLICIES:
             if name == "half-trained":
                 load_weights(policy, train(args))
             engine.sync(policy)
-            rows = []
+            groups, rows = [], []
             for i, problem in enumerate(problems):
-                seed = (args.seed, name, i)
-                rows.append(truth.measure(engine, grader, policy, problem, settings, count, seed))
+                group, row = truth.measure(
+                    engine, grader, policy, problem, settings, count, (SEED, name, i)
+                )
+                groups.append(group)
+                rows.append(row)
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
             write_json(args.run_dir / f"{name}.json", rows)
-
-            groups = []
-            for problem, row in zip(problems, rows, strict=True):
-                unused_logp = row["others"]  # in the place of the engine's, with its shape
-                groups.append(common.Group(problem, row["tokens"], unused_logp, [], row["correct"]))
             given = engine, grader, groups, settings
-            steps, values, _ = vineppo.estimate_values(*given, (args.seed, name))
+            steps, values, _ = vineppo.estimate_values(*given, (SEED, name))
             summaries[name] = summarise(rows, groups, steps, values, policy, settings, count)
     return summaries
 
@@ -422,17 +406,17 @@ def code() -> str:
 
 
 def main(args: Args) -> None:
+    path = RESULTS / "credit.json"  # the source of the tables and of the figure
     if args.write:
-        results = read_json(args.results)
+        results = read_json(path)
         shared.write_page(PAGE, {"credit": tables(results)})
         figures.draw_credit(results["policies"]["half-trained"]["example"])
         return
-    shared.require_at_least(args, prompts=2, group_size=2, continuations=2, train_steps=1)
-    names = shared.parse_names("--policies", args.policies, POLICIES)
-    summaries = measure_policies(args, names)
+    shared.require_at_least(args, prompts=2, group_size=2, continuations=2)
+    policies = measure_policies(args)
     results = {"command": shared.own_command(), **shared.environment()}
-    results |= {"code": code(), "policies": summaries}
-    write_json(args.results, results)
+    results |= {"code": code(), "policies": policies}
+    write_json(path, results)
     print(tables(results))
 
 

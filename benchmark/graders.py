@@ -3,11 +3,11 @@
     python benchmark/graders.py FOLDER          # the graders that others use, in minutes
     python benchmark/graders.py FOLDER --own    # grading/ alone: accuracy by file, and speed
 
-FOLDER holds cases/ and data/ (default: ../shared). Files that it lacks are left out. The first
-command fills the tables of grading/README.md, those of kinds and rules too. The second prints its
-lines. verl's graders are read from the package, if it is installed (`pip install --no-deps --target
-FOLDER verl pylatexenc`, and FOLDER in PYTHONPATH), without what verl imports. `prime_math` is
-PRM800K's grader as verl distributes it.
+FOLDER holds cases/ and data/ (default: ../shared). Files that it lacks are left out. Both commands
+fill the tables of kinds and rules in grading/README.md; the first also fills that of the graders,
+the second prints its lines. The first needs verl, whose graders are read without what verl imports:
+`pip install --no-deps --target PACKAGES verl pylatexenc`, and PACKAGES in PYTHONPATH. `prime_math`
+is PRM800K's grader as verl distributes it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
-import os
 import sys
 import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
 import shared
@@ -81,7 +82,7 @@ def read_cases(path: Path) -> list[Case]:
         if "want" in row:
             answer = row.get("response") or rf"So the answer is \boxed{{{row['answer']}}}."
             cases.append((answer, row["gold"], row["want"]))
-        elif isinstance(row.get("answer"), str):
+        elif "answer" in row:
             for old, new in SPELLINGS:
                 text = row["answer"].replace(old, new) if old else f"{new}{row['answer']}{new}"
                 cases.append((rf"\boxed{{{text}}}", row["answer"], True))
@@ -152,11 +153,10 @@ def math_verify() -> Grade:
 
 def from_verl(module: str, verdict: Callable[[object], bool]) -> Grade:
     """`compute_score` of a module of verl, whose packages are not executed."""
-    sys.modules.pop("verl", None)  # the one of an earlier call
-    root = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
     for package in ("verl", "verl.utils", "verl.utils.reward_score"):
         sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+        folder = distribution("verl").locate_file(package.replace(".", "/"))
+        sys.modules[package].__path__ = [str(folder)]
     helpers = types.ModuleType("verl.utils.py_functional")
     helpers.timeout_limit = lambda *_, **__: lambda function: function
     sys.modules["verl.utils.py_functional"] = helpers
@@ -179,22 +179,19 @@ GRADERS = {
 }
 
 
-def measure(make: Callable[[], Grade], cases: list[Case]) -> list[str]:
+def measure(grade: Grade, cases: list[Case]) -> tuple[int, int, str]:
     """The cells of a grader: wrong answers accepted, right ones rejected, answers per second."""
-    try:
-        grade = make()
-    except (ImportError, AttributeError):  # find_spec returns None if verl is not installed
-        return ["left out: not installed", "", ""]
     verdicts = []
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.redirect_stdout(io.StringIO()):  # some print
         grade(r"\boxed{x+1}", "1+x")  # starts a worker, builds a parser
         start = time.perf_counter()
         for response, reference, _ in cases:
-            verdicts.append(False)
-            with contextlib.suppress(Exception):  # counts as a rejection
-                verdicts[-1] = grade(response, reference_text(reference))
-    rate = len(cases) / (time.perf_counter() - start)
-    return [*map(str, count_errors(verdicts, cases)), f"{rate:.0f}"]
+            try:
+                verdicts.append(grade(response, reference_text(reference)))
+            except Exception:
+                verdicts.append(False)
+        rate = len(cases) / (time.perf_counter() - start)
+    return *count_errors(verdicts, cases), f"{rate:.0f}"
 
 
 def graders_table(folder: Path) -> str:
@@ -204,7 +201,7 @@ def graders_table(folder: Path) -> str:
     right = sum(case[2] for case in cases)
     head = ["grader", f"accepted, of {len(cases) - right} wrong answers"]
     head += [f"of {right} right answers rejected", "per second"]
-    return markdown(head, [[name, *measure(make, cases)] for name, make in GRADERS.items()])
+    return markdown(head, [[name, *measure(make(), cases)] for name, make in GRADERS.items()])
 
 
 def kinds_table() -> str:
@@ -222,18 +219,20 @@ def rules_table() -> str:
     rows = []
     for (first, second), rule in RULES.items():
         names = f"{first.__name__}, {second.__name__}".replace("Kind", "any kind")
-        rows.append([names, " ".join((rule.__doc__ or "").split())])
+        rows.append([names, " ".join(rule.__doc__.split())])
     return markdown(["reference, answer", "rule"], rows, words=2)
 
 
 def main(args: Args) -> None:
+    if not args.own and importlib.util.find_spec("verl") is None:
+        sys.exit("error: verl is not installed: see python benchmark/graders.py --help")
+    shared.write_page(README, {"kinds": kinds_table(), "rules": rules_table()})
     if args.own:
         measure_own(args.folder)
-        return
-    table = graders_table(args.folder)
-    blocks = {"kinds": kinds_table(), "rules": rules_table(), "graders": table}
-    shared.write_page(README, blocks)
-    print(table)
+    else:
+        table = graders_table(args.folder)
+        shared.write_page(README, {"graders": table})
+        print(table)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,7 +47,6 @@ from infra.vllm_engine import VLLMEngine
 
 PAGE = ROOT / "docs" / "speed.md"
 TRL = ROOT / ".venv-trl"  # TRL's own files; all other packages are this project's
-BEFORE = not hasattr(common, "head_logp")  # the scripts are an older commit's
 PARTS = ("sync", "rollout", "verify", "score", "update", "other")
 GPU_MOMENTS = ("sync", "sleep", "peak")  # when the memory in use is measured
 CONFIGS = {  # vocabulary, hidden, layers, heads, key-value heads, intermediate
@@ -95,7 +93,7 @@ class Args:
     before: str = ""  # commit to compare with
     refresh: bool = False  # measure again what was measured on other code
     write: bool = False  # only write docs/speed.md from the results
-    measure: str = ""  # measure one side and print it: "side: shape: engine: rollouts at once"
+    measure: str = ""  # measure one side and print it: "ours: shape: engine", "trl: shape: at once"
 
 
 def model_folder(name: str, folder: Path) -> Path:
@@ -143,13 +141,11 @@ class MeasurementDone(Exception):
 
 
 class Measurement:
-    """Seconds, tokens and peak memory of the steps in this process. The first step is a warm-up."""
+    """Seconds and peak memory of the steps in this process. The first step is a warm-up."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.ends: list[float] = []  # when each step ended
-        self.at_once = 0  # most rollouts of a micro-batch
-        self.tokens = Counter(prompt=0, generated=0, trained=0)
 
     def end_step(self, *_: Any, **__: Any) -> None:
         """Raises MeasurementDone after the last step, so that nothing is saved or evaluated."""
@@ -162,12 +158,8 @@ class Measurement:
         peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
         if self.shape.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        return {
-            "seconds": [end - start for start, end in itertools.pairwise(self.ends)],
-            "tokens_a_step": {name: count / len(self.ends) for name, count in self.tokens.items()},
-            "peak_bytes": peak,
-            "at_once": self.at_once,
-        }
+        seconds = [end - start for start, end in itertools.pairwise(self.ends)]
+        return {"seconds": seconds, "peak_bytes": peak}
 
 
 class AlternatingGrader(Grader):
@@ -231,66 +223,32 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (shape.device, engine) == ("cuda", "vllm"):
         found["gib"] = watch_gpu_memory()
-    measurement, log_rollouts = Measurement(shape), Run.log_rollouts
-    token_logp = common.token_logp if BEFORE else common.head_logp
+    measurement, micro_batches = Measurement(shape), common.micro_batches
+    at_once = 0  # most rollouts of a micro-batch
 
-    def count_rollouts(model: Any, rollouts: Any, index: Any, *rest: Any) -> Any:
-        measurement.at_once = max(measurement.at_once, len(index[0]))
-        return token_logp(model, rollouts, index, *rest)
-
-    def count_tokens(run: Run, step: int, rollouts: Any, *rest: Any, **more: Any) -> None:
-        log_rollouts(run, step, rollouts, *rest, **more)
-        prompt_tokens = sum(len(problem.prompt) for problem in rollouts.problems)
-        measurement.tokens["prompt"] += prompt_tokens * shape.group
-        generated = rollouts.engine_logp[rollouts.mask].isfinite()
-        measurement.tokens["generated"] += int(generated.sum())
-        measurement.tokens["trained"] += int(rollouts.mask.sum())
+    def watched_micro_batches(*given: Any) -> Iterator[common.Index]:
+        nonlocal at_once
+        for index in micro_batches(*given):
+            at_once = max(at_once, len(index[0]))
+            yield index
 
     with (
-        mock.patch.object(Run, "log_rollouts", count_tokens),
         mock.patch.object(Run, "save", measurement.end_step),
-        mock.patch.object(common, token_logp.__name__, count_rollouts),
+        mock.patch.object(common, "micro_batches", watched_micro_batches),
         mock.patch.object(common, "make_engine", endless_engine),
         mock.patch.object(common, "Grader", AlternatingGrader),
         contextlib.suppress(MeasurementDone),
     ):
         grpo.main(parse_args(grpo.Args, flags.split()))
     rows = read_lines(folder / "run" / "metrics.jsonl")[-shape.steps :]
+    assert all(row["length"] == shape.new_tokens for row in rows)
     parts = {}
     for part in (*PARTS, "step"):
         parts[part] = statistics.median(row[f"seconds/{part}"] for row in rows)
-    return found | measurement.results() | {"parts": parts}
+    return found | measurement.results() | {"parts": parts, "at_once": at_once}
 
 
-def trl_settings(shape: Shape, engine: str, rows_at_once: int) -> dict[str, Any]:
-    """The settings of TRL's trainer for the same work."""
-    # No token ends a response before it has the given length.
-    endless = {"min_new_tokens": shape.new_tokens}
-    if engine == "vllm":
-        endless = {"ignore_eos": True}
-    return {
-        "use_cpu": shape.device == "cpu",
-        "bf16": shape.device == "cuda",
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": rows_at_once,
-        "gradient_accumulation_steps": shape.prompts * shape.group // rows_at_once,
-        "num_generations": shape.group,
-        "max_completion_length": shape.new_tokens,
-        "generation_kwargs": endless,
-        "max_steps": shape.steps + 1,
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "constant",
-        "use_vllm": engine == "vllm",
-        "vllm_max_model_length": 28 + 20 * shape.joined + shape.new_tokens,  # the longest prompt
-        "model_init_kwargs": {"dtype": "float32"},
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-
-
-def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, Any]:
+def theirs(shape: Shape, folder: Path, at_once: int) -> dict[str, Any]:
     """Measure the same work in TRL's GRPOTrainer. at_once: rollouts of a micro-batch, at most."""
     sys.path.append(str(TRL))
     from datasets import Dataset
@@ -299,23 +257,32 @@ def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, A
 
     while shape.prompts * shape.group % at_once:
         at_once -= 1
-    settings = trl_settings(shape, engine, at_once)
-    config = GRPOConfig(output_dir=str(folder / "trl"), **settings)
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=shape.device == "cpu",
+        bf16=shape.device == "cuda",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=shape.prompts * shape.group // at_once,
+        num_generations=shape.group,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs={"min_new_tokens": shape.new_tokens},
+        max_steps=shape.steps + 1,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        model_init_kwargs={"dtype": "float32"},
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     measurement, clock = Measurement(shape), TrainerCallback()
     clock.on_step_end = measurement.end_step
 
-    class CountingTrainer(GRPOTrainer):
-        def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
-            completions, logp = super()._generate_single_turn(prompt_ids, *rest, **more)
-            measurement.tokens["prompt"] += sum(map(len, prompt_ids))
-            measurement.tokens["generated"] += sum(map(len, completions))
-            return completions, logp
-
-        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-            measurement.tokens["trained"] += int(inputs["completion_mask"].sum())
-            return super()._compute_loss(model, inputs)
-
-    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    def reward(
+        completions: list[Any], completion_ids: list[list[int]], answer: list[str], **_: Any
+    ) -> list[float]:
+        assert all(len(ids) == shape.new_tokens for ids in completion_ids)
         texts = [completion[0]["content"] for completion in completions]
         return list(map(float, grader.grade(texts, answer)))
 
@@ -324,20 +291,17 @@ def theirs(shape: Shape, engine: str, folder: Path, at_once: int) -> dict[str, A
         row["prompt"] = [{"role": "user", "content": row.pop("problem")}]
     model, data = model_folder(shape.model, folder / "model"), Dataset.from_list(rows)
     with AlternatingGrader() as grader, contextlib.suppress(MeasurementDone):
-        CountingTrainer(str(model), reward, config, train_dataset=data, callbacks=[clock]).train()
+        GRPOTrainer(str(model), reward, config, train_dataset=data, callbacks=[clock]).train()
     return measurement.results() | {"trl": version("trl"), "optimizer": str(config.optim)}
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Measure one side in this process. If TRL fails, the result is its error message."""
-    side, shape, engine, at_once = name.split(": ")
+    """Measure one side in this process."""
+    side, shape, how = name.split(": ")
     with tempfile.TemporaryDirectory() as folder:
-        if side != "trl":
-            return ours(SHAPES[shape], engine, Path(folder))
-        try:
-            return theirs(SHAPES[shape], engine, Path(folder), int(at_once))
-        except Exception as error:
-            return {"failed": repr(error)}
+        if side == "trl":
+            return theirs(SHAPES[shape], Path(folder), at_once=int(how))
+        return ours(SHAPES[shape], how, Path(folder))
 
 
 def measure_in_process(name: str, tree: Path = ROOT) -> dict[str, Any]:
@@ -347,28 +311,27 @@ def measure_in_process(name: str, tree: Path = ROOT) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@contextlib.contextmanager
-def checkout(commit: str) -> Iterator[Path]:
-    """A commit in a temporary folder, with today's speed.py and shared.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "before"
-        git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
-        for name in ("speed.py", "shared.py"):
-            shutil.copy(ROOT / "benchmark" / name, tree / "benchmark" / name)
-        try:
-            yield tree
-        finally:
-            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+def check_out(commit: str, tree: Path) -> None:
+    """Write the files of a commit to a folder, with today's speed.py and shared.py."""
+    archive = tree / "commit.tar"
+    subprocess.run(["git", "archive", "--output", archive, commit], cwd=ROOT, check=True)
+    shutil.unpack_archive(archive, tree)
+    for name in ("speed.py", "shared.py"):
+        shutil.copy(ROOT / "benchmark" / name, tree / "benchmark" / name)
 
 
 def measure_round(section: str, before: Path | None) -> dict[str, Any]:
-    """Each side once: the older commit, this one, TRL with as many rollouts at once."""
-    sides = {}
+    """Each side once: this commit, the older one, TRL with as many rollouts at once as ours.
+
+    With vLLM only this commit: TRL cannot sync weights to vLLM's CPU build.
+    """
+    shape, engine = section.split(": ")
+    sides = {"ours": measure_in_process(f"ours: {section}")}
+    if engine == "vllm":
+        return sides
     if before:
-        sides["before"] = measure_in_process(f"before: {section}: 0", before)
-    sides["ours"] = measure_in_process(f"ours: {section}: 0")
-    sides["trl"] = measure_in_process(f"trl: {section}: {sides['ours']['at_once']}")
+        sides["before"] = measure_in_process(f"ours: {section}", before)
+    sides["trl"] = measure_in_process(f"trl: {shape}: {sides['ours']['at_once']}")
     return sides
 
 
@@ -397,8 +360,6 @@ def median_ratio(rounds: list[dict[str, Any]], a: str, b: str, value: Callable) 
     """The median over the rounds of value(side a) / value(side b), with the lowest and highest."""
     ratios = []
     for sides in rounds:
-        if "failed" in sides.get("trl", {}):
-            return "fails in TRL"
         if a in sides and b in sides:
             ratios.append(value(sides[a]) / value(sides[b]))
     if not ratios:
@@ -487,8 +448,9 @@ def main(args: Args) -> None:
     elif args.write:
         shared.write_page(PAGE, {"speed": table(read_json(RESULTS / "speed.json"))})
     elif args.before:
-        with checkout(args.before) as before:
-            run_rounds(args, names, before)
+        with tempfile.TemporaryDirectory() as folder:
+            check_out(args.before, Path(folder))
+            run_rounds(args, names, Path(folder))
     else:
         run_rounds(args, names, None)
 

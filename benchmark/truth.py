@@ -136,8 +136,8 @@ def measure(
     args: RunArgs,
     continuations: int,
     seed: Seed,
-) -> dict[str, Any]:
-    """Roll out a group and continue from every prefix of it. Returns plain values.
+) -> tuple[common.Group, dict[str, Any]]:
+    """Roll out a group and continue from every prefix of it. Returns the group and plain values:
 
     others, wins: for each rollout and token, 1 - p and the right answers of each estimate.
     prompt: right answers and number of new responses, which are independent of the group.
@@ -166,11 +166,12 @@ def measure(
         pieces.append(engine.decode([[token] for token in tokens]))
         starts = [tuple(tokens[: t + 1]) for t in range(len(tokens))]
         wins.append([wins_after.get(start, certain) for start in starts])
-    return {
+    group.correct = [correct[text] for text in group.texts]
+    return group, {
         "problem": problem.text,
         "tokens": group.tokens,
         "pieces": pieces,
-        "correct": [correct[text] for text in group.texts],
+        "correct": group.correct,
         "others": others,
         "wins": wins,
         "prompt": [int(right[-new:].sum()), new],
@@ -206,9 +207,8 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
     """Rank correlation; 0 if one of the vectors is constant."""
-    ranks = pd.DataFrame({"left": left, "right": right}).rank()
-    centred = (ranks - ranks.mean()).to_numpy()
-    return cosine(centred[:, 0], centred[:, 1])
+    correlations = pd.DataFrame({"left": left, "right": right}).corr(method="spearman")
+    return float(np.nan_to_num(correlations.loc["left", "right"]))  # NaN if one is constant
 
 
 def in_group(credit: Credit, true: Truth, similarity: Callable[..., float]) -> Share:

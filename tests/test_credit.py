@@ -23,7 +23,7 @@ from truth import (
 )
 
 COUNT = 8  # continuations of the smoke run
-SMOKE = {"prompts": 2, "group_size": 8, "continuations": COUNT, "policies": "starting"}
+SMOKE = {"prompts": 2, "group_size": 8, "continuations": COUNT}
 
 
 def array(*values: float) -> np.ndarray:
@@ -136,13 +136,15 @@ def smoke(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     kept: dict[str, Any] = {}
     measure = truth.measure
 
-    def keep(engine: Any, grader: Any, policy: Any, problem: Any, *rest: Any) -> dict[str, Any]:
+    def keep(engine: Any, grader: Any, policy: Any, problem: Any, *rest: Any) -> Any:
         kept.update(engine=engine, problem=problem)
         return measure(engine, grader, policy, problem, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truth, "measure", keep)
-        credit.main(credit.Args(**SMOKE, run_dir=folder, results=folder / "credit.json"))
+        patch.setattr(credit, "POLICIES", ("starting",))
+        patch.setattr(credit, "RESULTS", folder)
+        credit.main(credit.Args(**SMOKE, run_dir=folder))
     kept["rows"] = shared.read_json(folder / "starting.json")
     kept["policy"] = shared.read_json(folder / "credit.json")["policies"]["starting"]
     return kept
@@ -203,7 +205,7 @@ def test_the_figure_has_a_row_for_each_method(smoke, tmp_path, monkeypatch):
             assert f">{name.replace(chr(39), '&#x27;')}<" in drawn
 
 
-@pytest.mark.parametrize("flags", [{"prompts": 1}, {"continuations": 1}, {"policies": "final"}])
+@pytest.mark.parametrize("flags", [{"prompts": 1}, {"continuations": 1}])
 def test_a_mistake_is_one_line(flags, rejection):
     [(name, value)] = flags.items()
     assert rejection(credit.main, credit.Args(**flags)).startswith(f"--{name} {value}: ")
