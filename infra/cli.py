@@ -21,9 +21,20 @@ from tqdm import tqdm
 
 # Settings that may differ when a run is resumed (--steps if training does not depend on it).
 MAY_CHANGE = {
-    *("resume", "steps", "eval_dataset", "eval_every", "eval_problems", "eval_samples"),
-    *("save_every", "keep_checkpoints", "log_rollouts", "wandb_project"),
-    *("token_budget", "gradient_checkpointing", "gpu_memory", "max_logp_gap"),
+    "resume",
+    "steps",
+    "eval_dataset",
+    "eval_every",
+    "eval_problems",
+    "eval_samples",
+    "save_every",
+    "keep_checkpoints",
+    "log_rollouts",
+    "wandb_project",
+    "token_budget",
+    "gradient_checkpointing",
+    "gpu_memory",
+    "max_logp_gap",
 }
 
 # A progress bar for work of more than 3 seconds. None is drawn if the output is not a terminal.
@@ -34,9 +45,14 @@ class StopRun(Exception):
     """The run cannot continue. The message gives the cause, and often a flag to change."""
 
 
+def report(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr)
+
+
 def reject(flag: str, value: Any, why: str) -> NoReturn:
     """Print one line that names the flag, its value and the cause, and exit with code 2."""
-    print(f"error: {flag} {value}: {why}", file=sys.stderr)
+    report(f"error: {flag} {value}: {why}")
     raise SystemExit(2)
 
 
@@ -51,9 +67,20 @@ def flag_of(name: str) -> str:
 
 
 POSITIVE = {
-    *("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "temperature", "steps"),
-    *("generation_rounds", "updates_per_rollout", "lr", "max_grad_norm", "token_budget"),
-    *("gpu_memory", "eval_problems", "eval_samples", "keep_checkpoints"),
+    "prompts_per_step",
+    "max_new_tokens",
+    "max_prompt_tokens",
+    "temperature",
+    "steps",
+    "generation_rounds",
+    "updates_per_rollout",
+    "lr",
+    "max_grad_norm",
+    "token_budget",
+    "gpu_memory",
+    "eval_problems",
+    "eval_samples",
+    "keep_checkpoints",
 }
 BELOW_ONE = {"warmup_ratio", "lora_dropout", "gpu_memory"}
 
@@ -138,7 +165,7 @@ def load_settings(settings: type, script: str, folder: str) -> Any:
                 saved[name] = tuple(value)
         saved |= {"resume": folder, "run_dir": folder}
         return settings(**saved)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except Exception as error:  # json and dataclasses raise many kinds
         reject("--resume", folder, f"is not the folder of a run: {first_line(error)}")
 
 
@@ -167,7 +194,7 @@ def place_of(error: BaseException) -> str:
     project = Path(__file__).parent.parent
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if Path(f.filename).parent in (project, project / "infra")]
-    return ours[-1].name if ours else "the run"
+    return ours[-1].name
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:
@@ -190,8 +217,8 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
             )
         elif not isinstance(error, StopRun | OSError):
             raise
-    print(message, file=sys.stderr)
+    report(message)
     if Path(args.run_dir, "args.json").exists():
         command = shlex.join(["python", sys.argv[0], "--resume", args.run_dir])
-        print(f"resume with: {command}", file=sys.stderr)
+        report(f"resume with: {command}")
     raise SystemExit(code)

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
@@ -21,18 +20,25 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from infra.cli import first_line, reject, require
+from infra.cli import first_line, reject, report, require
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
 
 COLUMNS = {
     "question": ["problem", "question", "prompt", "messages", "conversations"],
     "answer": [
-        *("answer", "final_answer", "expected_answer", "ground_truth"),
-        *("reward_model.ground_truth", "solution"),
+        "answer",
+        "final_answer",
+        "expected_answer",
+        "ground_truth",
+        "reward_model.ground_truth",
+        "solution",
         # fields of the assistant's turn that ends a conversation, as `flatten` names them
-        *("conversations.ground_truth.value", "conversations.ground_truth"),
-        *("conversations.value", "conversations.content", "messages.content"),
+        "conversations.ground_truth.value",
+        "conversations.ground_truth",
+        "conversations.value",
+        "conversations.content",
+        "messages.content",
     ],
 }
 
@@ -132,7 +138,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     for reason, count in discarded.items():
         if count == rows:
             reject(flag, name, f"{count} of {rows} {reason}")
-        print(f"{flag} {name}: discarded {count} of {rows}: {reason}", file=sys.stderr)
+        report(f"{flag} {name}: discarded {count} of {rows}: {reason}")
     if not problems:
         reject(flag, name, f"all {rows} problems were discarded")
     print_notes(problems, f"{flag} {name}", grader.answer_format, args.instruction)
@@ -147,10 +153,10 @@ def print_notes(problems: Problems, source: str, answer_format: str, instruction
     wanted, count = asked.most_common(1)[0]
     if wanted and answer_format not in (wanted, "auto"):
         why = f"{count} of {len(problems)} prompts ask for another --answer-format: {wanted}"
-        print(f"{source}: {why}", file=sys.stderr)
+        report(f"{source}: {why}")
     repeated = len(problems) - len({tuple(problem.prompt) for problem in problems})
     if repeated:
-        print(f"{source}: {repeated} problems repeat another and are kept", file=sys.stderr)
+        report(f"{source}: {repeated} problems repeat another and are kept")
 
 
 def dataset_name(args: Any, flag: str) -> str:
@@ -375,6 +381,13 @@ def as_text(value: Any) -> str:
 
 # ------------------------------------------------------------------ chat templates
 
+# Shows what a template writes.
+EXAMPLE = [
+    {"role": "system", "content": "Think first."},
+    {"role": "user", "content": "What is 3+4?"},
+    {"role": "assistant", "content": "It is 7."},
+]
+
 
 def template_arguments(args: Any) -> dict[str, Any]:
     """--template-args, and a fixed date, because prompts must not change from day to day."""
@@ -385,12 +398,11 @@ def template_arguments(args: Any) -> dict[str, Any]:
     return {"strftime_now": date(2025, 1, 1).strftime} | arguments
 
 
-def prompt_tokens(tokenizer: Any, question: str | list[Row], **arguments: Any) -> list[int]:
+def prompt_tokens(tokenizer: Any, chat: list[Row], **arguments: Any) -> list[int]:
     """Messages through the chat template, or joined by blank lines if there is none.
 
     Raises ValueError if the template fails or leaves the question out.
     """
-    chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
     if not arguments.get("chat_template", tokenizer.chat_template):
         return tokenizer.encode("\n\n".join(message["content"] for message in chat))
 
@@ -425,10 +437,9 @@ def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) ->
     """Reject --system-prompt if the chat template leaves it out."""
     if not text:
         return
-    chat = [{"role": "system", "content": text}, {"role": "user", "content": "What is 3+4?"}]
     with contextlib.suppress(ValueError):  # a template that fails is rejected with the problems
-        prompt = prompt_tokens(tokenizer, chat, **arguments)
-        same = prompt == prompt_tokens(tokenizer, chat[1:], **arguments)
+        prompt = prompt_tokens(tokenizer, EXAMPLE[:2], **arguments)
+        same = prompt == prompt_tokens(tokenizer, EXAMPLE[1:2], **arguments)
         require(not same, "--system-prompt", text, "the chat template leaves it out")
 
 
@@ -446,7 +457,7 @@ def template_tokens(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
     if not arguments.get("chat_template", tokenizer.chat_template):
         return []
     try:
-        prompt = prompt_tokens(tokenizer, "What is 3+4?", **arguments)
+        prompt = prompt_tokens(tokenizer, EXAMPLE[1:2], **arguments)
     except ValueError:  # for example, the template requires a system message
         return []
     return tokenizer.convert_ids_to_tokens(sorted(special_tokens(tokenizer).intersection(prompt)))
@@ -458,14 +469,13 @@ def turn_ends(args: Any, tokenizer: Any) -> set[int]:
     At most one is from the model's chat template and one from that of --template-args. A template
     that writes only the last message ends no turn.
     """
-    question, answer = "What is 3+4?", "It is 7."
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question, answer = EXAMPLE[1]["content"], EXAMPLE[2]["content"]
     arguments = template_arguments(args)
     special, ends = special_tokens(tokenizer), set()
     templates = {None, arguments.pop("chat_template", None)}  # None: the model's
     for template in templates:
         with contextlib.suppress(ValueError):  # a template that fails ends no turn
-            text = apply_template(tokenizer, chat, chat_template=template, **arguments)
+            text = apply_template(tokenizer, EXAMPLE[1:], chat_template=template, **arguments)
             before, _, after = text.rpartition(answer)
             if question in before:  # not so in a template that writes only the last message
                 ids = tokenizer.encode(after, add_special_tokens=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infra.cli import StopRun, first_line, out_of_memory, reject, require
+from infra.cli import StopRun, first_line, out_of_memory, reject, report, require
 
 TokenIds = list[int]
 
@@ -160,7 +159,7 @@ def report_multimodal(policy: nn.Module, args: Any) -> None:
     saved = "only its text part is loaded, trained and saved"
     if type(policy.config) is type(config):
         saved = "its text part is trained, and the whole model is saved"
-    print(f"--model {args.model} is multimodal: {saved}", file=sys.stderr)
+    report(f"--model {args.model} is multimodal: {saved}")
 
 
 def add_adapters(policy: nn.Module, args: Any) -> nn.Module:

@@ -17,8 +17,8 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infra.cli import StopRun, first_line, out_of_memory, reject
+from infra.cli import StopRun, first_line, out_of_memory, reject, report
 from infra.models import load_weights, save_model, seed_for
 
 # ------------------------------------------------------------------ files
@@ -113,7 +113,7 @@ class TokenValues(dict[str, Tensor]):
         """Record the values, [p, G, T], of the tokens that a micro-batch trains."""
         for name, value in values.items():
             if name not in self:
-                self[name] = torch.zeros(self.mask.shape, device=self.mask.device)
+                self[name] = torch.zeros_like(self.mask, dtype=torch.float32)
             self[name][batch.problems] += torch.where(batch.trained, value, 0.0)
 
     def means(self, *names: str) -> dict[str, Tensor]:
@@ -140,10 +140,10 @@ class Run:
     """The folder, the clock, the log and the checkpoints of one run."""
 
     def __init__(self, args: Any) -> None:
-        script = Path(inspect.getfile(type(args))).stem
-        args.run_dir = args.run_dir or time.strftime(f"runs/{script}-{args.seed}-%Y%m%d-%H%M%S")
+        self.script = Path(inspect.getfile(type(args))).stem
+        name = f"runs/{self.script}-{args.seed}-%Y%m%d-%H%M%S"
+        args.run_dir = args.run_dir or time.strftime(name)
         self.args, self.folder = args, Path(args.run_dir)
-        self.script = script
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
         self.lock = lock_folder(self.folder, "--run-dir")
@@ -152,7 +152,7 @@ class Run:
 
         self.step = 0  # the last step that was logged
         self.started = time.perf_counter()
-        self.seconds: dict[str, float] = {}  # of the step's parts
+        self.seconds: Counter[str] = Counter()  # of the step's parts
         self.skipped_updates = 0  # in this step
         self.failures = 0  # updates in a row that were not finite
         self.idle_steps = dict.fromkeys(NOTHING_TO_LEARN, 0)  # in a row
@@ -183,7 +183,7 @@ class Run:
         try:
             while self.step < self.args.steps and not self.stopped:
                 self.step_started = time.perf_counter()
-                self.seconds, self.skipped_updates = {}, 0
+                self.seconds, self.skipped_updates = Counter(), 0
                 yield self.step + 1
         finally:
             for number, handler in handlers.items():
@@ -202,7 +202,7 @@ class Run:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - start
 
     def update_is_finite(self, loss: float, grad_norm: float) -> bool:
         """Whether to take the optimiser's step. Raises StopRun when three in a row are skipped."""
@@ -211,7 +211,7 @@ class Run:
             return True
         self.failures += 1
         self.skipped_updates += 1
-        warn(f"loss {loss:g}, gradient norm {grad_norm:g}: update skipped")
+        report(f"loss {loss:g}, gradient norm {grad_norm:g}: update skipped")
         if self.failures == 3:
             raise StopRun("3 updates in a row were not finite")
         return False
@@ -238,7 +238,7 @@ class Run:
         for name in ("reward", "length", "entropy", "eval/accuracy"):
             if name in metrics:
                 line += f"  {name} {metrics[name]:.3f}"
-        print(line, file=sys.stderr)
+        report(line)
 
     def timing(self, tokens: int) -> dict[str, float]:
         total = time.perf_counter() - self.step_started
@@ -258,15 +258,15 @@ class Run:
             idle = metrics.get(name) == value
             self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
             if self.idle_steps[name] == 5:
-                warn(f"warning: for 5 steps {why}")
+                report(f"warning: for 5 steps {why}")
         gap = metrics.get("logp_gap/mean", 0.0)
         if self.earlier_gap is None:
             self.earlier_gap = gap
         if gap > 0.05:  # more than rounding in bfloat16
-            warn(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
+            report(f"warning: logp_gap/mean {gap:.2g} is above 0.05")
         elif gap > max(3 * self.earlier_gap, 1e-3):  # below 1e-3 it is rounding
             earlier = f"{self.earlier_gap:.2g}"
-            warn(f"warning: logp_gap/mean {gap:.2g} is over three times the earlier {earlier}")
+            report(f"warning: logp_gap/mean {gap:.2g} is over three times the earlier {earlier}")
             self.earlier_gap = gap
 
     def log_rollouts(
@@ -276,13 +276,19 @@ class Run:
 
         per_token: tensors [P, G, T], of which each rollout gets its response tokens' values.
         """
-        scores = {"logp": rollouts.old_logp, "entropy": rollouts.entropy}
-        per_token = {"tokens": rollouts.tokens, **scores, **per_token}
+        logp, entropy = rollouts.old_logp, rollouts.entropy
+        per_token = {"tokens": rollouts.tokens, "logp": logp, "entropy": entropy, **per_token}
         with self.rollouts_file.open("a") as file:
             for p, problem in enumerate(rollouts.problems[: self.args.log_rollouts]):
                 for g, text in enumerate(rollouts.texts[p]):
-                    row = {"step": step, "problem": problem.text, "answer": problem.answer}
-                    row |= {"rollout": g, "text": text, "reward": rewards[p, g].item()}
+                    row = {
+                        "step": step,
+                        "problem": problem.text,
+                        "answer": problem.answer,
+                        "rollout": g,
+                        "text": text,
+                        "reward": rewards[p, g].item(),
+                    }
                     for name, values in per_token.items():
                         row[name] = values[p, g][rollouts.mask[p, g]].tolist()
                     file.write(json.dumps(row) + "\n")
@@ -333,7 +339,7 @@ class Run:
             except Exception as error:  # torch and safetensors raise many kinds
                 if out_of_memory(error):
                     raise
-                warn(f"{folder} does not load ({first_line(error)}); trying an older checkpoint")
+                report(f"{folder} does not load ({first_line(error)}); trying an older checkpoint")
         if checkpoints and not self.step:
             reject("--resume", self.folder, "none of its checkpoints loads")
         self.open_logs()
@@ -397,7 +403,3 @@ class Run:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from infra.cli import StopRun, progress_bar, reject, require
+from infra.cli import StopRun, progress_bar, reject, report, require
 from infra.data import turn_ends
 from infra.models import (
     TokenIds,
@@ -53,7 +53,7 @@ class Engine:
         tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)
         known = [token for token in tokens if token]  # None: an id that the tokenizer lacks
         names = " or ".join(known) or f"--max-new-tokens {args.max_new_tokens} alone"
-        print(f"{args.model}: a response stops at {names}", file=sys.stderr)
+        report(f"{args.model}: a response stops at {names}")
 
     def decode(self, responses: list[TokenIds]) -> list[str]:
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -234,7 +234,7 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
         if not why_not:
             args.engine = "vllm"
             return VLLMEngine(args, policy, tokenizer, context)
-        print(f"--engine auto: transformers is used, because {why_not}", file=sys.stderr)
+        report(f"--engine auto: transformers is used, because {why_not}")
     args.engine = "transformers"
     from infra.hf_engine import HFEngine  # imports Engine from here
 

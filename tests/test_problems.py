@@ -834,7 +834,7 @@ def test_prompts_that_hold_the_templates_tokens(load_rows, capsys, rejection):
 def test_a_question_as_a_text_without_a_chat_template():
     tokenizer = byte_tokenizer("<|endoftext|>")
     tokenizer.chat_template = None
-    assert tokenizer.decode(prompt_tokens(tokenizer, "1+1")) == "1+1"
+    assert tokenizer.decode(prompt_tokens(tokenizer, [{"role": "user", "content": "1+1"}])) == "1+1"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def compare(folder: Path, method: str) -> dict[str, float]:
         pairs = zip(row["advantage"], influence, strict=True)
         row["advantage"] = [advantage / weight for advantage, weight in pairs]
     for row in rows[::G]:
-        prompt = prompt_tokens(tokenizer, row["problem"])
+        prompt = prompt_tokens(tokenizer, [{"role": "user", "content": row["problem"]}])
         problems.append(common.Problem(row["problem"], row["answer"], prompt))
     trainer = MethodTrainer(args, problems, problems[:2], common.Grader(), tokenizer)
     trainer.args.eval_on_start = False
