@@ -105,7 +105,7 @@ CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
 NO_CURVE = "--eval-every 0 --eval-problems 1 --eval-samples 1"  # selection runs
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "16e-4")
 GROUP = 8  # --group-size of the scripts, by default
-SAMPLES = 8  # sampled answers to each of the 256 problems of an evaluation
+SAMPLES = 8  # sampled answers to each problem of an evaluation
 PAGES = ROOT / "README.md", ROOT / "docs" / "compare.md", ROOT / "docs" / "real.md"
 SELECTION_SEED = 101  # of the runs that select the learning rate
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.

@@ -381,7 +381,7 @@ def as_text(value: Any) -> str:
 
 # ------------------------------------------------------------------ chat templates
 
-# Shows what a template writes.
+# Rendered to see what a chat template writes.
 EXAMPLE = [
     {"role": "system", "content": "Think first."},
     {"role": "user", "content": "What is 3+4?"},

@@ -177,6 +177,8 @@ def test_an_evaluation_is_read_from_its_own_folder(tmp_path, monkeypatch):
     def run(command: list[str]) -> None:
         flags = dict(itertools.pairwise(command))
         assert flags["--models"] == "a/model" and flags["--precision"] == "bfloat16"
+        assert flags["--samples"] == "8" and flags["--max-new-tokens"] == "24"
+        assert flags["--datasets"] == str(tmp_path / "test.jsonl")
         values = {f"mean@{compare.SAMPLES}": 0.5, "pass@8": 1.0, "length": 5.0, "greedy": 0.25}
         metrics = {name: {"value": value} for name, value in values.items()}
         summary = Path(flags["--folder"]) / "summary.json"

@@ -92,6 +92,18 @@ def test_clip_by_hand(case):
     assert clipped.item() is is_clipped
 
 
+def test_on_policy_gradient_is_the_policy_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logp = -torch.rand(4, 6, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    logp.requires_grad_()
+    loss, clipped = clipped_loss(logp, logp.detach(), advantages, 0.2, 0.28)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, -advantages)  # of -A log π
+    torch.testing.assert_close(loss.detach(), -advantages)
+    assert not clipped.any()
+
+
 def test_kl_by_hand():
     logp = torch.log(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)).requires_grad_()
     ref_logp = torch.log(torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))

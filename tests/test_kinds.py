@@ -187,6 +187,15 @@ def test_references_equal_themselves_written_otherwise(name, grader):
         assert [(text, other) for text, other, verdict in pairs if not verdict] == []
 
 
+def test_boxes_and_lines_of_references():
+    for row, wanted in zip(shared_rows("cases/3/fbox_gold.jsonl"), ("7", "12"), strict=True):
+        assert reference_text(row["solution"]) == wanted
+    for row, wanted in zip(
+        shared_rows("cases/3/solution_then_answer_is.jsonl"), ("12", "12", "9"), strict=True
+    ):
+        assert reference_text(row["answer"]) == wanted
+
+
 @pytest.mark.parametrize(
     ("response", "line"),
     [

@@ -44,7 +44,6 @@ def test_the_figures_show_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.draw_buckets()
     figures.draw_metrics({name: run["curves"] for name, run in SICK.items()})
-
     figures.draw_credit(RESULTS["credit"]["policies"]["half-trained"]["example"])
     compare.draw(RESULTS["compare"])
     drawn = sorted(file.name for file in tmp_path.iterdir())

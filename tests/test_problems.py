@@ -2,6 +2,7 @@
 prompts, order."""
 
 import bz2
+import copy
 import csv
 import gzip
 import json
@@ -27,6 +28,7 @@ from grading import Grader
 from infra.data import (
     Problem,
     Problems,
+    check_system_prompt,
     epoch_order,
     grade,
     load_problems,
@@ -831,7 +833,7 @@ def test_prompts_that_hold_the_templates_tokens(load_rows, capsys, rejection):
         assert problem.prompt[0] == 258 and problem.prompt.count(258) == 1  # <|im_start|>
 
 
-def test_a_question_as_a_text_without_a_chat_template():
+def test_a_question_without_a_chat_template():
     tokenizer = byte_tokenizer("<|endoftext|>")
     tokenizer.chat_template = None
     assert tokenizer.decode(prompt_tokens(tokenizer, [{"role": "user", "content": "1+1"}])) == "1+1"
@@ -862,6 +864,13 @@ def test_a_template_that_leaves_the_system_prompt_out(prompt, template_args, rej
     settings = {"system_prompt": "Think.", "template_args": template_args}
     line = rejection(prompt, TRIMMED, **settings)
     assert line == "--system-prompt Think.: the chat template leaves it out"
+
+
+def test_a_system_prompt_may_be_the_templates_default(tokenizer):
+    first = "{{ messages[0].content if messages[0].role == 'system' else 'Help.' }}"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = first + "{{ messages[-1].content }}"
+    check_system_prompt(tokenizer, "Help.", {})
 
 
 @pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "3", "null", "{"])

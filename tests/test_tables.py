@@ -74,15 +74,20 @@ def test_older_tables_are_measured_and_written(tmp_path, current, monkeypatch, c
     few = "python benchmark/compare.py --only 'GRPO,VinePPO by token' --prompts 2"
     compare_results(tmp_path, "compare", "python benchmark/compare.py", [current])
     compare_results(tmp_path, "compare-few", few, [{"method": "GRPO"}])
+    real = "python benchmark/compare.py --task real"
+    compare_results(tmp_path, "compare-real", real, [{"method": "ERPO"}])
     shared.write_json(tmp_path / "credit.json", {"command": "python benchmark/credit.py"})
     shared.write_json(tmp_path / "bf16.json", {"command": "python benchmark/bf16.py"})
     monkeypatch.setattr(tables.subprocess, "run", lambda *_, **__: None)
     tables.main(tables.Args())
     assert capsys.readouterr().out.splitlines() == [
         "compare-few.json: older than the code: GRPO",
+        "compare-real.json: older than the code: ERPO",
         "compare.json: up to date",
         "credit.json: older than the code: all",
         f"{few} --refresh",
+        "python benchmark/real.py",
+        f"{real} --refresh",
         "python benchmark/credit.py",
         "python benchmark/compare.py --write",
         "python benchmark/credit.py --write",
