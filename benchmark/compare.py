@@ -86,7 +86,7 @@ class Task:
     # Rates measured in addition to the selected rate, because both were close
     second_rate: dict[str, str] = field(default_factory=dict)
     validation: int = 256  # the last rows of train.jsonl; no run trains on them
-    # Methods whose learning rate is selected; the others take GRPO's. Empty: all are selected.
+    # Methods whose learning rate is selected; the others take that of one of these. Empty: all.
     selected: tuple[str, ...] = ()
 
 
@@ -271,12 +271,14 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
 def selected_rate(results: dict, method: str) -> str:
     """The learning rate with the highest validation accuracy; the lower rate on a tie.
 
-    A method without selection runs takes the rate of GRPO.
+    A method without selection runs takes GRPO's rate, or ARCA's if it trains the same adapters.
     """
     runs: dict[str, list[dict]] = {}
     for row in sorted(results["selection"], key=lambda row: float(row["lr"])):
         runs.setdefault(row["method"], []).append(row)
-    rows = runs.get(RATE_OF.get(method, method), runs.get("GRPO", []))
+    trains_adapters = METHODS.get(method, "").startswith("arca.py")
+    substitute = "ARCA" if trains_adapters else "GRPO"
+    rows = runs.get(RATE_OF.get(method, method), runs.get(substitute, []))
     best = max(rows, key=lambda row: row["accuracy"], default={"lr": results["rates"][0]})
     return best["lr"]
 
@@ -349,15 +351,22 @@ def accuracy_table(sums: dict, needle: dict) -> str:
     return markdown(["method", "sums", "minus GRPO's", "needle", "minus GRPO's"], lines)
 
 
-def credit_table(sums: dict, needle: dict) -> str:
-    """The credits of arca.py against its uniform credit, which trains the same adapters."""
+def credit_table(**tasks: dict) -> str:
+    """The credits of arca.py against its uniform credit, which trains the same adapters.
+
+    tasks: the results of each task, by its name.
+    """
     lines = []
     for method, command in METHODS.items():
         if command.startswith("arca.py") and method != "uniform credit":
             lines.append([method])
-            for runs in (at_selected_rates(sums), at_selected_rates(needle)):
-                lines[-1].append(versus(runs[method], runs["uniform credit"]))
-    return markdown(["accuracy minus that of uniform credit", "sums", "needle"], lines)
+            for results in tasks.values():
+                runs = at_selected_rates(results)
+                cell = "not measured"
+                if method in runs and "uniform credit" in runs:
+                    cell = versus(runs[method], runs["uniform credit"])
+                lines[-1].append(cell)
+    return markdown(["accuracy minus that of uniform credit", *tasks], lines)
 
 
 def tokens_table(results: dict, longer: dict) -> str:
@@ -391,16 +400,16 @@ def read_table(name: str) -> dict:
 
 def blocks(results: dict) -> dict[str, str]:
     """The results blocks of the pages."""
-    needle = read_table("needle")
+    needle, real = read_table("needle"), read_table("real")
     return {
         "accuracy": accuracy_table(results, needle),
         "compare": described(results),
-        "compare-credit": credit_table(results, needle),
+        "compare-credit": credit_table(sums=results, needle=needle, real=real),
         "compare-tokens": tokens_table(results, read_table("tokens")),
         "compare-few": described(read_table("few")),
         "compare-needle": described(needle),
         "compare-needle-tokens": tokens_table(needle, read_table("needle-tokens")),
-        "compare-real": described(read_table("real")),
+        "compare-real": described(real),
     }
 
 

@@ -292,7 +292,7 @@ def test_each_run_is_saved_when_it_is_measured(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", ["sums", "real"])
 def test_rates_are_selected_for_the_methods_of_the_task(task, tmp_path, monkeypatch):
-    """On a real model for GRPO and ARCA only. The other methods take GRPO's."""
+    """On a real model for GRPO and ARCA only. The other methods take the rate of one of them."""
     phases = {}
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     model = tmp_path / compare.TASKS[task].model
@@ -306,8 +306,10 @@ def test_rates_are_selected_for_the_methods_of_the_task(task, tmp_path, monkeypa
     selected = {"sums": ["GRPO", "ERPO", "ARCA"], "real": ["GRPO", "ARCA"]}[task]
     assert list(dict.fromkeys(job.method for job in phases["selection"])) == selected
     rows = [row("GRPO", "2e-5", 101, 0.5), row("GRPO", "1e-5", 101, 0.4)]
-    found = compare.selected_rate({"selection": rows, "rates": args.rates}, "ERPO")
-    assert found == "2e-5"
+    rows += [row("ARCA", "2e-5", 101, 0.4), row("ARCA", "1e-5", 101, 0.5)]
+    found = {"selection": rows, "rates": args.rates}
+    assert compare.selected_rate(found, "ERPO") == "2e-5"
+    assert compare.selected_rate(found, "uniform credit") == "1e-5"  # trains ARCA's adapters
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.6])
@@ -365,6 +367,23 @@ def test_the_table_of_both_tasks_by_hand():
     assert before == "| before training | 0.400 |  | 0.300 |  |"
     assert grpo == "| GRPO | 0.650 |  | 0.650 |  |"
     assert erpo == "| ERPO | 0.800 | +0.150 [−0.485, +0.785] | not measured |  |"
+
+
+def test_the_table_of_credits_by_hand():
+    """Differences 0.1 and 0.2 to uniform credit; the second task has one of the credits."""
+    sums = {"rates": RATES, "selection": [], "rows": []}
+    for method, gain in (("uniform credit", 0.0), ("ARCA", 0.1), ("entropy credit", 0.0)):
+        sums["rows"] += [row(method, RATES[0], s, 0.5 + (0.1 + gain) * s) for s in (1, 2)]
+    real = sums | {"rows": sums["rows"][:4]}
+    head, _, *lines = compare.credit_table(sums=sums, real=real).splitlines()
+    assert head == "| accuracy minus that of uniform credit | sums | real |"
+    difference = "+0.150 [−0.485, +0.785]"
+    assert lines == [
+        f"| ARCA | {difference} | {difference} |",
+        "| surprisal credit | not measured | not measured |",
+        "| entropy credit | +0.000 [+0.000, +0.000] | not measured |",
+        "| divergence credit | not measured | not measured |",
+    ]
 
 
 def test_tokens_are_compared_on_the_seeds_of_the_longer_runs():
