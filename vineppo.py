@@ -70,10 +70,10 @@ def step_ends(pieces: list[str], step_end: str) -> list[int]:
     for t, piece in enumerate(pieces):
         token_of_character += [t] * len(piece)
 
+    last = max(token_of_character, default=0)  # only EOS may follow it, and belongs to its step
     ends = {len(pieces)}
     for match in re.finditer(step_end, "".join(pieces)):
-        # Not at the end of the text: EOS, which has no text, belongs to the step before it.
-        if 0 < match.end() < len(token_of_character):
+        if match.end() > 0 and token_of_character[match.end() - 1] < last:
             ends.add(token_of_character[match.end() - 1] + 1)
     return sorted(ends)
 

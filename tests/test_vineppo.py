@@ -108,6 +108,8 @@ def test_nothing_learnt_where_nothing_changes():
         ("a =| 1\n|b =| 2", ["a = 1\n", "b = 2"]),
         ("no| end", ["no end"]),
         ("Done.| |", ["Done. "]),
+        ("The answer| is 4|.\n\n", ["The answer is 4.\n\n"]),
+        ("a|\n\n|b|\n\n", ["a\n\n", "b\n\n"]),
         ("|", [""]),
     ],
 )
@@ -144,6 +146,8 @@ def test_a_step_that_the_next_token_ends_biases_the_gradient(step_end, gradient)
 def test_another_step_end():
     assert step_ends(["a", "b", "a", "b"], "a") == [1, 3, 4]
     assert step_ends(["a", "b"], "x") == [2]
+    assert step_ends(["a", "b"], "|b") == [1, 2]  # matches nothing, too, at the start
+    assert step_ends(["", ""], "|x") == [2]
 
 
 def test_a_token_reads_as_it_does_within_a_text():
