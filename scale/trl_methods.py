@@ -1,7 +1,7 @@
 """What each method computes in scale/trl_trainer.py, by the functions of its script.
 
-step: a step's rollouts, scored. `trl_trainer.py` adds number, from 1; rewards and the tensors logp,
-entropy, ref_logp, residual and advantages, as the script has them.
+step: `common.Rollouts` with old_logp, entropy and ref_logp. `trl_trainer.py` adds number (the
+training step, from 1), rewards, [P, G], and residual (ARCA), advantages and weights, [P, G, T].
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def token_logp(
 def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
     """The advantage of each token, [P, G, T], as the method's script computes it."""
     mask, lengths = step.mask, step.mask.sum(-1)
-    signals = step.rewards, step.entropy, step.logp, step.ref_logp, mask
+    signals = step.rewards, step.entropy, step.old_logp, step.ref_logp, mask
     match args.method:
         case "ep_grpo":
             flags = pick(args, "gamma", "eta", "buckets", "reward_threshold")
@@ -88,7 +88,7 @@ def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
     advantages = grpo.grpo_advantages(step.rewards, scale=args.scale_rewards)[..., None] * mask
     if args.method == "stare" and step.entropy[mask].mean() < args.target_entropy:
         flags = pick(args, "top", "amplify", "attenuate")
-        return advantages * stare.stare_weights(step.logp, advantages, mask, **flags)
+        return advantages * stare.stare_weights(step.old_logp, advantages, mask, **flags)
     if args.method == "arca":
         credit = arca.credit_weights(step.residual, mask, sharpening=args.sharpening)
         advantages = advantages * credit * lengths[..., None]
@@ -97,7 +97,7 @@ def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
 
 def method_loss(args: Any, step: common.Rollouts, logp: Tensor, index: common.Index) -> Tensor:
     """The losses of n rollouts before weighting: [n, T], or [n, 1] if each response has one."""
-    mask, old_logp, advantages = step.mask[index], step.logp[index], step.advantages[index]
+    mask, old_logp, advantages = step.mask[index], step.old_logp[index], step.advantages[index]
     if args.method == "arca":
         return -advantages * logp
     if args.method == "holderpo":
@@ -131,5 +131,6 @@ def update_weights(args: Any, step: common.Rollouts, share: Tensor) -> Tensor:
     weights = common.token_weights(kept, share, args.loss_average, args.max_new_tokens)
     if args.method == "lambda_grpo":
         weights = weights * lambda_grpo.lambda_weights(step.tokens, step.mask)
-    weights[..., 0] *= not getattr(args, "mask_opener", False)
-    return weights * common.importance_weights(step.logp, step.engine_logp, args.importance_cap)
+    if getattr(args, "mask_opener", False):  # REFT
+        weights[..., 0] = 0
+    return weights * common.importance_weights(step.old_logp, step.engine_logp, args.importance_cap)

@@ -37,13 +37,13 @@ from scale import trl_methods as methods
 from scale.trl_methods import SCRIPTS, pick
 
 SCRIPTS_ONLY = ("engine", "gpu_memory", "max_logp_gap", "log_rollouts", "wandb_project", "credit")
-SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds", "keep_checkpoints")
+SCRIPTS_ONLY += ("dynamic_sampling", "generation_rounds")
 
 
 @dataclasses.dataclass
 class ScaleArgs:
     method: Literal[tuple(SCRIPTS)] = "grpo"  # grpo_s is gtpo with --level sequence
-    micro_batch: int = 4  # most rollouts per process in one pass of the update
+    micro_batch: int = 4  # at most so many rollouts per process in one pass of the update
     vllm_server: str = ""  # such as http://localhost:8000; empty: the policy generates
 
 
@@ -85,10 +85,14 @@ def check_layout(args: Any, processes: int) -> None:
         value = getattr(args, setting.name)
         served = setting.name not in SCRIPTS_ONLY or value == setting.default
         common.require(served, flag_of(setting.name), value, "only the single-file scripts do")
-    updates = args.updates_per_rollout
-    divides = args.prompts_per_step * args.group_size % (processes * updates) == 0
-    why = f"groups do not divide evenly over {processes} processes and {updates} updates"
-    common.require(divides, "--group-size", args.group_size, why)
+    common.require(args.micro_batch > 0, "--micro-batch", args.micro_batch, "must be at least 1")
+    rollouts, updates = args.prompts_per_step * args.group_size, args.updates_per_rollout
+    why = f"{rollouts} rollouts do not divide by {processes} processes x {updates} updates"
+    common.require(rollouts % (processes * updates) == 0, "--group-size", args.group_size, why)
+    launched_in = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    why = f"accelerate launch has --mixed_precision {launched_in}, which would override it"
+    in_float32 = common.precision(args) is torch.float32
+    common.require(launched_in == "no" or not in_float32, "--precision", args.precision, why)
     is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint-*"))
     why = f"holds a run; resume it with --resume {args.run_dir}"
     common.require(is_new, "--run-dir", args.run_dir, why)
@@ -111,16 +115,15 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
     updates, samples = args.updates_per_rollout, args.eval_samples
     processes = PartialState().num_processes
     rows = args.prompts_per_step * args.group_size // processes  # per process and step
-    micro_batch = math.gcd(rows // updates, args.micro_batch)
+    micro_batch = max(n for n in range(1, args.micro_batch + 1) if rows // updates % n == 0)
     uses_reference = args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
-    dtype = common.precision(args)
     return GRPOConfig(
         **pick(args, "temperature", "max_grad_norm", "weight_decay"),
         **pick(args, "gradient_checkpointing", "trust_remote_code"),
         seed=args.seed % 2**32,  # NumPy takes 32 bits
         output_dir=args.run_dir,
         use_cpu=common.device(args).type == "cpu",
-        bf16=dtype is torch.bfloat16,
+        bf16=common.precision(args) is torch.bfloat16,
         model_init_kwargs=methods.model_options(args),
         beta=float(uses_reference),  # above 0, TRL loads a reference
         num_generations=args.group_size,
@@ -144,6 +147,7 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
         eval_on_start=last_checkpoint(args) is None,
         eval_steps=(args.eval_every or args.steps) * updates,
         save_steps=(args.save_every or args.steps) * updates,
+        save_total_limit=args.keep_checkpoints,
         logging_steps=1,
         report_to="tensorboard",
     )
@@ -257,9 +261,8 @@ class MethodTrainer(GRPOTrainer):
         groups = self.roll_out(rows, args.group_size)
         step = common.stack(groups, self.eos_token_ids, self.accelerator.device)
         mask, lengths, self.step = step.mask, step.mask.sum(-1), step
-        # The attributes below are the method's: rewards [P, G], the tensors [P, G, T].
         step.number = self.state.global_step // args.updates_per_rollout + 1
-        step.logp, step.entropy, step.ref_logp, step.residual = self.score(step)
+        step.old_logp, step.entropy, step.ref_logp, step.residual = self.score(step)
         penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.rewards = step.correct + penalty
         step.advantages = methods.method_advantages(args, step)
@@ -280,7 +283,8 @@ class MethodTrainer(GRPOTrainer):
         index = torch.unravel_index(rollouts, step.correct.shape)
         logp, _ = model(run=(methods.token_logp, step, index, args))
         loss = methods.method_loss(args, step, logp, index) * step.weights[index]
-        return loss.sum() * self.accelerator.num_processes  # DDP and FSDP average gradients
+        # Micro-batches add up, by weights of the whole update; DDP and FSDP average gradients.
+        return loss.sum() * self.accelerator.num_processes
 
 
 def make_trainer(args: Any) -> MethodTrainer:

@@ -110,7 +110,7 @@ def test_trl_adds_another_epsilon_to_the_standard_deviation(trl_step: tuple) -> 
     args = trl_trainer.parse(["--model", str(TINY), "--device", "cpu"])
     one_token = torch.ones(1, len(REWARDS), 1)
     step = SimpleNamespace(rewards=rewards, mask=one_token.bool())
-    step.entropy = step.logp = step.ref_logp = one_token
+    step.entropy = step.old_logp = step.ref_logp = one_token
     ours = trl_trainer.methods.method_advantages(args, step)[..., 0]
     torch.testing.assert_close(ours, deviations / (rewards.std() + 1e-6))
     assert (ours / theirs).min() > 1.1
@@ -131,11 +131,22 @@ def test_trl_multiplies_the_kl_term_by_the_ratio(trl_step: tuple) -> None:
     theirs = trainer._compute_loss(model, inputs | moved).item()
 
     args = trl_trainer.parse(["--model", str(TINY), "--device", "cpu", "--kl", str(KL)])
-    step = SimpleNamespace(mask=mask, logp=logp - 0.3, ref_logp=ref_logp)
+    step = SimpleNamespace(mask=mask, old_logp=logp - 0.3, ref_logp=ref_logp)
     step.advantages = torch.zeros(logp.shape)
     ours = trl_trainer.methods.method_loss(args, step, logp, slice(None))[mask].mean().item()
     assert ours > 1e-4
     assert theirs / ours == pytest.approx(math.exp(0.3), rel=1e-4)
+
+
+@pytest.mark.parametrize(("micro_batch", "passes"), [(4, 32), (6, 32), (128, 1)])
+def test_a_micro_batch_is_the_largest_that_divides(tmp_path: Path, micro_batch, passes) -> None:
+    """Of 128 rollouts in an update. 6 does not divide them, 4 does."""
+    command = ["--model", str(TINY), "--device", "cpu", "--run-dir", str(tmp_path)]
+    args = trl_trainer.parse([*command, "--micro-batch", str(micro_batch)])
+    config = trl_trainer.trl_config(args, held_out=8)
+    assert config.per_device_train_batch_size * passes == 128
+    assert config.gradient_accumulation_steps == passes
+    assert config.save_total_limit == args.keep_checkpoints == 2
 
 
 def test_the_models_own_dropout_is_off(tmp_path: Path) -> None:

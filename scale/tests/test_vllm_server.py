@@ -139,7 +139,7 @@ def test_the_server_samples_from_the_policy(
     def watched(rows: list) -> dict:
         batch = made(rows)
         step = trainer.step
-        gap = (step.logp - step.engine_logp)[step.mask]
+        gap = (step.old_logp - step.engine_logp)[step.mask]
         gaps.append(gap[~gap.isnan()].abs().max().item())
         first_tokens.extend(step.tokens[..., 0].tolist())
         return batch

@@ -114,7 +114,7 @@ def compare(folder: Path, method: str) -> dict[str, float]:
         tokens = [row["tokens"] for row in rows[own]]
         trainer._generate_single_turn = lambda *_: (tokens, None)
         batch = generate_and_score(inputs)
-        compared = {"advantage": trainer.step.advantages, "logp": trainer.step.logp}
+        compared = {"advantage": trainer.step.advantages, "logp": trainer.step.old_logp}
         if method == "arca":
             compared["credit"] = credits[-1]
         for name, values in compared.items():
@@ -154,17 +154,17 @@ def largest_gap(ours: list[list[float]], theirs: list[list[float]]) -> float:
 def holder_gap(trainer: MethodTrainer) -> float:
     """The difference of losses when the policy has moved away from the one that sampled."""
     step, args = trainer.step, trainer.settings
-    logp, batches = step.logp, step.batches
+    logp, batches = step.old_logp, step.batches
     step.batches = batches.view(1, -1)
-    step.logp = logp + 0.3 * torch.arange(logp.numel()).view(logp.shape).sin()
+    step.old_logp = logp + 0.3 * torch.arange(logp.numel()).view(logp.shape).sin()
     with torch.no_grad():
         loss = trainer._compute_loss(trainer.model, {})
     ours = trainer.accelerator.reduce(loss, "mean").item()
-    rows = [values.flatten(0, 1) for values in (logp, step.logp, step.mask)]
+    rows = [values.flatten(0, 1) for values in (logp, step.old_logp, step.mask)]
     advantages = step.advantages[..., 0].flatten()
     p = holderpo.anneal_p(1, args.steps)
     theirs = holderpo.holder_loss(*rows, advantages, p, clip=args.clip).item()
-    step.logp, step.batches = logp, batches
+    step.old_logp, step.batches = logp, batches
     return abs(ours - theirs)
 
 
