@@ -2,7 +2,8 @@ r"""Forking tokens: a gradient on only the highest-entropy tokens (arXiv 2506.01
 
 grpo.py, except that an update keeps the fifth of its tokens with the highest entropy and drops the
 others from the loss and from the token count that divides it.
-Comments "Eq. ..." refer to rows of docs/forking.md. [paper]: the paper; [code]: the authors' code.
+Comments "Eq. ..." refer to rows of docs/forking.md. [paper]: the paper; [code]: the authors' code;
+[open]: our choice.
 
     python forking.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
     python forking.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k:main \
@@ -79,7 +80,7 @@ def forking_mask(entropy: Tensor, mask: Tensor, *, top: float = 0.2) -> Tensor:
         return mask.clone()
     # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
     k = math.ceil(top * mask.sum().item() - 1e-6)  # Eq. k [code]
-    threshold = entropy[mask].topk(max(k, 1)).values[-1]  # Eq. threshold [paper]
+    threshold = entropy[mask].topk(max(k, 1)).values[-1]  # Eq. threshold [open]
     return mask & (entropy >= threshold)  # Eq. indicator [paper]
 
 
