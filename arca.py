@@ -77,7 +77,7 @@ def credit_weights(
     """w, each token's share of its response's credit: (score + eps) ** sharpening, normalised.
 
     score: [..., T], non-negative. Returns [..., T], non-negative, 0 outside the mask, with sum 1
-    over each response. If a response's powers sum to at most 1e-8, its weights are exactly 1 / T.
+    over each response. If a response's powers sum to at most 1e-8, its weights are 1 / its length.
     """
     score = score.float().masked_fill(~mask, 0.0)
     uniform = mask / mask.sum(-1, keepdim=True).clamp(min=1)

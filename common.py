@@ -80,7 +80,7 @@ class RunArgs:
 
     # Optimisation
     steps: int = 150  # training steps, each with new rollouts
-    updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
+    updates_per_rollout: int = 1  # optimiser updates per step, each on other problems
     lr: float = 1e-6  # AdamW's learning rate
     lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
     warmup_ratio: float = 0.0  # share of updates with linear warm-up; not if constant

@@ -199,7 +199,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in the update: before it, log-probabilities and entropies may not exist.
+        # Computed in phase 4, whose forward pass may also be the one that scores.
         # </method>
 
         # 4. Update on one share of the problems at a time. Advantages are of whole groups.

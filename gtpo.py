@@ -69,7 +69,7 @@ class Args(common.RunArgs):
 
 # <method>
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the last dimension where the mask is true: two [..., T] -> [..., 1]."""
+    """Mean of x where the mask is true, NaN if nowhere: two [..., T] -> [..., 1]."""
     return torch.where(mask, x, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
 
 
@@ -79,9 +79,9 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G] verdicts; entropy (nats), mask: [P, G, T]. alpha1, a number or [P, G, 1], weighs
-    the verdict. alpha2 weighs x / mean(x): x is the entropy, in wrong rollouts 1 / entropy, and the
-    mean is over the rollouts of this verdict that have a token at this position.
+    correct: [P, G], right if above 0; entropy (nats), mask: [P, G, T]. alpha1, a number or
+    [P, G, 1], weighs the verdict. alpha2 weighs x / mean(x): x is the entropy, in wrong rollouts
+    1 / entropy; the mean is over the rollouts of this verdict that have a token at this position.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
