@@ -64,6 +64,15 @@ def test_curves_of_the_comparison_by_hand(tmp_path, monkeypatch):
     assert f"{right:.1f},{bottom:.1f}" in baseline
 
 
+def test_the_functions_to_copy_exist():
+    page = (DOCS / "README.md").read_text(encoding="utf-8").partition("## Copying a method")[2]
+    rows = re.findall(r"^\| [^|]+ \| ([^|]*`[^|]*) \|", page, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    scripts = [importlib.import_module(name) for name in equations.PAGES]
+    assert len(rows) == 11 and len(named) > 15
+    assert [name for name in named if not any(hasattr(script, name) for script in scripts)] == []
+
+
 def test_every_logged_metric_is_explained():
     named = re.findall(r"`([a-z_/…]+)`", (DOCS / "metrics.md").read_text(encoding="utf-8"))
     for name in SICK["healthy"]["logged"]:
