@@ -184,8 +184,8 @@ def first_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    # the last two are vLLM's
-    phrases = ("can't allocate memory", "out of memory", "Free memory on device", "KV cache")
+    phrases = ["can't allocate memory", "out of memory", "Free memory on device"]  # the last: vLLM
+    phrases += ["CUBLAS_STATUS_ALLOC_FAILED", "cublasCreate"]
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
@@ -209,7 +209,9 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
         message, code = "interrupted", 130
     except Exception as error:
         message, code = f"stopped: {error}", 1
-        if out_of_memory(error):
+        if "Try increasing `gpu_memory_utilization`" in str(error):  # vLLM
+            message = f"stopped: vLLM needs more memory: raise --gpu-memory {args.gpu_memory}"
+        elif out_of_memory(error):
             message = (
                 f"stopped: out of memory in {place_of(error)}: lower --token-budget "
                 f"{args.token_budget} or --gpu-memory {args.gpu_memory}, or add "

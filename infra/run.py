@@ -51,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.rename(path)
     except Exception as error:  # torch and safetensors raise their own kinds on a full disk
         delete_folder(partial)
-        if isinstance(error, StopRun):
+        if isinstance(error, StopRun) or out_of_memory(error):
             raise
         cause = first_line(error)
         raise StopRun(f"{path} cannot be written; is the disk full? ({cause})") from error
@@ -200,7 +200,7 @@ class Run:
         """Add the time spent inside to the step's seconds of that part."""
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # not with --device cpu
             torch.cuda.synchronize()
         self.seconds[part] += time.perf_counter() - start
 
@@ -246,7 +246,7 @@ class Run:
         metrics = {f"seconds/{part}": spent for part, spent in self.seconds.items()}
         metrics |= {"seconds/other": other, "seconds/step": total}
         metrics |= {"tokens_per_second": tokens / total, "skipped_updates": self.skipped_updates}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return metrics
 
@@ -350,6 +350,8 @@ class Run:
         for name, owner in state.items():
             owner.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
+        if "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
         self.step = step_of(folder)
 
     def save(self, step: int, policy: nn.Module, tokenizer: Any, **state: Any) -> None:
@@ -359,10 +361,12 @@ class Run:
         if not (due or step == self.args.steps or self.stopped):
             return
         for weight in policy.parameters():
-            if not weight.isfinite().all():
+            if weight.requires_grad and not weight.isfinite().all():
                 raise StopRun("the weights are not finite")
         trainer = {name: owner.state_dict() for name, owner in state.items()}
         trainer["rng"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            trainer["cuda_rng"] = torch.cuda.get_rng_state()  # LoRA dropout on a GPU
         with atomic_write(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -388,6 +392,7 @@ class Run:
         self.board.close()
         if self.stopped and self.step < self.args.steps:
             raise KeyboardInterrupt  # `launch` prints how to resume
+        policy.cpu()  # merging LoRA takes memory, and vLLM has loaded its weights again
         with atomic_write(self.folder / "model") as folder:
             save_model(policy, tokenizer, folder)
         rows = [row for row in read_lines(self.metrics_file) if "eval/accuracy" in row]

@@ -136,7 +136,8 @@ class VLLMEngine(Engine):
         if self.on_cuda:  # after the weights, because merging LoRA takes memory
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise StopRun("vLLM keeps its prefix cache, which is that of the old weights")
 
     def weights(self, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, weight in merged_weights(policy):

@@ -649,6 +649,9 @@ def test_a_family_is_rolled_out_synced_and_saved(family, lora_rank, kind, family
         assert embedding or family.startswith("gpt")
     engine.sync(policy)
     perturb(policy)
+    if in_vllm:  # on a GPU, sleep discards all its weights
+        for weight in engine.model.parameters():
+            weight.data.fill_(math.nan)
     engine.sync(policy)
     assert gap(policy, *sample(engine, seeds=2)) < 1e-4
     assert not in_vllm or (check.compared and not check.stale(policy))
@@ -853,14 +856,15 @@ for _ in range(3):
     common.roll_out(engine, problems, args, (1,))
     engine.sleep()
     asleep.append(used())
-assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > 10, (awake, asleep)
+share = args.gpu_memory * torch.cuda.mem_get_info()[1] / 1e9
+assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > share / 2, (awake, asleep)
 """
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 def test_a_sleeping_engine_frees_its_memory(tiny_model):
-    """In a process of its own, as every engine on CUDA; needs a card of 40 GB."""
+    """In a process of its own, as every engine on CUDA."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
 
 

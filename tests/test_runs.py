@@ -700,6 +700,22 @@ def test_out_of_memory(where, finished, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    "phrase", ["No available memory for the cache blocks. ", "(2.0 GiB KV cache is needed). "]
+)
+def test_a_share_of_memory_too_small_for_vllm(phrase, make_args, monkeypatch, capsys):
+    error = ValueError(f"{phrase}Try increasing `gpu_memory_utilization` when initializing")
+    monkeypatch.setattr(common, "make_engine", fail(error))
+    assert start("grpo", make_args()) == 1
+    what = capsys.readouterr().err.splitlines()[-1]
+    assert what == "stopped: vLLM needs more memory: raise --gpu-memory 0.3"
+
+
+def test_memory_that_runs_out_while_a_file_is_written_is_reported_as_such(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), run.atomic_write(tmp_path / "model"):
+        raise MEMORY_ERRORS[0]
+
+
 def test_other_errors_are_raised(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo.py"])
     with pytest.raises(RuntimeError, match="size mismatch"):
