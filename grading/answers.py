@@ -20,8 +20,12 @@ BETWEEN = re.compile(
     r"|\b(?:and|or)\b)*"
 )
 # `Answer: 42`, `**Answer:** 42`, `Final answer: 42`, `The answer is 42`, `#### 42`
-LABEL = r"(?:(?!\n)[\W_])*(?:the )?(?:final |correct )?answers?(?:\W*:| is\b:?|\.)[*_\s]*"
-ANSWER_LINE = rf"(?im)^(?:.*#### *|{LABEL})(\S.*)"
+LABEL = (
+    r"(?:(?!\n)[\W_])*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"
+    r"answers?(?:\W*:| is\b:?|\.)[*_\s]*"
+)
+# Final Answer: The final answer is $42$. I hope it is correct.
+ANSWER_LINE = rf"(?im)^(?:.*#### *|(?:{LABEL}){{1,2}})(\S.*?)(?: I hope it is correct\.)?$"
 
 # A proof; nothing; not found, None, nan; {'value': 52}; more than 4096 characters
 NO_ANSWER = (
@@ -125,7 +129,7 @@ def reference_text(reference: str) -> str:
     text = re.sub(BARE_BOX, r"\\boxed{\1}", reference).strip()
     if text.startswith('["'):  # a list of answers as JSON: ["1", "2"]
         with suppress(ValueError, TypeError):
-            text = ", ".join(json.loads(text))
+            text = ", ".join(json.loads(escape_latex(text)))
     boxed, stated = last_boxed(text), STATED.search(text)
     if "####" in text:
         text = STATED.sub("", text.rpartition("####")[2]).strip()
@@ -135,6 +139,13 @@ def reference_text(reference: str) -> str:
     if re.match(NO_ANSWER, text) or (prose and not boxed):
         return ""
     return text
+
+
+def escape_latex(text: str) -> str:
+    r"""Double the backslash of commands that JSON and Python would read as \t, \f, \b or \r."""
+    return re.sub(
+        r"(?<!\\)\\(?=(?:text|times|frac|binom|beta|begin|right)(?![a-z]))", r"\\\\", text
+    )
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -438,6 +438,8 @@ FOR_PARSER = {  # what math-verify's parser misreads
     r"(?<=[A-Za-z])'('*)": r"_{prime\1}",  # A' is not A, f'' is not f'
     r"\^(?:T|\{T\})": "^{(T)}",  # x^T is not x
     r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+    r"(?<![\\A-Za-z])(?<!\\mathrm\{)I(?![A-Za-z])": r"\\mathrm{I}",  # I^2 R is not I R
+    r"\\(gamma|Gamma(?! *\())(?![a-z])": r"\\mathrm{\1}",  # no function, no constant
     r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",
     r"\b[Cc]_\{?(\d+)\}?\^\{?(\d+)\}?": r"\\binom{\1}{\2}",
@@ -455,7 +457,9 @@ class Expression(Kind):
 def expression(text):
     r"""Everything else goes to math-verify: `2\sqrt{3}` is `\sqrt{12}`, not `3.464`; `-1` is `i^2`;
     `1+2i` is `2i + 1`, `1+2\mathrm{i}`, `(1+2i)`, not `1-2i`, `2+i`; `\sqrt3` is `2\sin 60^\circ`;
-    `7` is not `3+4`, which is not evaluated; `x^T` is not `x`; `f''(x)` is not `f'(x)`."""
+    `7` is not `3+4`, which is not evaluated; `x^T` is not `x`; `f''(x)` is not `f'(x)`;
+    `I^2 R` is `R I^2`, not `I R`; `\gamma - 1` is `-1 + \gamma`, not `\gamma - 4`;
+    `m \frac{dv}{dt}` is not `7 \frac{dv}{dt}`; `\frac{d}{dx} x^2` is `2x`."""
     return Expression(rewrite(text, FOR_PARSER))
 
 
@@ -468,9 +472,11 @@ AROUND = {  # what stands around an answer, and answers that are written in anot
     r"^(?:[A-Za-z]{2,} )*(?:[A-Za-z]{2,}:|point|set|interval|vector) *(?=[-\d\\(\[])": "",
     # 2k, where k is an integer; 2k, k \in \mathbb{Z}
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
-    r"^\w{1,9} *\\in(?![a-z])": "",  # x \in [1,2]
+    r"^(?:\w{1,9}|\(\w(?:, ?\w)+\)) *\\in(?![a-z])": "",  # x \in [1,2], (x,y) \in \{(1,2)\}
     r"^ *(?:\\mathbb\{R\}|all real(?: number)?s?)$": r"(-\\infty,\\infty)",
     r"^\|(\w)\| *(<|\\le) *(\S+)$": r"-\3 \2 \1 \2 \3",
+    r"^\|(\w)\| *> *(\S+)$": r"\1 > \2 or \1 < -\2",
+    r"^\|(\w)\| *\\ge *(\S+)$": r"\1 \\ge \2 or \1 \\le -\2",
     r"^(?i:no (?:real |integer )?(?:solution|root)s?(?: exists?)?|(?:the )?empty set)$": r"\\{\\}",
 }
 

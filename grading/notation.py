@@ -41,7 +41,7 @@ LATEX = {
     r"\\!(?: |\\,)*|\\checkmark|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
     r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]": "",  # \\[4pt] between the rows of a matrix
     r"\\(?:begin|end) *\{(?:cases|aligned|align\*?|gathered)\}|&(?==)": "",
-    r"(?<!\\)((?:\\\\)*)\\[,;: ()\[\]]": r"\1 ",  # 1\,234; \(18\)
+    r"(?<!\\)((?:\\\\)*)\\(?:[,;: ()\[\]]|$)": r"\1 ",  # 1\,234; \(18\)
 }
 BRACES = {
     r"\\(?:text|math) *\{((?:[^{}\\]|\\.)*)\}": r" \1 ",  # \text{ cm}
@@ -74,7 +74,7 @@ PLAIN = {
     ">=": r"\\ge ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
-    r"\((?:approx|round|about|estimat|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
+    r"\((?:\\?approx|round|about|esti|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
     r"^(?:\\approx|approx(?:imately|\.)?|about|roughly)(?=[- \d.\\])": "",  # about 18
 }
 

@@ -28,7 +28,8 @@ UNITS = """ms millisecond 0.001 s
 |quarter fourth 1/4 #|fifth 1/5 #|sixth 1/6 #|seventh 1/7 #|eighth 1/8 #
 |ninth 1/9 #|twelfth 1/12 #|sixteenth 1/16 #|twentieth 1/20 #|tenth 1/10 #
 |belowzero -1 #|hundredth 1/100 #|thousandth 1/1000 #
-|different more distinct possible total unique whole extra of all each real integer 1 #
+|different more distinct possible total unique whole extra of all each real integer
+ positive ordered old tall altogether later 1 #
 |st nd rd th 1 #"""
 # Nouns that only say what is counted. Each is a unit of its own.
 NOUNS = """unit point way solution root digit apple orange banana egg cookie cake candy book page

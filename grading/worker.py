@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from latex2sympy2_extended import latex2sympy  # noqa: E402
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # noqa: E402
 from math_verify import verify  # noqa: E402
-from sympy import Abs, I, N, Symbol, cancel, expand  # noqa: E402
+from sympy import Abs, Derivative, I, N, Symbol, cancel, expand  # noqa: E402
 
 from grading.kinds import leaves, read  # noqa: E402
 from grading.rules import Judge  # noqa: E402
@@ -52,6 +52,9 @@ def expression(latex: str) -> Any:
         conversion_config=ConversionConfig(lowercase_symbols=False),
     )
     value = value.xreplace({Symbol("i", real=True): I})
+    for derivative in value.atoms(Derivative):  # of a letter, dv/dt, it would be evaluated to 0
+        if derivative.expr.is_Symbol and derivative.expr not in derivative.variables:
+            value = value.xreplace({derivative: Symbol(str(derivative), real=True)})
     if value.has(Abs):
         return value
     return value.xreplace({x: Symbol(x.name, positive=True) for x in value.free_symbols})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
 import json
 import re
 from collections import Counter
@@ -20,7 +21,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grading import Grader
-from infra.cli import first_line, reject, report, require
+from grading.answers import escape_latex
+from infra.cli import StopRun, first_line, reject, report, require
 from infra.models import seed_for
 from infra.rows import Row, is_chat, read_rows
 
@@ -69,10 +71,18 @@ class Problems(list[Problem]):
         self.position += count
         return taken
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells other problems apart, or the same ones in another order."""
+        return hashlib.sha256(repr([*self]).encode(errors="replace")).hexdigest()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises StopRun if a checkpoint is of a run on other problems."""
+        if state["digest"] != self.digest:
+            raise StopRun("the problems of --dataset are not those that the run began with")
         self.position = state["position"]
 
 
@@ -95,6 +105,7 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half of one; no tokenizer reads it
 # Ends the reason for discarding a prompt that holds tokens of the chat template.
 WHY_TEMPLATED = (
     "which the chat template writes too; --template-args "
@@ -122,6 +133,8 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
             discarded[f"problems have no text in {column!r}"] += 1
         elif any(token in message["content"] for message in chat for token in written):
             discarded[f"prompts hold {' or '.join(written)}, {WHY_TEMPLATED}"] += 1
+        elif any(SURROGATE.search(message["content"]) for message in chat):
+            discarded["problems hold half a character (a lone surrogate)"] += 1
         elif not readable:
             unreadable.append(repr(answer)[:40])
         else:
@@ -280,8 +293,9 @@ def flatten(row: Row, needed: Container[str] = (), prefix: str = "") -> Row:
 
 def parse_nested(text: str) -> Any:
     """A list or object written as JSON or as Python, or the text itself."""
+    text = escape_latex(text)
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
     return text
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infra.cli import StopRun, first_line, out_of_memory, reject, report
+from infra.cli import StopRun, first_line, out_of_memory, reject, report, require
 from infra.models import load_weights, save_model, seed_for
 
 # ------------------------------------------------------------------ files
@@ -147,8 +147,8 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
         self.lock = lock_folder(self.folder, "--run-dir")
-        delete_unfinished(self.folder)
         self.check_folder()
+        delete_unfinished(self.folder)
 
         self.step = 0  # the last step that was logged
         self.started = time.perf_counter()
@@ -162,13 +162,18 @@ class Run:
 
     def check_folder(self) -> None:
         """Reject a folder that holds another run, and exit if the run is finished."""
-        checkpoints = self.checkpoints()
+        checkpoints, model = self.checkpoints(), self.folder / "model"
         last = step_of(checkpoints[-1]) if checkpoints else 0
-        if not self.args.resume and (checkpoints or self.metrics_file.exists()):
-            reject("--run-dir", self.folder, f"holds a run; resume it with --resume {self.folder}")
+        if not self.args.resume:  # nothing is overwritten; scale/ writes checkpoint-10
+            written = [self.metrics_file, self.rollouts_file, model]
+            written += self.folder.glob("checkpoint*")
+            why = f"holds a run; resume it with --resume {self.folder}, or name another folder"
+            require(not any(path.exists() for path in written), "--run-dir", self.folder, why)
+        elif model.exists() and not checkpoints:
+            reject("--resume", self.folder, "has a model/, but no checkpoint to continue from")
         if self.args.steps < last:
             reject("--steps", self.args.steps, f"the run has already reached step {last}")
-        if self.args.steps == last and (self.folder / "model").exists():
+        if self.args.steps == last and model.exists():
             print(f"{self.folder} is finished after {last} steps; --steps can extend it")
             raise SystemExit(0)
 
@@ -337,7 +342,7 @@ class Run:
                 self.load(folder, policy, state)
                 break
             except Exception as error:  # torch and safetensors raise many kinds
-                if out_of_memory(error):
+                if isinstance(error, StopRun) or out_of_memory(error):
                     raise
                 report(f"{folder} does not load ({first_line(error)}); trying an older checkpoint")
         if checkpoints and not self.step:

@@ -157,6 +157,20 @@ def test_last_boxed_of_hostile_sizes():
     assert last_boxed(r"\boxed" + " " * 10**6) is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Answer: 42",
+        "**Final answer:** 42",
+        "So the answer is 42",
+        "Therefore, the answer is: 42",
+        "Final Answer: The final answer is 42 I hope it is correct.",
+    ],
+)
+def test_an_answer_line(line):
+    assert find_answer(f"Working.\n{line}\nThat is all.", "line") == "42"
+
+
 @pytest.mark.parametrize("part", ["\n", "*\n", " \n", "-", "#", "Answer: ", "Answer: a ", "word"])
 def test_answer_lines_of_hostile_sizes(part):
     """The time is linear: such a response takes milliseconds, and a reference too."""
@@ -353,6 +367,23 @@ def test_rules(rule):
     verdicts = STRICT.grade([rf"\boxed{{{case[1]}}}" for case in cases], [c[0] for c in cases])
     pairs = zip(cases, verdicts, strict=True)
     assert [case for case, verdict in pairs if case[2] != verdict] == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("42", r"42\ "),
+        (r"42\ ", "42"),
+        (r"\sqrt{2}", r"\sqrt{2} (\approx 1.414)"),
+        (r"x<-4 \text{ or } x>4", "|x|>4"),
+        (r"(-\infty,-2]\cup[2,\infty)", r"|x| \ge 2"),
+        ("(2,2),(3,3)", r"(p,q) \in \{(2,2),(3,3)\}"),
+        ("42", r"42 \text{ positive integers}"),
+        ('["\\frac{1}{2}"]', r"\frac{1}{2}"),  # JSON in which a backslash is not escaped
+    ],
+)
+def test_right_answers_in_other_notation(reference, answer):
+    assert LENIENT.grade([rf"\boxed{{{answer}}}"], [reference]) == [True]
 
 
 def test_rules_take_linear_time():

@@ -161,6 +161,27 @@ MIXED_ROWS = [{"problem": f"{i}?\n", "answer": value} for i, (value, _) in enume
 MIXED_PAIRS = [(f"{i}?\n", answer) for i, (_, answer) in enumerate(MIXED)]
 
 
+def test_half_a_character_discards_a_row(load, tmp_path, capsys):
+    """A cut emoji in scraped JSON."""
+    (tmp_path / "data.jsonl").write_text(
+        '{"problem": "a \\ud83d b", "answer": "1"}\n{"problem": "2+3", "answer": "5"}\n'
+    )
+    (problem,) = load(tmp_path / "data.jsonl")
+    assert problem.answer == "5"
+    assert "discarded 1 of 2: problems hold half a character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", ['["\\frac{1}{2}"]', "['\\frac{1}{2}']", '["\\\\frac{1}{2}"]'])
+def test_latex_in_a_list_that_is_not_escaped(load_rows, answer):
+    (problem,) = load_rows([{"problem": "1/2", "answer": answer}])
+    assert problem.answer == "\\frac{1}{2}"
+
+
+def test_brackets_too_deep_for_a_parser_are_text(load_rows):
+    (problem,) = load_rows([{"problem": "[" * 5000 + '"1"', "answer": "1"}], max_prompt_tokens=9999)
+    assert problem.text.endswith('"1"')
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train-0.jsonl", "a.csv"])
 def test_a_folder_is_read_like_a_file(load, tmp_path, name):
     """`datasets` would read 007 as 7 and a date as a time."""

@@ -490,6 +490,39 @@ def test_folder_of_another_run(small_run, rejection):
     assert content(small.folder) == before
 
 
+@pytest.mark.parametrize("name", ["model", "rollouts.jsonl", "checkpoint-10"])
+def test_files_of_others_are_not_overwritten(name, tmp_path, rejection):
+    """A folder with a model, with rollouts, or with a run of scale/."""
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "thesis.unfinished").write_text("mine")
+    line = rejection(run.Run, grpo.Args(run_dir=str(tmp_path / "run")))
+    assert line.startswith(f"--run-dir {tmp_path / 'run'}: holds a run; resume it with --resume ")
+    assert (tmp_path / "run" / name).exists()
+    assert content(tmp_path / "run") == {"thesis.unfinished": b"mine", "lock": b""}
+
+
+def test_a_finished_run_without_checkpoints_is_not_repeated(small_run, rejection):
+    small = small_run(steps=2, save_every=1)
+    small.train(2)
+    (small.folder / "model").mkdir()
+    shutil.rmtree(small.folder / "checkpoints")
+    line = rejection(small_run, steps=2, resume=True)
+    assert line == f"--resume {small.folder}: has a model/, but no checkpoint to continue from"
+    assert (small.folder / "model").exists()
+
+
+def test_another_dataset_under_the_same_name_is_noticed(finished, tmp_path, capsys):
+    folder = killed_after(finished(), 2, tmp_path / "run")
+    args = json.loads((folder / "args.json").read_text())
+    rows = (ROOT / args["dataset"]).read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
+    args["dataset"] = str(tmp_path / "train.jsonl")
+    (folder / "args.json").write_text(json.dumps(args))
+    assert resume(folder) == 1
+    *_, what, _ = capsys.readouterr().err.splitlines()
+    assert what == "stopped: the problems of --dataset are not those that the run began with"
+
+
 def test_fewer_steps_than_were_made(small_run, rejection):
     small_run(steps=4, save_every=1).train(3)
     line = rejection(small_run, steps=2, resume=True)
