@@ -93,7 +93,7 @@ def check_layout(args: Any, processes: int) -> None:
     why = f"accelerate launch has --mixed_precision {launched_in}, which would override it"
     in_float32 = common.precision(args) is torch.float32
     common.require(launched_in == "no" or not in_float32, "--precision", args.precision, why)
-    is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint-*"))
+    is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint*"))
     why = f"holds a run; resume it with --resume {args.run_dir}"
     common.require(is_new, "--run-dir", args.run_dir, why)
 
