@@ -406,9 +406,11 @@ EXAMPLE = [
 def template_arguments(args: Any) -> dict[str, Any]:
     """--template-args, and a fixed date, because prompts must not change from day to day."""
     try:
-        arguments = dict(json.loads(args.template_args or "{}"))
-    except (ValueError, TypeError) as error:
+        arguments = json.loads(args.template_args or "{}")
+    except ValueError as error:
         reject("--template-args", args.template_args, f"is not a JSON object: {error}")
+    is_object = isinstance(arguments, dict)
+    require(is_object, "--template-args", args.template_args, "is not a JSON object")
     return {"strftime_now": date(2025, 1, 1).strftime} | arguments
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -120,6 +121,10 @@ def read_file(path: Path, split: str, needed: Container[str]) -> Iterator[Row]:
     kind = kind_of(path)
     if not kind:
         raise ValueError(f"its name ends in none of {', '.join(sorted(FILES))}")
+    if path.suffix.lower() == ".zip":
+        members = zipfile.ZipFile(path).namelist()
+        if len(members) > 1:  # only the first would be read
+            raise ValueError(f"holds {len(members)} files: unpack it and name the folder")
     with open_file(path) as file:
         start = file.read(50)
     if start.startswith(b"version https://git-lfs"):

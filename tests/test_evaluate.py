@@ -368,6 +368,10 @@ def test_a_second_writer_is_rejected(run, rejection, tmp_path):
         ("--gpu-memory 1.5", "--gpu-memory 1.5: must be below 1"),
         ("--output tests", "--output tests: is a folder; name a file"),
         ("--output .", "--output .: is a folder; name a file"),
+        (
+            "--output Makefile/new/x.json",
+            f"--output Makefile/new/x.json: cannot be written: {ROOT}/Makefile is no folder",
+        ),
         ("--problems -1", "--problems -1: must be at least 0"),
         ("--temperature 0", "--temperature 0.0: must be above 0"),
         pytest.param("--temperature 3", "--temperature 3.0: vLLM takes", marks=needs_vllm),

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
@@ -296,6 +297,15 @@ BROKEN = [
     ("a.jsonl", LINES.encode() + b"\n3\n", "row 6 is not a JSON object"),
     ("a.jsonl", LINES.encode() + b'{"a": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
 ]
+
+
+def test_an_archive_of_several_files_is_rejected(load, tmp_path, rejection):
+    """fsspec reads only the first."""
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("train.jsonl", LINES)
+        archive.writestr("test.jsonl", LINES)
+    line = rejection(load, tmp_path / "a.jsonl.zip")
+    assert line.endswith("holds 2 files: unpack it and name the folder")
 
 
 @pytest.mark.parametrize(("name", "content", "why"), BROKEN)
@@ -894,7 +904,7 @@ def test_a_system_prompt_may_be_the_templates_default(tokenizer):
     check_system_prompt(tokenizer, "Help.", {})
 
 
-@pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "3", "null", "{"])
+@pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", "[]", "3", "null", "{"])
 def test_template_arguments_that_are_no_object(prompt, value, rejection):
     line = rejection(prompt, TRIMMED, template_args=value)
     assert line.startswith(f"--template-args {value}: is not a JSON object")

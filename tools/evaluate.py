@@ -364,6 +364,9 @@ def check(args: Args) -> None:
     require(args.batch, "--batch", args.batch, "must be at least 1")
     is_folder = args.output and Path(args.output).is_dir()
     require(not is_folder, "--output", args.output, "is a folder; name a file")
+    parent = next(path for path in Path(args.output).absolute().parents if path.exists())
+    why = f"cannot be written: {parent} is no folder"
+    require(not args.output or parent.is_dir(), "--output", args.output, why)
     args.k = args.k or tuple(k for k in (1, 8, 64) if k <= args.samples)
     for k in args.k:
         require(1 <= k <= args.samples, "--k", k, f"must be from 1 to --samples {args.samples}")
