@@ -63,14 +63,14 @@ class Args(common.RunArgs):
 def step_ends(pieces: list[str], step_end: str) -> list[int]:
     """The number of tokens up to the end of each step. The last is the response's length.
 
-    pieces: the text of each token. A step ends with the token in which a match of `step_end` ends:
-    the pieces ["2", ".", " So", " 4"] with the pattern "[.]\\s" have the ends [3, 4].
+    pieces: each token's text, empty for EOS. The token in which a match of `step_end` ends is the
+    last of its step, unless only EOS follows: ["2", ".", " So", " 4"] and "[.]\\s" give [3, 4].
     """
     token_of_character = []
     for t, piece in enumerate(pieces):
         token_of_character += [t] * len(piece)
 
-    last = max(token_of_character, default=0)  # only EOS may follow it, and belongs to its step
+    last = max(token_of_character, default=0)  # the last token with text
     ends = {len(pieces)}
     for match in re.finditer(step_end, "".join(pieces)):
         if match.end() > 0 and token_of_character[match.end() - 1] < last:

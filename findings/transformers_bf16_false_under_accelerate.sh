@@ -5,7 +5,7 @@
 #   Trainer with bf16=False and fp16=False computes its forward pass in bfloat16. Its own arguments
 #   still say bf16=False. There is no error and no warning. With --mixed_precision no the same
 #   program computes in float32.
-# Expected: the explicit setting, or an error because both contradict each other.
+# Expected: the explicit setting, or an error because the two contradict each other.
 # Consequence: TRL's trainers take these arguments. A GRPO run that asks for float32, for instance
 #   because the log-ratios of new to old policy are then exact, has ratios with bfloat16's rounding.
 # Versions: transformers 5.19.0, accelerate 1.15.0, torch 2.13.0 (CPU), Python 3.11.

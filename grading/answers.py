@@ -22,7 +22,7 @@ BETWEEN = re.compile(
 # `Answer: 42`, `**Answer:** 42`, `Final answer: 42`, `The answer is 42`, `#### 42`
 LABEL = (
     r"(?:(?!\n)[\W_])*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"
-    r"answers?(?:\W*:| is\b:?|\.)[*_\s]*"
+    r"answers?(?:\W*:| is\b:?|\.)[*_\s]*+"
 )
 # Final Answer: The final answer is $42$. I hope it is correct.
 ANSWER_LINE = rf"(?im)^(?:.*#### *|(?:{LABEL}){{1,2}})(\S.*?)(?: I hope it is correct\.)?$"
@@ -53,6 +53,12 @@ PROSE = r"(?s)(\W*\w[.)])?\W*[^\W\d_]{2}|.*\w\.\s+[A-Z]"
 TOO_LARGE = re.compile(
     r"(?s)\^(?:\{[^{}]*(?<![\d.])|[-+( ]*)\d{5}|\^(?:\{[^{}]*|\w)\^|\)\^(?:\{[^{}]*\}|\w)\)\^|!\)*!"
     r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"
+)
+
+# Commands that begin like an escape of JSON
+ESCAPED = (
+    r"text\w*|times|tfrac|tan|tau|theta|to|triangle|frac|forall|binom|beta|begin|boxed|bar"
+    r"|right\w*|rho|rangle|neq?|nu"
 )
 
 FRACTION = r"[-+]?\d+/-?0*[1-9]\d*|\\[dt]?frac\{[-+]?\d+\}\{-?0*[1-9]\d*\}"  # 3/4, \frac{3}{4}
@@ -142,10 +148,8 @@ def reference_text(reference: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Double the backslash of commands that JSON and Python would read as \t, \f, \b or \r."""
-    return re.sub(
-        r"(?<!\\)\\(?=(?:text|times|frac|binom|beta|begin|right)(?![a-z]))", r"\\\\", text
-    )
+    r"""Double the backslash of commands that JSON and Python would read as \t, \f, \b, \r, \n."""
+    return re.sub(rf"(?<!\\)\\(?=(?:{ESCAPED})(?![a-z]))", r"\\\\", text)
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -459,7 +459,8 @@ def expression(text):
     `1+2i` is `2i + 1`, `1+2\mathrm{i}`, `(1+2i)`, not `1-2i`, `2+i`; `\sqrt3` is `2\sin 60^\circ`;
     `7` is not `3+4`, which is not evaluated; `x^T` is not `x`; `f''(x)` is not `f'(x)`;
     `I^2 R` is `R I^2`, not `I R`; `\gamma - 1` is `-1 + \gamma`, not `\gamma - 4`;
-    `m \frac{dv}{dt}` is not `7 \frac{dv}{dt}`; `\frac{d}{dx} x^2` is `2x`."""
+    `m \frac{dv}{dt}` is not `7 \frac{dv}{dt}`; `\frac{d(mv)}{dt}` is not `0`;
+    `\frac{d}{dx} x^2` is `2x`."""
     return Expression(rewrite(text, FOR_PARSER))
 
 
@@ -472,11 +473,11 @@ AROUND = {  # what stands around an answer, and answers that are written in anot
     r"^(?:[A-Za-z]{2,} )*(?:[A-Za-z]{2,}:|point|set|interval|vector) *(?=[-\d\\(\[])": "",
     # 2k, where k is an integer; 2k, k \in \mathbb{Z}
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
-    r"^(?:\w{1,9}|\(\w(?:, ?\w)+\)) *\\in(?![a-z])": "",  # x \in [1,2], (x,y) \in \{(1,2)\}
+    r"^(?:\w{1,9}|\([a-z](?:, ?[a-z])+\)) *\\in(?![a-z])": "",  # x \in [1,2], (x,y) \in \{(1,2)\}
     r"^ *(?:\\mathbb\{R\}|all real(?: number)?s?)$": r"(-\\infty,\\infty)",
-    r"^\|(\w)\| *(<|\\le) *(\S+)$": r"-\3 \2 \1 \2 \3",
-    r"^\|(\w)\| *> *(\S+)$": r"\1 > \2 or \1 < -\2",
-    r"^\|(\w)\| *\\ge *(\S+)$": r"\1 \\ge \2 or \1 \\le -\2",
+    r"^\|(\w)\| *(<|\\le) *([^\s+-]+)$": r"-\3 \2 \1 \2 \3",
+    r"^\|(\w)\| *> *([^\s+-]+)$": r"\1 > \2 or \1 < -\2",
+    r"^\|(\w)\| *\\ge *([^\s+-]+)$": r"\1 \\ge \2 or \1 \\le -\2",
     r"^(?i:no (?:real |integer )?(?:solution|root)s?(?: exists?)?|(?:the )?empty set)$": r"\\{\\}",
 }
 

@@ -52,8 +52,9 @@ def expression(latex: str) -> Any:
         conversion_config=ConversionConfig(lowercase_symbols=False),
     )
     value = value.xreplace({Symbol("i", real=True): I})
-    for derivative in value.atoms(Derivative):  # of a letter, dv/dt, it would be evaluated to 0
-        if derivative.expr.is_Symbol and derivative.expr not in derivative.variables:
+    for derivative in value.atoms(Derivative):  # dv/dt, d(mv)/dt: evaluated, it would be 0
+        letters = derivative.expr.free_symbols
+        if letters and letters.isdisjoint(derivative.variables):
             value = value.xreplace({derivative: Symbol(str(derivative), real=True)})
     if value.has(Abs):
         return value

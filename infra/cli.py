@@ -185,7 +185,7 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     phrases = ["can't allocate memory", "out of memory", "Free memory on device"]  # the last: vLLM
-    phrases += ["CUBLAS_STATUS_ALLOC_FAILED", "cublasCreate"]
+    phrases.append("CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 

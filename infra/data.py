@@ -74,7 +74,10 @@ class Problems(list[Problem]):
     @functools.cached_property
     def digest(self) -> str:
         """Tells other problems apart, or the same ones in another order."""
-        return hashlib.sha256(repr([*self]).encode(errors="replace")).hexdigest()
+        digest = hashlib.sha256()
+        for problem in self:
+            digest.update(repr(problem).encode())
+        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "digest": self.digest}
@@ -82,7 +85,7 @@ class Problems(list[Problem]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StopRun if a checkpoint is of a run on other problems."""
         if state["digest"] != self.digest:
-            raise StopRun("the problems of --dataset are not those that the run began with")
+            raise StopRun("the prompts of --dataset are not those that the run began with")
         self.position = state["position"]
 
 
@@ -105,7 +108,7 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half of one; no tokenizer reads it
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold a lone surrogate; no tokenizer reads it
 # Ends the reason for discarding a prompt that holds tokens of the chat template.
 WHY_TEMPLATED = (
     "which the chat template writes too; --template-args "
@@ -134,7 +137,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         elif any(token in message["content"] for message in chat for token in written):
             discarded[f"prompts hold {' or '.join(written)}, {WHY_TEMPLATED}"] += 1
         elif any(SURROGATE.search(message["content"]) for message in chat):
-            discarded["problems hold half a character (a lone surrogate)"] += 1
+            discarded["problems hold a lone surrogate, half a character"] += 1
         elif not readable:
             unreadable.append(repr(answer)[:40])
         else:
@@ -293,10 +296,9 @@ def flatten(row: Row, needed: Container[str] = (), prefix: str = "") -> Row:
 
 def parse_nested(text: str) -> Any:
     """A list or object written as JSON or as Python, or the text itself."""
-    text = escape_latex(text)
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(text)
+            return parse(escape_latex(text))
     return text
 
 

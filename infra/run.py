@@ -164,10 +164,10 @@ class Run:
         """Reject a folder that holds another run, and exit if the run is finished."""
         checkpoints, model = self.checkpoints(), self.folder / "model"
         last = step_of(checkpoints[-1]) if checkpoints else 0
-        if not self.args.resume:  # nothing is overwritten; scale/ writes checkpoint-10
+        if not self.args.resume:  # no model or log is overwritten; scale/ writes checkpoint-10
             written = [self.metrics_file, self.rollouts_file, model]
             written += self.folder.glob("checkpoint*")
-            why = f"holds a run; resume it with --resume {self.folder}, or name another folder"
+            why = f"holds a run or a model: name another folder, or add --resume {self.folder}"
             require(not any(path.exists() for path in written), "--run-dir", self.folder, why)
         elif model.exists() and not checkpoints:
             reject("--resume", self.folder, "has a model/, but no checkpoint to continue from")

@@ -1,8 +1,8 @@
-"""Every script, with tensors that say they are on a GPU, on machines without one.
+"""Every script on a simulated GPU: tensors report device cuda, their data stays on the CPU.
 
-A tensor's storage is marked as CUDA's if it was made there or moved there. The data stays on the
-CPU. Two modes of torch see every call: `Devices` answers `.device`, `.to(...)` and `device=...`,
-and `Operations` hands marks on to results and notes each mix of devices that CUDA rejects.
+A tensor's storage is marked as CUDA's if it was made there or moved there. Two modes of torch see
+every call: `Devices` answers `.device`, `.to(...)` and `device=...`; `Operations` gives marks to
+results and notes mixes of devices that CUDA rejects. Left out: resumed runs, random generators.
 """
 
 import importlib
@@ -32,7 +32,9 @@ class Marks:
     """The storages that are on CUDA."""
 
     def __init__(self) -> None:
-        self.storages: dict[int, Any] = {}  # kept alive, so that no other takes their address
+        # Kept alive, so that no new storage gets the same address
+        self.storages: dict[int, Any] = {}
+        self.operations: set[str] = set()  # those on CUDA
         self.mixes: list[str] = []
 
     def note(self, mix: str) -> None:
@@ -80,6 +82,7 @@ class Operations(TorchDispatchMode):
         elif name in COPYING:
             on_cuda = name != "aten::_foreach_copy_" and marks.on_cuda(args[0])
         elif on_cuda:
+            marks.operations.add(name)
             for tensor in inputs:  # a single number may be on the CPU
                 if tensor.dim() and tensor.numel() and not marks.on_cuda(tensor):
                     marks.note(f"{name}: {tuple(tensor.shape)} on the CPU")
@@ -91,7 +94,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def check_index(self, name: str, values: Tensor, index: list, new: Any = None) -> bool:
-        """CUDA takes indices from the CPU, but neither masks nor values."""
+        """CUDA takes indices from the CPU, but no values. It copies a mask, which is noted too."""
         marks = self.marks
         on_cuda = marks.on_cuda(values)
         for tensor in tensors_in(index):
@@ -120,6 +123,8 @@ class Devices(TorchFunctionMode):
         if func is torch.mm and "out_dtype" in kwargs:  # not on a CPU
             dtype = kwargs.pop("out_dtype")
             return args[0].to(dtype) @ args[1].to(dtype)
+        if func in (Tensor.numpy, Tensor.__array__) and marks.on_cuda(args[0]):
+            marks.note("numpy: a tensor on CUDA")
         if func is Tensor.cpu:
             return self.move(args[0], CPU)
         if func is Tensor.to:
@@ -130,7 +135,8 @@ class Devices(TorchFunctionMode):
                 marks.mark(tensor, True)
             return result
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")  # of two that are made in C++, on another's device:
+        name = getattr(func, "__name__", "")
+        # These two create their result in C++, on the device of their input.
         if name in ("new_tensor", "pad_sequence"):
             owner = args[0] if name == "new_tensor" else args[0][0]
             marks.mark(result, marks.on_cuda(owner))
@@ -187,7 +193,7 @@ RUNS = [
 
 @pytest.mark.parametrize("command", RUNS)
 def test_no_step_mixes_devices(command: str, tmp_path, monkeypatch) -> None:
-    """Two steps, in which half of the responses are right."""
+    """Two steps, in which about half of the responses are right."""
     name, *flags = command.split()
     script = importlib.import_module(name)
     monkeypatch.chdir(ROOT)
@@ -202,12 +208,13 @@ def test_no_step_mixes_devices(command: str, tmp_path, monkeypatch) -> None:
     args = parse_args(script.Args, [*words.split(), *flags])
     with Devices(marks), Operations(marks):
         script.main(args)
-    assert marks.storages
+    assert "aten::_fused_adamw_" in marks.operations  # so parameters and gradients are there
     assert sorted(set(marks.mixes)) == []
 
 
 def alternating(texts: list[str]) -> list[bool]:
-    return [i % 2 == 0 for i in range(len(texts))]
+    """In groups of two the first group has equal verdicts: --dynamic-sampling replaces it."""
+    return [i % 2 == 0 or i == 1 for i in range(len(texts))]
 
 
 def test_mixes_are_found() -> None:
@@ -222,10 +229,12 @@ def test_mixes_are_found() -> None:
         x[torch.tensor([0, 2])] = torch.ones(2)
         torch.ones(3)[torch.ones(3, device="cuda").long()]
         torch.where(torch.ones(3, dtype=torch.bool), x, x)
+        x.numpy()
     assert [mix.split(": ")[0] for mix in marks.mixes] == [
         "aten::add",
         "aten::index",
         "aten::index_put_",
         "aten::index",
         "aten::where",
+        "numpy",
     ]

@@ -169,7 +169,7 @@ def test_half_a_character_discards_a_row(load, tmp_path, capsys):
     )
     (problem,) = load(tmp_path / "data.jsonl")
     assert problem.answer == "5"
-    assert "discarded 1 of 2: problems hold half a character" in capsys.readouterr().err
+    assert "discarded 1 of 2: problems hold a lone surrogate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("answer", ['["\\frac{1}{2}"]', "['\\frac{1}{2}']", '["\\\\frac{1}{2}"]'])

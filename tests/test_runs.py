@@ -486,7 +486,7 @@ def test_folder_of_another_run(small_run, rejection):
     small.train(1)
     before = content(small.folder)
     line = rejection(small_run, steps=4)
-    assert line.startswith(f"--run-dir {small.folder}: holds a run; resume it with --resume ")
+    assert line.startswith(f"--run-dir {small.folder}: holds a run or a model: name another ")
     assert content(small.folder) == before
 
 
@@ -496,7 +496,7 @@ def test_files_of_others_are_not_overwritten(name, tmp_path, rejection):
     (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / "thesis.unfinished").write_text("mine")
     line = rejection(run.Run, grpo.Args(run_dir=str(tmp_path / "run")))
-    assert line.startswith(f"--run-dir {tmp_path / 'run'}: holds a run; resume it with --resume ")
+    assert line.startswith(f"--run-dir {tmp_path / 'run'}: holds a run or a model: name another ")
     assert (tmp_path / "run" / name).exists()
     assert content(tmp_path / "run") == {"thesis.unfinished": b"mine", "lock": b""}
 
@@ -520,7 +520,7 @@ def test_another_dataset_under_the_same_name_is_noticed(finished, tmp_path, caps
     (folder / "args.json").write_text(json.dumps(args))
     assert resume(folder) == 1
     *_, what, _ = capsys.readouterr().err.splitlines()
-    assert what == "stopped: the problems of --dataset are not those that the run began with"
+    assert what == "stopped: the prompts of --dataset are not those that the run began with"
 
 
 def test_fewer_steps_than_were_made(small_run, rejection):
