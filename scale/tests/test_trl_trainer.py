@@ -148,6 +148,7 @@ def test_a_killed_run_resumes(layout: str, tmp_path: Path) -> None:
     words = f"--method ep_grpo --model {TINY} --dataset {TINY}/train.jsonl --steps 4 --lr 1e-3"
     words += f" --eval-dataset {TINY}/test.jsonl --eval-problems 2 --eval-samples 2 --eval-every 1"
     words += " --prompts-per-step 3 --group-size 4 --max-new-tokens 24 --save-every 1 --device cpu"
+    words += " --keep-checkpoints 3"
     through = tmp_path / "through"
     ended = run(
         HERE / "worker.py", "command", *words.split(), "--run-dir", str(through), layout=layout
@@ -166,6 +167,7 @@ def test_a_killed_run_resumes(layout: str, tmp_path: Path) -> None:
     again = (killed / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     assert again == written  # the run did not start from the beginning
 
+    assert len([*killed.glob("checkpoint-*")]) == len([*through.glob("checkpoint-*")]) == 3
     uninterrupted, resumed = metrics_of(through), metrics_of(killed)
     assert len(resumed) == len(uninterrupted) == 9  # 4 steps, 5 evaluations
     for expected, found in zip(uninterrupted, resumed, strict=True):
