@@ -574,7 +574,7 @@ def test_a_worker_that_cannot_start_is_an_error(stand_in):
 
 def test_an_interrupted_call_leaves_no_reply_for_the_next(stand_in, started):
     stand_in()
-    with Grader(deadline=1.0) as grader:
+    with Grader(deadline=3.0) as grader:
         assert grader.grade([r"\boxed{A+1}"], ["a+1"]) == [True]
         threading.Timer(0.6, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
