@@ -86,7 +86,7 @@ class Task:
     # Rates measured in addition to the selected rate, because both were close
     second_rate: dict[str, str] = field(default_factory=dict)
     validation: int = 256  # the last rows of train.jsonl; no run trains on them
-    # Methods whose learning rate is selected; the others take that of one of these. Empty: all.
+    # Methods whose learning rate is selected; the others take GRPO's or ARCA's. Empty: all.
     selected: tuple[str, ...] = ()
 
 
@@ -351,22 +351,15 @@ def accuracy_table(sums: dict, needle: dict) -> str:
     return markdown(["method", "sums", "minus GRPO's", "needle", "minus GRPO's"], lines)
 
 
-def credit_table(**tasks: dict) -> str:
-    """The credits of arca.py against its uniform credit, which trains the same adapters.
-
-    tasks: the results of each task, by its name.
-    """
+def credit_table(sums: dict, needle: dict) -> str:
+    """The credits of arca.py against its uniform credit, which trains the same adapters."""
     lines = []
     for method, command in METHODS.items():
         if command.startswith("arca.py") and method != "uniform credit":
             lines.append([method])
-            for results in tasks.values():
-                runs = at_selected_rates(results)
-                cell = "not measured"
-                if method in runs and "uniform credit" in runs:
-                    cell = versus(runs[method], runs["uniform credit"])
-                lines[-1].append(cell)
-    return markdown(["accuracy minus that of uniform credit", *tasks], lines)
+            for runs in (at_selected_rates(sums), at_selected_rates(needle)):
+                lines[-1].append(versus(runs[method], runs["uniform credit"]))
+    return markdown(["accuracy minus that of uniform credit", "sums", "needle"], lines)
 
 
 def tokens_table(results: dict, longer: dict) -> str:
@@ -400,16 +393,16 @@ def read_table(name: str) -> dict:
 
 def blocks(results: dict) -> dict[str, str]:
     """The results blocks of the pages."""
-    needle, real = read_table("needle"), read_table("real")
+    needle = read_table("needle")
     return {
         "accuracy": accuracy_table(results, needle),
         "compare": described(results),
-        "compare-credit": credit_table(sums=results, needle=needle, real=real),
+        "compare-credit": credit_table(results, needle),
         "compare-tokens": tokens_table(results, read_table("tokens")),
         "compare-few": described(read_table("few")),
         "compare-needle": described(needle),
         "compare-needle-tokens": tokens_table(needle, read_table("needle-tokens")),
-        "compare-real": described(real),
+        "compare-real": described(read_table("real")),
     }
 
 

@@ -55,11 +55,8 @@ TOO_LARGE = re.compile(
     r"|\A(?=.*(?:!|\\binom|[Cc]_)).*\d{5}"
 )
 
-# Commands that begin like an escape of JSON
-ESCAPED = (
-    r"text\w*|times|tfrac|tan|tau|theta|to|triangle|frac|forall|binom|beta|begin|boxed|bar"
-    r"|right\w*|rho|rangle|neq?|nu"
-)
+# Commands that begin like an escape of JSON, and whose rest is no word: not \tan, \nu
+ESCAPED = r"text\w*|times|tfrac|theta|triangle|frac|forall|binom|beta|begin|boxed|right\w*|rangle"
 
 FRACTION = r"[-+]?\d+/-?0*[1-9]\d*|\\[dt]?frac\{[-+]?\d+\}\{-?0*[1-9]\d*\}"  # 3/4, \frac{3}{4}
 # 1.2 \times 10^{3}, 10^5
@@ -148,7 +145,7 @@ def reference_text(reference: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Double the backslash of commands that JSON and Python would read as \t, \f, \b, \r, \n."""
+    r"""Double the backslash of commands that JSON and Python would read as \t, \f, \b or \r."""
     return re.sub(rf"(?<!\\)\\(?=(?:{ESCAPED})(?![a-z]))", r"\\\\", text)
 
 

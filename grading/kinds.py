@@ -437,8 +437,8 @@ def words(text):
 FOR_PARSER = {  # what math-verify's parser misreads
     r"(?<=[A-Za-z])'('*)": r"_{prime\1}",  # A' is not A, f'' is not f'
     r"\^(?:T|\{T\})": "^{(T)}",  # x^T is not x
-    r"(?<![\\A-Za-z])([eEiI])_": r"\\mathrm{\1}_",  # E_1 is not the number e
-    r"(?<![\\A-Za-z])(?<!\\mathrm\{)I(?![A-Za-z])": r"\\mathrm{I}",  # I^2 R is not I R
+    r"(?<![\\A-Za-z])([eEi])_": r"\\mathrm{\1}_",  # E_1 is not the number e
+    r"(?<![\\A-Za-z])I(?![A-Za-z])": r"\\mathrm{I}",  # I^2 R is not I R
     r"\\(gamma|Gamma(?! *\())(?![a-z])": r"\\mathrm{\1}",  # no function, no constant
     r"_\{?\\(odot|oplus)\b ?\}?": r"_{\1}",  # the mass of the sun
     MIXED: r"(\1+\\frac{\2}{\3})",

@@ -184,8 +184,8 @@ def first_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    phrases = ["can't allocate memory", "out of memory", "Free memory on device"]  # the last: vLLM
-    phrases.append("CUBLAS_STATUS_ALLOC_FAILED")
+    phrases = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    phrases += ("Free memory on device",)  # vLLM's
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 

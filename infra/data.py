@@ -73,7 +73,7 @@ class Problems(list[Problem]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Tells other problems apart, or the same ones in another order."""
+        """Differs for other problems, and for the same ones in another order."""
         digest = hashlib.sha256()
         for problem in self:
             digest.update(repr(problem).encode())

@@ -122,7 +122,8 @@ def read_file(path: Path, split: str, needed: Container[str]) -> Iterator[Row]:
     if not kind:
         raise ValueError(f"its name ends in none of {', '.join(sorted(FILES))}")
     if path.suffix.lower() == ".zip":
-        members = zipfile.ZipFile(path).namelist()
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
         if len(members) > 1:  # only the first would be read
             raise ValueError(f"holds {len(members)} files: unpack it and name the folder")
     with open_file(path) as file:

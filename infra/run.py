@@ -164,7 +164,8 @@ class Run:
         """Reject a folder that holds another run, and exit if the run is finished."""
         checkpoints, model = self.checkpoints(), self.folder / "model"
         last = step_of(checkpoints[-1]) if checkpoints else 0
-        if not self.args.resume:  # no model or log is overwritten; scale/ writes checkpoint-10
+        if not self.args.resume:
+            # A run never overwrites a model or a log; scale/ names its checkpoints checkpoint-10.
             written = [self.metrics_file, self.rollouts_file, model]
             written += self.folder.glob("checkpoint*")
             why = f"holds a run or a model: name another folder, or add --resume {self.folder}"

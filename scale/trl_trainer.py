@@ -89,10 +89,10 @@ def check_layout(args: Any, processes: int) -> None:
     rollouts, updates = args.prompts_per_step * args.group_size, args.updates_per_rollout
     why = f"{rollouts} rollouts do not divide by {processes} processes x {updates} updates"
     common.require(rollouts % (processes * updates) == 0, "--group-size", args.group_size, why)
-    launched_in = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    why = f"accelerate launch has --mixed_precision {launched_in}, which would override it"
-    in_float32 = common.precision(args) is torch.float32
-    common.require(launched_in == "no" or not in_float32, "--precision", args.precision, why)
+    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    why = f"accelerate launch has --mixed_precision {mixed_precision}, which would override it"
+    is_same = mixed_precision == "no" or common.precision(args) is not torch.float32
+    common.require(is_same, "--precision", args.precision, why)
     is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint*"))
     why = f"holds a run; resume it with --resume {args.run_dir}"
     common.require(is_new, "--run-dir", args.run_dir, why)

@@ -370,19 +370,20 @@ def test_the_table_of_both_tasks_by_hand():
 
 
 def test_the_table_of_credits_by_hand():
-    """Differences 0.1 and 0.2 to uniform credit; the second task has one of the credits."""
+    """Differences of 0.1 and 0.2 to uniform credit, or none."""
     sums = {"rates": RATES, "selection": [], "rows": []}
-    for method, gain in (("uniform credit", 0.0), ("ARCA", 0.1), ("entropy credit", 0.0)):
+    gains = {"uniform credit": 0.0, "ARCA": 0.1, "surprisal credit": 0.0, "entropy credit": 0.1}
+    for method, gain in (gains | {"divergence credit": 0.0}).items():
         sums["rows"] += [row(method, RATES[0], s, 0.5 + (0.1 + gain) * s) for s in (1, 2)]
-    real = sums | {"rows": sums["rows"][:4]}
-    head, _, *lines = compare.credit_table(sums=sums, real=real).splitlines()
-    assert head == "| accuracy minus that of uniform credit | sums | real |"
-    difference = "+0.150 [−0.485, +0.785]"
+    needle = sums | {"rows": [part | {"accuracy": 0.5} for part in sums["rows"]]}
+    head, _, *lines = compare.credit_table(sums, needle).splitlines()
+    assert head == "| accuracy minus that of uniform credit | sums | needle |"
+    none, some = "+0.000 [+0.000, +0.000]", "+0.150 [−0.485, +0.785]"
     assert lines == [
-        f"| ARCA | {difference} | {difference} |",
-        "| surprisal credit | not measured | not measured |",
-        "| entropy credit | +0.000 [+0.000, +0.000] | not measured |",
-        "| divergence credit | not measured | not measured |",
+        f"| ARCA | {some} | {none} |",
+        f"| surprisal credit | {none} | {none} |",
+        f"| entropy credit | {some} | {none} |",
+        f"| divergence credit | {none} | {none} |",
     ]
 
 

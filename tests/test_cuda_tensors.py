@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
 import infra.cli
+import infra.models
+import infra.run
 from infra.cli import parse_args
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -204,11 +206,18 @@ def test_no_step_mixes_devices(command: str, tmp_path, monkeypatch) -> None:
     words = "--engine transformers --device cuda --precision bfloat16 --steps 2 --max-logp-gap 1 "
     words += "--prompts-per-step 4 --group-size 4 --max-new-tokens 10 --eval-every 0 --lr 1e-3 "
     words += f"--eval-problems 1 --eval-samples 1 --run-dir {tmp_path / 'run'}"
-    marks = Marks()
+    marks, saved_from = Marks(), set()
+
+    def watched(policy: nn.Module, *rest: Any) -> None:
+        saved_from.update(weight.device.type for weight in policy.parameters())
+        infra.models.save_model(policy, *rest)
+
+    monkeypatch.setattr(infra.run, "save_model", watched)
     args = parse_args(script.Args, [*words.split(), *flags])
     with Devices(marks), Operations(marks):
         script.main(args)
     assert "aten::_fused_adamw_" in marks.operations  # so parameters and gradients are there
+    assert saved_from == {"cpu"}  # on a GPU vLLM holds the memory
     assert sorted(set(marks.mixes)) == []
 
 

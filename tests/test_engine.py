@@ -455,6 +455,9 @@ def test_norm_weights_that_did_not_arrive_stop_the_first_three_syncs(setup, monk
         vllm.sync(setup.policy)  # no longer checked
     monkeypatch.setattr(vllm, "syncs", 0)
     vllm.sync(setup.policy)
+    monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(StopRun, match="keeps its prefix cache"):
+        vllm.sync(setup.policy)
 
 
 @needs_vllm

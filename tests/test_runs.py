@@ -523,6 +523,20 @@ def test_another_dataset_under_the_same_name_is_noticed(finished, tmp_path, caps
     assert what == "stopped: the prompts of --dataset are not those that the run began with"
 
 
+def test_cudas_generator_is_restored(small_run, monkeypatch):
+    """Of a stand-in for CUDA: LoRA's dropout draws from it."""
+    restored = []
+    calls = {"is_initialized": lambda: True, "synchronize": lambda: None}
+    calls |= {"max_memory_allocated": lambda: 0, "set_rng_state": restored.append}
+    calls["get_rng_state"] = lambda: torch.tensor([7, 8], dtype=torch.uint8)
+    for name, call in calls.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    small_run(steps=3, save_every=1).train(1)
+    assert restored == []
+    small_run(steps=3, save_every=1, resume=True)
+    assert [state.tolist() for state in restored] == [[7, 8]]
+
+
 def test_fewer_steps_than_were_made(small_run, rejection):
     small_run(steps=4, save_every=1).train(3)
     line = rejection(small_run, steps=2, resume=True)
