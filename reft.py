@@ -14,7 +14,6 @@ Shapes: P problems (p in a micro-batch), G rollouts of each (the group), T respo
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +103,13 @@ def pick_first_tokens(
     return chosen.repeat_interleave(group_size // openers, dim=-1)  # Eq. equal shares [paper]
 
 
+def allowed_openers(engine: common.Engine) -> list[int]:
+    """All tokens except special ones and those that end a response."""
+    special = {i for i, token in engine.tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(engine.tokenizer.all_special_ids, engine.stop_tokens)
+    return [i for i in range(len(engine.tokenizer)) if i not in special]
+
+
 @torch.no_grad()
 def choose_openers(
     policy: nn.Module,
@@ -118,19 +124,14 @@ def choose_openers(
     policy.eval()
     with common.autocast(args):
         outputs = policy(**inputs, use_cache=False, logits_to_keep=1)
-    logits = outputs.logits[:, -1].float().cpu()  # [P, V] of the token after each prompt
-
-    tokenizer = engine.tokenizer
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids, engine.stop_tokens)
-    logits[:, sorted(special)] = -math.inf  # Eq. forbidden openers [open]
-    logits[:, len(tokenizer) :] = -math.inf  # rows that pad the embedding
+    allowed = torch.tensor(allowed_openers(engine))  # Eq. forbidden openers [open]
+    logits = outputs.logits[:, -1].float().cpu()[:, allowed]  # [P, allowed tokens]
 
     flags = {"candidates": args.candidates, "openers": args.openers, "group_size": args.group_size}
-    tokens = pick_first_tokens(logits, **flags, generator=generator)
-    chosen = logits.gather(-1, tokens)  # [P, G]
-    ranks = 1 + (logits[:, None] > chosen[..., None]).sum(-1)
-    return tokens, ranks
+    picked = pick_first_tokens(logits, **flags, generator=generator)  # [P, G]
+    picked_logits = logits.gather(-1, picked)
+    ranks = 1 + (logits[:, None] > picked_logits[..., None]).sum(-1)
+    return allowed[picked], ranks
 
 
 def roll_out_openers(
@@ -149,13 +150,12 @@ def roll_out_openers(
     return groups
 
 
-def opener_metrics(
-    tokens: Tensor, ranks: Tensor, logp: Tensor, correct: Tensor, openers: int
-) -> dict[str, float]:
+def opener_metrics(rollouts: common.Rollouts, ranks: Tensor, openers: int) -> dict[str, float]:
     """Probability and success of openers by rank, and how often the same opener wins.
 
-    All [P, G], with an opener's rollouts adjacent. An opener wins if no other succeeds as often.
+    ranks: [P, G]. An opener's rollouts are adjacent. It wins if no other succeeds as often.
     """
+    tokens, logp, correct = rollouts.tokens[..., 0], rollouts.old_logp[..., 0], rollouts.correct
     metrics = {"opener/probability": logp.exp().mean().item()}
     for rank in ranks.unique().tolist():
         of_rank = ranks == rank
@@ -201,8 +201,9 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
-    why = f"the tokenizer has {len(tokenizer)} tokens"
-    common.require(args.candidates <= len(tokenizer), "--candidates", args.candidates, why)
+    allowed = len(allowed_openers(engine))
+    why = f"only {allowed} tokens can begin a response"
+    common.require(args.candidates <= allowed, "--candidates", args.candidates, why)
     # </method>
 
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -288,8 +289,7 @@ def main(args: Args) -> None:
         metrics |= {"loss": update_loss, "grad_norm": grad_norm, "lr": lr}
         # <method>
         ranks = torch.tensor([group.notes for group in groups], device=mask.device)
-        first_tokens, first_logp = rollouts.tokens[..., 0], rollouts.old_logp[..., 0]
-        metrics |= opener_metrics(first_tokens, ranks, first_logp, rollouts.correct, args.openers)
+        metrics |= opener_metrics(rollouts, ranks, args.openers)
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()

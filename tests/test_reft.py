@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft import choose_openers, opener_metrics, pick_first_tokens
+from reft import allowed_openers, choose_openers, opener_metrics, pick_first_tokens
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -99,7 +99,8 @@ class Tokenizer:
         return 90
 
 
-ENGINE = SimpleNamespace(tokenizer=Tokenizer(), stop_tokens=[2])
+# 2 ends a response, as does 200, which neither the tokenizer nor the model has.
+ENGINE = SimpleNamespace(tokenizer=Tokenizer(), stop_tokens=[2, 200])
 FORBIDDEN = [0, 1, 2, 3, *range(90, 100)]
 
 
@@ -125,6 +126,7 @@ def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
 
 def test_special_and_unknown_tokens_never_open():
     logits = Policy().logits
+    assert allowed_openers(ENGINE) == [i for i in range(100) if i not in FORBIDDEN]
     tokens, ranks = chosen(candidates=10)
     assert not torch.isin(tokens, torch.tensor(FORBIDDEN)).any()
     # The next-likeliest tokens take their places, and ranks count only the allowed ones.
@@ -174,7 +176,8 @@ def test_metrics_by_hand():
     ranks = torch.tensor([[1, 1, 2, 2], [1, 1, 3, 3], [1, 1, 2, 2]])
     logp = torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.6, 0.6, 0.1, 0.1], [0.4, 0.4, 0.2, 0.2]]).log()
     correct = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1]])
-    metrics = opener_metrics(tokens, ranks, logp, correct, openers=2)
+    rollouts = SimpleNamespace(tokens=tokens[..., None], old_logp=logp[..., None], correct=correct)
+    metrics = opener_metrics(rollouts, ranks, openers=2)
     assert metrics == pytest.approx(
         {
             "opener/probability": 2.1 / 6,
@@ -188,5 +191,6 @@ def test_metrics_by_hand():
         }
     )
     correct[1] = torch.tensor([1.0, 0, 0, 0])
-    assert opener_metrics(tokens, ranks, logp, correct, openers=2)["opener/same_winner"] == 0.5
-    assert "opener/same_winner" not in opener_metrics(tokens, ranks, logp, correct * 0, openers=2)
+    assert opener_metrics(rollouts, ranks, openers=2)["opener/same_winner"] == 0.5
+    rollouts.correct = correct * 0
+    assert "opener/same_winner" not in opener_metrics(rollouts, ranks, openers=2)
