@@ -55,7 +55,8 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
             yield from read_dataset(repository, config, split, needed)
     except Exception as error:  # datasets raises many kinds for a wrong name or broken file
         error = error.__cause__ or error
-        reject(flag, name, f"{type(error).__name__}: {first_line(error)[:200]}")
+        text = " ".join(str(error).split())  # the second line names a data set's configurations
+        reject(flag, name, f"{type(error).__name__}: {text[:200]}")
 
 
 def read_dataset(repository: str, config: str, split: str, needed: Container[str]) -> Iterator[Row]:

@@ -360,6 +360,10 @@ def test_hub_layout(load, hub_folder, suffix, flag, first):
     assert [problem.answer for problem in problems] == ["0,000", "1,000", "2,000"]
 
 
+def test_a_missing_configuration(load, hub_folder, rejection):
+    assert "available configs: ['main', 'socratic']" in rejection(load, hub_folder)
+
+
 def test_folder_without_configurations(load, tmp_path, rejection):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     line = rejection(load, tmp_path, "--eval-dataset")
