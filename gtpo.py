@@ -52,12 +52,10 @@ class Args(common.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # rejects negative numbers
-        if self.overlong_gamma and not 0.5 < self.overlong_gamma <= 1:
-            why = "must lie in (0.5, 1], or be 0: off"
-            common.reject("--overlong-gamma", self.overlong_gamma, why)
-        if self.overlong_buffer:
-            why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
-            common.reject("--overlong-buffer", self.overlong_buffer, why)
+        gamma, why = self.overlong_gamma, "must lie in (0.5, 1], or be 0: off"
+        common.require(not gamma or 0.5 < gamma <= 1, "--overlong-gamma", gamma, why)
+        why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
+        common.require(not self.overlong_buffer, "--overlong-buffer", self.overlong_buffer, why)
         if self.level == "sequence":
             why = "has no effect with --level sequence"
             common.require(self.normalize == "with-zeros", "--normalize", self.normalize, why)
@@ -104,20 +102,14 @@ def gtpo_advantages(
     alpha1: Tensor | float = 1.0,
     alpha2: float = 0.1,
     normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros",
-    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
     Arguments as in `shaped_rewards`. normalize: the tokens over which r+ and r- are standardised.
     with-zeros: each over all of the group; own-set: each over those of its verdict; joint: their
-    sum over all. scope: "batch" makes all rollouts one group.
+    sum over all.
     """
-    shape = mask.shape
-    if scope == "batch":
-        alpha1 = alpha1 + torch.zeros_like(correct)[..., None]  # [P, G, 1]
-        tensors = correct, entropy, mask, alpha1
-        correct, entropy, mask, alpha1 = (x.flatten(0, 1)[None] for x in tensors)
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
@@ -128,7 +120,7 @@ def gtpo_advantages(
     minus = common.standardize(negative, wrong if own_set else mask, eps)
     advantages = torch.where(right, plus, minus)  # Eq. 6 [paper]
     both_verdicts = right.any((-2, -1), keepdim=True) & wrong.any((-2, -1), keepdim=True)
-    return torch.where(both_verdicts, advantages, 0.0).view(shape)
+    return torch.where(both_verdicts, advantages, 0.0)
 
 
 def grpo_s_advantages(
@@ -138,13 +130,12 @@ def grpo_s_advantages(
     *,
     beta1: Tensor | float = 1.0,
     beta2: float = 0.1,
-    scope: Literal["group", "batch"] = "group",
     eps: float = 1e-6,
 ) -> Tensor:
     """GRPO-S's advantage of each rollout, [P, G]: GTPO's, with each rollout as a single token."""
     entropy = masked_mean(entropy, mask)  # [P, G, 1]  # Eq. 8 [paper]
     one_token = mask.any(-1, keepdim=True)
-    settings = {"alpha1": beta1, "alpha2": beta2, "scope": scope, "eps": eps}
+    settings = {"alpha1": beta1, "alpha2": beta2, "eps": eps}
     return gtpo_advantages(correct, entropy, one_token, **settings)[..., 0]  # Eq. 9 [paper]
 
 
@@ -171,16 +162,20 @@ def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Te
 def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     """The advantage of each token under the script's settings, [P, G, T]."""
     correct, entropy, mask = rollouts.correct, rollouts.entropy, rollouts.mask
-    alpha1 = 1.0
+    alpha1 = torch.ones_like(correct)
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
-        signed = torch.where(correct > 0, punishment, -punishment)  # wrong rewards have -alpha1
-        alpha1 = 1 + signed[..., None]  # Eq. D+ [open]
+        alpha1 = torch.where(correct > 0, 1 + punishment, 1 - punishment)  # Eq. D+ [open]
+    if args.scope == "batch":  # all rollouts of the step are one group
+        tensors = correct, entropy, mask, alpha1
+        correct, entropy, mask, alpha1 = (x.flatten(0, 1)[None] for x in tensors)
     if args.level == "sequence":
-        flags = {"beta1": alpha1, "beta2": args.alpha2, "scope": args.scope}
-        return grpo_s_advantages(correct, entropy, mask, **flags)[..., None] * mask
-    flags = {"alpha1": alpha1, "alpha2": args.alpha2, "scope": args.scope}
-    return gtpo_advantages(correct, entropy, mask, normalize=args.normalize, **flags)
+        weights = {"beta1": alpha1[..., None], "beta2": args.alpha2}
+        advantages = grpo_s_advantages(correct, entropy, mask, **weights)[..., None] * mask
+    else:
+        weights = {"alpha1": alpha1[..., None], "alpha2": args.alpha2}
+        advantages = gtpo_advantages(correct, entropy, mask, normalize=args.normalize, **weights)
+    return advantages.view_as(rollouts.mask)
 
 
 def rollout_logp(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:

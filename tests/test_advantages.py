@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import slow
@@ -25,7 +26,7 @@ from erpo import erpo_advantages
 from fipo import fipo_weights
 from forking import forking_mask
 from grpo import grpo_advantages
-from gtpo import grpo_s_advantages, gtpo_advantages
+from gtpo import Args, grpo_s_advantages, gtpo_advantages, token_advantages
 from holderpo import gradient_weights
 from lambda_grpo import lambda_weights
 from stare import stare_weights
@@ -68,11 +69,18 @@ def gtpo(**settings: str) -> Method:
     return method
 
 
-def grpo_s(**settings: str) -> Method:
+def grpo_s(batch: Batch) -> Tensor:
+    advantages = grpo_s_advantages(batch.rewards > 0.5, batch.entropy, batch.mask)
+    return advantages[..., None] * batch.mask
+
+
+def gtpo_by_batch(**settings: str) -> Method:
+    """Through the script's own `token_advantages`, which makes all rollouts one group."""
+
     def method(batch: Batch) -> Tensor:
-        correct = batch.rewards > 0.5
-        advantages = grpo_s_advantages(correct, batch.entropy, batch.mask, **settings)
-        return advantages[..., None] * batch.mask
+        correct = (batch.rewards > 0.5).to(batch.entropy.dtype)
+        rollouts = SimpleNamespace(correct=correct, entropy=batch.entropy, mask=batch.mask)
+        return token_advantages(rollouts, Args(scope="batch", **settings))
 
     return method
 
@@ -120,9 +128,9 @@ METHODS: dict[str, Method] = {
     "gtpo with-zeros": gtpo(normalize="with-zeros"),
     "gtpo own-set": gtpo(normalize="own-set"),
     "gtpo joint": gtpo(normalize="joint"),
-    "gtpo by batch": gtpo(scope="batch"),
-    "grpo_s": grpo_s(),
-    "grpo_s by batch": grpo_s(scope="batch"),
+    "gtpo by batch": gtpo_by_batch(),
+    "grpo_s": grpo_s,
+    "grpo_s by batch": gtpo_by_batch(level="sequence"),
     "vineppo": vineppo(whiten=False),
     "vineppo whitened": vineppo(whiten=True),
     "holderpo weights": lambda b: gradient_weights(b.logp, b.ref_logp, b.mask, 2.0),

@@ -1,6 +1,7 @@
 """GTPO's and GRPO-S's advantages: docs/gtpo.md, by hand, token by token, and at the edges."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import slow
@@ -36,6 +37,12 @@ def tensors(group: slow.Group) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor([verdicts(group)]), pad(group.entropy), pad_mask(group.entropy)
 
 
+def batch_advantages(correct: Tensor, entropy: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    """With --scope batch: all rollouts are one group."""
+    rollouts = SimpleNamespace(correct=correct.to(entropy.dtype), entropy=entropy, mask=mask)
+    return token_advantages(rollouts, Args(scope="batch", **settings))
+
+
 def test_worked_example_rewards():
     positive, negative = shaped_rewards(*EXAMPLE, 1, 0.1)
     expected_positive = pad([[1.15, 1.05, 1.10], [1.05, 1.15], [0.0], [0.0]])
@@ -65,11 +72,11 @@ def test_scope_by_hand():
     mixed, *equal = gtpo_advantages(*example, eps=0)
     assert mixed.all() and not any(group.any() for group in equal)
 
-    batch = gtpo_advantages(*example, scope="batch", eps=0)[..., 0]
+    batch = batch_advantages(*example)[..., 0]
     expected = [[1.0430, 0.8692, -1.0792, -0.9304], [1.0430, 0.8692, 0.9561, 0.9561]]
     expected.append([-1.0792, -0.9304, -0.8559, -0.8559])
     torch.testing.assert_close(batch, torch.tensor(expected).double(), atol=5e-5, rtol=0)
-    rollouts = grpo_s_advantages(*example, scope="batch", eps=0)
+    rollouts = batch_advantages(*example, level="sequence")[..., 0]
     torch.testing.assert_close(rollouts, batch)  # a token each
 
 
@@ -80,10 +87,10 @@ def test_batch_scope_agrees_with_a_loop_over_all_rollouts():
         if len(group.rewards) % 2:
             continue
         both = [x.unflatten(1, (2, -1))[0] for x in tensors(group)]  # as two groups
-        advantages = gtpo_advantages(*both, alpha1=0.9, scope="batch").flatten(0, 1)
-        expected = pad(slow.gtpo(verdicts(group), group.entropy, alpha1=0.9))[0]
+        advantages = batch_advantages(*both, alpha2=0.3).flatten(0, 1)
+        expected = pad(slow.gtpo(verdicts(group), group.entropy, alpha2=0.3))[0]
         torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
-        rollouts = grpo_s_advantages(*both, scope="batch").flatten()
+        rollouts = batch_advantages(*both, level="sequence")[..., 0].flatten()
         expected = pad([slow.grpo_s(verdicts(group), group.entropy)])[0, 0]
         torch.testing.assert_close(rollouts, expected, atol=1e-6, rtol=0, msg=f"group {seed}")
         compared += 1
@@ -277,9 +284,6 @@ def test_a_verdict_weight_per_rollout_is_a_punishment_added_before_standardising
     )
     joint = gtpo_advantages(*EXAMPLE, normalize="joint", alpha1=alpha1)
     torch.testing.assert_close(joint, pad(expected))
-    as_two = [x.view(2, 2, *x.shape[2:]) for x in (*EXAMPLE, alpha1)]
-    batch = gtpo_advantages(*as_two[:3], normalize="joint", scope="batch", alpha1=as_two[3])
-    torch.testing.assert_close(batch.view_as(joint), joint)
 
     plain = gtpo_advantages(*EXAMPLE)
     for advantages, before in (
@@ -315,3 +319,14 @@ def test_a_long_rollout_of_the_majority_loses_whatever_its_verdict(level, majori
     torch.testing.assert_close(token_advantages(rollouts, args), expected)
     without = token_advantages(rollouts, Args(level=level))
     assert token_advantages(rollouts, args)[0, 0, 0] < without[0, 0, 0]
+
+    # The punishment of each group, under batch scope: eight rollouts, the second group as the first
+    twice = [x.repeat(2, 1, 1) for x in (correct[..., None], entropy, mask)]
+    batch = batch_advantages(twice[0][..., 0], *twice[1:], level=level, overlong_gamma=1.0)
+    as_one = [x.repeat(1, 2, 1) for x in (correct[..., None], entropy, mask, weights)]
+    if level == "token":
+        expected = gtpo_advantages(as_one[0][..., 0], *as_one[1:3], alpha1=as_one[3])
+    else:
+        expected = grpo_s_advantages(as_one[0][..., 0], *as_one[1:3], beta1=as_one[3])
+        expected = expected[..., None] * as_one[2]
+    torch.testing.assert_close(batch.flatten(0, 1), expected[0])
