@@ -22,7 +22,7 @@ def test_rows_are_complete_and_sorted_by_library():
 
 def test_versions_are_the_pinned_ones():
     pins = set()
-    for name in ("requirements.txt", "requirements-cpu.txt"):
+    for name in ("requirements.txt", "requirements-cpu.txt", "requirements-scale.txt"):
         text = (ROOT / name).read_text()
         pins.update(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
     assert {tuple(row[0].split()) for row in ROWS} <= pins
