@@ -220,7 +220,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -6,7 +6,7 @@ and evaluation.
 Shapes: P problems, G rollouts of each (the group), T tokens of the longest response, D hidden
 width; n rollouts of a micro-batch, P' problems of an update.
 Everything else is in infra/ (models, forward passes, engines, data, run folder, command line) and
-in grading/. A script imports only this module, so this one also re-exports what scripts need.
+in grading/. From this project a script imports only this module, which re-exports what it needs.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class RunArgs:
 
     # Optimisation
     steps: int = 150  # training steps, each with new rollouts
-    updates_per_rollout: int = 1  # optimiser updates per step, each on other problems
+    updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
     lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
-    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not if constant
+    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not with constant
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
@@ -220,7 +220,7 @@ def collect(
 ) -> list[Group]:
     """P verified groups for one step.
 
-    generate: rolls out groups; a method may have its own.
+    generate: rolls out groups; REFT passes its own.
     Dynamic sampling discards groups whose verdicts are all equal, and rolls out as many new
     problems. Its last round keeps them, so that there are P groups.
     """
@@ -394,9 +394,9 @@ def scored_micro_batches(
     problems: Tensor,
     args: RunArgs,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of some problems, [P'] indices, each after a forward pass of the policy.
+    """The micro-batches of some problems, [P'] indices, each after a forward pass with gradients.
 
-    The pass has gradients. It also scores the rollouts unless `needs_scoring_pass` held for them.
+    Unless `needs_scoring_pass` held, the pass also sets the rollouts' old_logp, entropy, ref_logp.
     """
     scored = rollouts.old_logp is not None
     if not scored:
@@ -547,7 +547,10 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor) -> dict[str, Any]:
 
 
 def evaluate(engine: Engine, grader: Grader, problems: Problems, args: RunArgs) -> dict[str, Any]:
-    """On held-out problems: accuracy of samples with a 95% interval, greedy accuracy, length."""
+    """On held-out problems: accuracy of samples, greedy accuracy, length.
+
+    The 95% interval of the accuracy is bootstrapped over problems.
+    """
     chosen = problems[: args.eval_problems]
     seed = (args.seed, "evaluation")
     sampled = roll_out(engine, chosen, args, seed, group_size=args.eval_samples)

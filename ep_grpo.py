@@ -1,14 +1,13 @@
 r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
 
-grpo.py with a KL penalty, and with another advantage: outcome + progress, for each token.
-- Outcome: gate x GRPO's advantage. The gate is the sigmoid of γ x the z-score of the token's
-  entropy in its group.
-- Progress: η x the z-score of a signal over the group's tokens in the same bucket. The signal is
-  the sampled token's log π_old - log π_ref, negated in rollouts with a negative advantage. Bucket k
-  holds the tokens at which the running sum of the rollout's entropy is between k/K and (k+1)/K of
-  its total.
-In a group of equal rewards GRPO's advantage is 0, but progress still trains the policy: there the
-signal is negated if the rewards are below θ.
+grpo.py with a KL penalty by default, and with another advantage: outcome + progress, per token.
+- Outcome: gate x GRPO's advantage A. The gate is sigmoid(γ x z-score of the token's entropy in its
+  group).
+- Progress: η x z-score of sign(A) (log π_old - log π_ref) over the group's tokens in the same
+  bucket. Bucket k of K has the tokens at which the rollout's entropy, summed up to the token, is
+  between k/K and (k+1)/K of the rollout's total.
+In a group of equal rewards A is 0, but progress still trains the policy: there the sign is that of
+reward - θ.
 Comments "Eq. ..." refer to rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
@@ -43,9 +42,9 @@ class Args(common.RunArgs):
     eta: float = 0.2
     """η: weight of progress (paper: 0.2); 0: only the outcome"""
     buckets: int = 10
-    """K: entropy buckets in which progress is standardised (paper: 10)"""
+    """K: buckets of cumulative entropy in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: in a group of equal rewards the log-ratio is negated if reward < θ (paper: 0.5)"""
+    """θ: in a group of equal rewards the log-ratio takes the sign of reward - θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -117,8 +116,8 @@ def ep_grpo_advantages(
     """Outcome plus progress of each token: [P, G, T], 0 outside the mask.
 
     rewards: [P, G]; the others [P, G, T]. entropy (nats) and logp are of the policy that sampled,
-    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ. It cancels
-    in the standardisation, up to eps, so it is not a setting here.
+    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ = 0.1, which
+    the z-score cancels up to eps, so it is not a setting here.
     Progress has mean 0 in each bucket of a group. It is 0 in a bucket with one token or with equal
     signed log-ratios [open].
     """
@@ -130,7 +129,8 @@ def ep_grpo_advantages(
     sign = torch.where(varied, advantages, rewards - reward_threshold).sign()  # Eq. 21 [paper]
     signal = sign[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
 
-    # A bucket holds tokens of all rollouts of the group. `standardize` is 0 outside its mask.
+    # A bucket holds tokens of all rollouts of the group, and each token is in one bucket.
+    # `standardize` is 0 outside its mask.
     z = torch.zeros_like(signal)
     bucket = entropy_buckets(entropy, mask, buckets)
     for k in range(buckets):
@@ -199,7 +199,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -33,13 +33,14 @@ class Args(common.RunArgs):
     level: Literal["token", "sequence"] = "token"
     """token: GTPO; sequence: GRPO-S, which always uses --loss-average sequence"""
     alpha2: float = 0.1
-    """α₂ (β₂ in GRPO-S): weight of the entropy, next to the verdict's α₁ = 1 [paper]"""
+    """α₂ (β₂ in GRPO-S): weight of the entropy; that of the verdict, α₁, is 1 [paper]"""
     normalize: Literal["with-zeros", "own-set", "joint"] = "with-zeros"
-    """GTPO: the tokens over which shaped rewards are standardised, see `gtpo_advantages` [open]"""
+    """GTPO: shaped rewards are standardised over all tokens of the group, over those of the same
+    verdict, or as one vector, see docs/gtpo.md [open]"""
     scope: Literal["group", "batch"] = "group"
     """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
     overlong_gamma: float = 0.0
-    """γ₁ of the paper's overlong punishment, such as 0.75; 0: off [open]"""
+    """γ₁: group accuracy from which long right responses are punished, such as 0.75; 0: off"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.28
@@ -77,16 +78,16 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    correct: [P, G], right if above 0; entropy (nats), mask: [P, G, T]. alpha1, a number or
-    [P, G, 1], weighs the verdict. alpha2 weighs x / mean(x): x is the entropy, in wrong rollouts
-    1 / entropy; the mean is over the rollouts of this verdict that have a token at this position.
+    r+ = alpha1 + alpha2 H / mean(H) and r- = -alpha1 - alpha2 (1/H) / mean(1/H), with the mean over
+    the rollouts of the same verdict that have a token at this position.
+    correct: [P, G], right if above 0; entropy H (nats), mask: [P, G, T]; alpha1: also [P, G, 1].
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
     entropy = entropy.clamp(min=1e-6)  # keeps 1 / entropy finite [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
-    # NaN where no rollout of this verdict has a token, which torch.where drops.
+    # 0 / 0 = NaN where no rollout of this verdict has a token, which torch.where drops.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
@@ -106,9 +107,9 @@ def gtpo_advantages(
 ) -> Tensor:
     """GTPO's advantages, [P, G, T], 0 outside the mask and in groups of equal verdicts [open].
 
-    Arguments as in `shaped_rewards`. normalize: the tokens over which r+ and r- are standardised.
-    with-zeros: each over all of the group; own-set: each over those of its verdict; joint: their
-    sum over all.
+    Arguments as in `shaped_rewards`. normalize: over which tokens r+ and r- are standardised.
+    with-zeros: all of the group, 0 on those of the other verdict; own-set: those of its own
+    verdict; joint: r+ + r- as one vector, over all of the group.
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
@@ -142,9 +143,9 @@ def grpo_s_advantages(
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    Punishes rollouts above a limit. At a group accuracy of at least gamma, in (1/2, 1], the correct
-    ones, with a limit from their lengths; of at most 1 - gamma none. In between the correct ones if
-    they are the majority, else the wrong ones [open], with a limit from all lengths.
+    It depends on the group's accuracy. At least gamma, in (1/2, 1]: correct rollouts above a limit
+    from the correct lengths are punished. At most 1 - gamma: none. In between: the correct ones if
+    they are the majority, else the wrong ones [open], above a limit from all lengths.
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -242,7 +243,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if args.scope == "batch" or common.needs_scoring_pass(policy, rollouts, args):
@@ -251,7 +252,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in phase 4, for the groups that have been scored by then.
+        # Computed in phase 4, whose forward pass may also be the one that scores.
         # </method>
 
         # 4. Update on one share of the problems at a time. Advantages are of whole groups.

@@ -1,4 +1,4 @@
-r"""REFT: first-token diversification of rollouts (arXiv 2605.28295).
+r"""REFT: first-token diversification (arXiv 2605.28295; we read its abstract and slides).
 
 grpo.py, except that a group's rollouts begin with K different tokens, the openers, drawn uniformly
 from the N most likely ones. Each opens G / K of the G rollouts. Comments "Eq. ..." refer to rows of
@@ -86,7 +86,7 @@ def pick_first_tokens(
     """The first token of every rollout of every prompt: [P, V] -> [P, G] token ids.
 
     logits: of the token after the prompt, V the vocabulary; -inf for tokens that cannot be chosen.
-    Raises ValueError if the numbers do not fit together, or if a prompt has too few candidates.
+    Raises ValueError if the numbers do not fit, or a prompt has too few candidates. generator: CPU.
     """
     prompts, vocabulary = logits.shape
     if not 1 <= openers <= candidates <= vocabulary:
@@ -103,11 +103,11 @@ def pick_first_tokens(
     return chosen.repeat_interleave(group_size // openers, dim=-1)  # Eq. equal shares [paper]
 
 
-def allowed_openers(engine: common.Engine) -> list[int]:
-    """All tokens except special ones and those that end a response."""
+def allowed_openers(engine: common.Engine, vocabulary: int) -> list[int]:
+    """The ids below `vocabulary`, except special tokens and those that end a response."""
     special = {i for i, token in engine.tokenizer.added_tokens_decoder.items() if token.special}
     special.update(engine.tokenizer.all_special_ids, engine.stop_tokens)
-    return [i for i in range(len(engine.tokenizer)) if i not in special]
+    return [i for i in range(min(vocabulary, len(engine.tokenizer))) if i not in special]
 
 
 @torch.no_grad()
@@ -118,20 +118,20 @@ def choose_openers(
     args: Args,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Every rollout's first token and its rank among the allowed tokens, from 1: two [P, G]."""
+    """Every rollout's first token and its rank among the allowed ones, 1 the likeliest: [P, G]."""
     ids, is_token, position_ids = common.left_pad(prompts, common.device(args))
     inputs = {"input_ids": ids, "attention_mask": is_token, "position_ids": position_ids}
     policy.eval()
     with common.autocast(args):
         outputs = policy(**inputs, use_cache=False, logits_to_keep=1)
-    allowed = torch.tensor(allowed_openers(engine))  # Eq. forbidden openers [open]
-    logits = outputs.logits[:, -1].float().cpu()[:, allowed]  # [P, allowed tokens]
+    logits = outputs.logits[:, -1].float().cpu()  # [P, V] of the token after each prompt
+    allowed = torch.tensor(allowed_openers(engine, logits.shape[-1]))
+    logits = logits[:, allowed]  # Eq. allowed openers [open]
 
     flags = {"candidates": args.candidates, "openers": args.openers, "group_size": args.group_size}
     picked = pick_first_tokens(logits, **flags, generator=generator)  # [P, G]
-    picked_logits = logits.gather(-1, picked)
-    ranks = 1 + (logits[:, None] > picked_logits[..., None]).sum(-1)
-    return allowed[picked], ranks
+    higher = logits[:, None] > logits.gather(-1, picked)[..., None]  # [P, G, allowed tokens]
+    return allowed[picked], 1 + higher.sum(-1)
 
 
 def roll_out_openers(
@@ -201,7 +201,7 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
-    allowed = len(allowed_openers(engine))
+    allowed = len(allowed_openers(engine, len(tokenizer)))
     why = f"only {allowed} tokens can begin a response"
     common.require(args.candidates <= allowed, "--candidates", args.candidates, why)
     # </method>
@@ -233,7 +233,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -83,8 +83,8 @@ def vineppo_advantages(
 ) -> Tensor:
     """The change of value over its step, for each token: [P, G, T], 0 outside the mask.
 
-    values: [P, G, S], the value before each step; steps: [P, G, T], the step of each token, from 0;
-    rewards: [P, G], the value after the last step. whiten: z-scores over all tokens of [P, G, T].
+    values: [P, G, S], the value before each step; rewards: [P, G], the value after the last step;
+    steps: [P, G, T], each token's step, from 0; padding is 0. whiten: z-scores over all tokens.
     """
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
     # The value after a step is that before the next one, after the last step the reward.
@@ -128,11 +128,11 @@ def estimate_values(
         vocabulary.update(*group.tokens)
     texts = token_texts(engine, vocabulary)
 
-    # Split each rollout into steps, and give each different prefix (p, tokens) before one an id.
+    # Split each rollout into steps, and number the different prefixes (p, tokens) before steps.
     longest = max(len(row) for group in groups for row in group.tokens)
     steps = torch.zeros(len(groups), len(groups[0].tokens), longest, dtype=torch.long)
-    prefix_before = torch.zeros_like(steps)  # [P, G, S] the id of the prefix before a step; S = T
-    ids = {}  # of the prefixes
+    prefix_before = torch.zeros_like(steps)  # [P, G, S] number of the prefix before a step; S = T
+    ids = {}  # the number of each prefix
     for p, group in enumerate(groups):
         for g, row in enumerate(group.tokens):
             start = 0
@@ -152,7 +152,7 @@ def estimate_values(
             limits.append(args.max_new_tokens - len(prefix))
     continuations = engine.generate(prompts, seeds, limits, args.temperature)
 
-    # The value of a prefix is the mean reward of its K responses, which begin with it.
+    # Each prefix and continuation are graded as one response. Their mean reward is its value.
     prefixes = list(ids)
     responses, problems = [], []
     for i, (tokens, _) in enumerate(continuations):
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score under the policy that sampled, unless the update does so (phase 4).
+        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -356,7 +356,7 @@ def test_first_token_logits_are_the_policys(short_args, monkeypatch):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     reft.choose_openers(policy, engine, prompts, args, torch.Generator())
     [logits] = picked_from
-    allowed = reft.allowed_openers(engine)
+    allowed = reft.allowed_openers(engine, 259)
     assert logits.shape == (3, 256)
     for row, prompt in zip(logits, prompts, strict=True):
         expected = first_logp(policy, prompt)[allowed].log_softmax(-1)

@@ -24,7 +24,7 @@ GRADING = sorted((ROOT / "grading").glob("*.py"))
 SHARED = [COMMON, *INFRA, *GRADING]
 PHASES = [
     "Roll out and verify",
-    "Score under",
+    "Score: old_logp",
     "Compute the advantages",
     "Update on",
     "Log metrics",
