@@ -23,10 +23,7 @@ from tqdm import tqdm
 MAY_CHANGE = {
     "resume",
     "steps",
-    "eval_dataset",
     "eval_every",
-    "eval_problems",
-    "eval_samples",
     "save_every",
     "keep_checkpoints",
     "log_rollouts",
@@ -189,12 +186,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
+def memory_advice(error: BaseException, gpu_memory: float, lower: str) -> str:
+    """What to change if memory ran out, else "". lower: settings that take less memory if lower."""
+    if "Try increasing `gpu_memory_utilization`" in str(error):  # vLLM
+        return f"vLLM needs more memory: raise --gpu-memory {gpu_memory}"
+    if out_of_memory(error):
+        return f"out of memory in {place_of(error)}: lower {lower}"
+    return ""
+
+
 def place_of(error: BaseException) -> str:
     """The innermost function of this project in the error's traceback."""
     project = Path(__file__).parent.parent
+    folders = project, project / "infra", project / "tools"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if Path(f.filename).parent in (project, project / "infra")]
-    return ours[-1].name
+    return [frame.name for frame in frames if Path(frame.filename).parent in folders][-1]
 
 
 def launch(main: Callable[[Any], None], settings: type) -> None:
@@ -208,17 +214,14 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Exception as error:
-        message, code = f"stopped: {error}", 1
-        if "Try increasing `gpu_memory_utilization`" in str(error):  # vLLM
-            message = f"stopped: vLLM needs more memory: raise --gpu-memory {args.gpu_memory}"
-        elif out_of_memory(error):
-            message = (
-                f"stopped: out of memory in {place_of(error)}: lower --token-budget "
-                f"{args.token_budget} or --gpu-memory {args.gpu_memory}, or add "
-                "--gradient-checkpointing; a new run can use --lora-rank 32"
-            )
-        elif not isinstance(error, StopRun | OSError):
+        lower = (
+            f"--token-budget {args.token_budget} or --gpu-memory {args.gpu_memory}, or add "
+            "--gradient-checkpointing; a new run can use --lora-rank 32"
+        )
+        cause = memory_advice(error, args.gpu_memory, lower)
+        if not cause and not isinstance(error, StopRun | OSError):
             raise
+        message, code = f"stopped: {cause or error}", 1
     report(message)
     if Path(args.run_dir, "args.json").exists():
         command = shlex.join(["python", sys.argv[0], "--resume", args.run_dir])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -75,6 +76,19 @@ def delete_unfinished(folder: Path) -> None:
                 path.unlink()
 
 
+def new_folder(name: str) -> str:
+    """Create a folder of this name, or with -2, -3, ... added if runs began in the same second."""
+    for number in itertools.count(1):
+        folder = name if number == 1 else f"{name}-{number}"
+        try:
+            Path(folder).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # `lock_folder` says why
+        return folder
+
+
 def lock_folder(folder: Path, flag: str) -> filelock.FileLock:
     """Create a folder and make this process its only writer. A kill releases the lock."""
     lock = filelock.FileLock(folder / "lock")
@@ -96,6 +110,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Discard a jsonl file's rows from a step on, line by line: rollouts.jsonl may be large."""
+    path.touch()
+    with atomic_write(path) as partial, path.open("rb") as rows, partial.open("wb") as kept:
+        for line in rows:
+            with contextlib.suppress(ValueError):  # a last line that a kill left incomplete
+                if json.loads(line)["step"] < step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
 
 
 # ------------------------------------------------------------------ metrics
@@ -141,8 +165,8 @@ class Run:
 
     def __init__(self, args: Any) -> None:
         self.script = Path(inspect.getfile(type(args))).stem
-        name = f"runs/{self.script}-{args.seed}-%Y%m%d-%H%M%S"
-        args.run_dir = args.run_dir or time.strftime(name)
+        name = time.strftime(f"runs/{self.script}-{args.seed}-%Y%m%d-%H%M%S")
+        args.run_dir = args.run_dir or new_folder(name)
         self.args, self.folder = args, Path(args.run_dir)
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
@@ -308,16 +332,16 @@ class Run:
             partial.write_text(json.dumps(settings, indent=1))
         first = self.step + 1 if self.step else 0  # the evaluation before training is step 0
         for path in (self.metrics_file, self.rollouts_file):
-            rows = [row for row in read_lines(path) if row["step"] < first]
-            with atomic_write(path) as partial:
-                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            keep_rows_before(path, first)
         delete_folder(self.folder / "model")  # of fewer steps
         if self.args.wandb_project:
             import wandb
 
+            path = self.folder.resolve()
             wandb.init(
                 project=self.args.wandb_project,
-                id=self.folder.resolve().name,  # so that a resumed run continues there
+                name=path.name,
+                id=f"{path.name}-{seed_for(str(path)):08x}",  # a resumed run continues there
                 resume="allow",
                 config=settings,
                 sync_tensorboard=True,

@@ -93,6 +93,15 @@ def save_model(
     return folder
 
 
+def fail(error: BaseException) -> Callable[..., Any]:
+    """A function that raises the error, whatever its arguments."""
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise type(error)(*error.args)  # a new one, which keeps no frames of an earlier run
+
+    return failing
+
+
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory) -> Path:
     """LM head tied to the embedding; the pad token is the EOS token."""

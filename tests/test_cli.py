@@ -281,10 +281,7 @@ def test_other_settings_may_change(begin, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", MagicMock(__spec__=MagicMock()))
     changes = {
         "steps": 200,
-        "eval_dataset": "other",
         "eval_every": 3,
-        "eval_problems": 5,
-        "eval_samples": 6,
         "save_every": 7,
         "keep_checkpoints": 8,
         "log_rollouts": 9,

@@ -14,8 +14,9 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
+import torch
 import tyro
-from conftest import ROOT, needs_vllm, shared_rows
+from conftest import ROOT, fail, needs_vllm, shared_rows
 from damage import BROKEN
 
 from common import bootstrap_interval, evaluate
@@ -262,7 +263,7 @@ def test_settings_that_differ_from_the_saved_ones(
         ("max_new_tokens", 7, 6),
         ("temperature", 0.5, 1.0),
         ("seed", 2, 1),
-        ("precision", "float32", "auto"),
+        ("precision", "bfloat16", "float32"),
         ("stop_tokens", ("a",), []),
     ]:
         line = rejection(run, **mine | {name: value})
@@ -274,9 +275,49 @@ def test_settings_that_differ_from_the_saved_ones(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert rejection(run, **mine).startswith(f"--models {model} (")
     shutil.copy(tied_model / "model.safetensors", weights)
+    config = model / "generation_config.json"  # holds the tokens that end a response
+    text = config.read_text() if config.exists() else "{}"
+    config.write_text(json.dumps(json.loads(text) | {"eos_token_id": 5}))
+    assert rejection(run, **mine).startswith(f"--models {model} (")
+    if (tied_model / config.name).exists():
+        shutil.copy(tied_model / config.name, config)
+    else:
+        config.unlink()
     problems.write_text('{"problem": "1+1", "answer": "2"}\n')
     assert rejection(run, **mine).startswith(f"--datasets {problems} (")
     assert saved_files(tmp_path / "saved") == before
+
+
+def test_settings_of_an_evaluation_without_a_response_may_change(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tool, "evaluate_model", fail(KeyboardInterrupt()))
+        run(problems=2, max_new_tokens=7)
+    run(problems=2)
+    [text] = saved_files(tmp_path / "saved").values()
+    assert json.loads(text.splitlines()[0])["max_new_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "cause"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (tool.StopRun("the cause"), 1, "the cause"),
+        (torch.OutOfMemoryError("out of memory"), 1, "lower --batch 32 or --gpu-memory 0.9"),
+        (ValueError("Try increasing `gpu_memory_utilization`"), 1, "raise --gpu-memory 0.9"),
+    ],
+)
+def test_an_evaluation_that_stops_says_how_to_go_on(error, code, cause, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "main", fail(error))
+    with pytest.raises(SystemExit) as stopped:
+        tool.launch(tool.Args())
+    assert stopped.value.code == code
+    assert f"{cause}; repeat the command to resume\n" in capsys.readouterr().err
+
+
+def test_other_errors_of_an_evaluation_are_raised(monkeypatch):
+    monkeypatch.setattr(tool, "main", fail(RuntimeError("size mismatch")))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        tool.launch(tool.Args())
 
 
 def test_spellings_of_a_path(run, tied_model, problem_file, tmp_path, monkeypatch):

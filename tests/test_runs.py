@@ -24,6 +24,7 @@ from conftest import (
     SCRIPTS,
     assert_same_run,
     content,
+    fail,
     needs_vllm,
     read_metrics,
     short_settings,
@@ -48,15 +49,6 @@ class Killed(BaseException):
 
 def kill(*_: Any, **__: Any) -> None:
     raise Killed
-
-
-def fail(error: BaseException) -> Callable[..., Any]:
-    """A function that raises the error, whatever its arguments."""
-
-    def failing(*_: Any, **__: Any) -> Any:
-        raise type(error)(*error.args)  # a new one, which keeps no frames of an earlier run
-
-    return failing
 
 
 # ------------------------------------------------------------------ running scripts
@@ -555,7 +547,8 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch, rejection):
 
 
 def test_wandb_continues_a_resumed_run(small_run, tmp_path, monkeypatch):
-    """Its id is the folder's name, from whichever directory the run is resumed."""
+    """Its id comes from the folder, from whichever directory the run is resumed. Two folders of one
+    name have two ids."""
     wandb = MagicMock(__spec__=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     small = small_run(steps=4, save_every=1, wandb_project="p")
@@ -564,7 +557,11 @@ def test_wandb_continues_a_resumed_run(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(small.folder)
     SmallRun(grpo.Args(steps=4, wandb_project="p", run_dir=".", resume="."))
     first, second = (call.kwargs for call in wandb.init.call_args_list)
-    assert first["id"] == second["id"] == "small"
+    assert first["id"] == second["id"] != "small"
+    assert first["name"] == second["name"] == "small"
+    SmallRun(grpo.Args(wandb_project="p", run_dir=str(tmp_path / "other" / "small")))
+    third = wandb.init.call_args.kwargs
+    assert third["name"] == "small" and third["id"] != first["id"]
     assert (first["project"], first["resume"], first["sync_tensorboard"]) == ("p", "allow", True)
     assert first["config"]["group_size"] == 8
 
@@ -756,6 +753,28 @@ def test_a_share_of_memory_too_small_for_vllm(phrase, make_args, monkeypatch, ca
     assert start("grpo", make_args()) == 1
     what = capsys.readouterr().err.splitlines()[-1]
     assert what == "stopped: vLLM needs more memory: raise --gpu-memory 0.3"
+
+
+def test_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "strftime", lambda _: "runs/grpo-1-now")
+    runs = [run.Run(grpo.Args()) for _ in range(3)]
+    folders = [one.args.run_dir for one in runs]
+    assert folders == ["runs/grpo-1-now", "runs/grpo-1-now-2", "runs/grpo-1-now-3"]
+
+
+def test_rows_of_later_steps_are_discarded(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rows = [json.dumps({"step": step, "text": "é\n\x1c"}).encode() for step in (1, 2, 2, 3)]
+    path.write_bytes(b"\n".join(rows))  # a kill came before the last line's end
+    for step, kept in ((4, 4), (3, 3), (2, 1), (1, 0)):
+        run.keep_rows_before(path, step)
+        assert path.read_bytes() == b"".join(row + b"\n" for row in rows[:kept])
+    path.write_bytes(rows[0] + b"\n" + rows[1][:-3])
+    run.keep_rows_before(path, 9)
+    assert path.read_bytes() == rows[0] + b"\n"
+    run.keep_rows_before(tmp_path / "new.jsonl", 1)
+    assert (tmp_path / "new.jsonl").read_bytes() == b""
 
 
 def test_memory_that_runs_out_while_a_file_is_written_is_reported_as_such(tmp_path):

@@ -38,6 +38,7 @@ class Args:
     trust_remote_code: bool = False  # run Python code that comes with the model
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy and of vLLM
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
     seed: int = 1  # of the change and of sampling
 
 

@@ -39,6 +39,7 @@ from infra.cli import (
     check_temperature,
     first_line,
     flag_of,
+    memory_advice,
     progress_bar,
     reject,
     require,
@@ -62,7 +63,7 @@ KNOWN = {
 }
 # The settings that change a response. All others may differ when an evaluation is resumed.
 FIXED = [
-    *("samples", "max_new_tokens", "temperature", "seed", "engine", "precision"),
+    *("samples", "max_new_tokens", "temperature", "seed", "engine"),
     *("instruction", "system_prompt", "template_args", "answer_format", "stop_tokens"),
 ]
 
@@ -145,7 +146,8 @@ def evaluate_model(
     """Verified samples and a greedy response to the problems with these numbers.
 
     A response depends only on the weights, the seed and the problem's number, so problems can be
-    evaluated in any batches. With the same seed, the samples are those of a run's own evaluation.
+    evaluated in any batches. With the same seed the samples are those of a run's own evaluation.
+    (Both in float32 on a CPU; else rounding depends on the batch.)
     A record holds number, problem, reference (and alternatives, if any); answers (None if there is
     none), correct, lengths and truncated of the samples; majority; and greedy, the same lists for
     the greedy response.
@@ -255,7 +257,7 @@ def weights_digest(model: str) -> str:
     """A digest of the model's files. A name on the hub has none here."""
     digests = []
     for folder in sorted({model, base_of(model)}):
-        for pattern in ("*.safetensors", "*.bin", "adapter_config.json"):
+        for pattern in ("*.safetensors", "*.bin", "*config.json"):
             for path in sorted(Path(folder).glob(pattern)):
                 with path.open("rb") as file:
                     digests.append(hashlib.file_digest(file, "blake2b").digest())
@@ -281,10 +283,14 @@ class Results:
         prompts = [(row.prompt, row.answer, *row.alternatives) for row in problems]
         settings = {name: getattr(args, name) for name in FIXED}
         settings["stop_tokens"] = list(args.stop_tokens)  # JSON has no tuples
+        settings["device"] = device(args).type
+        settings["precision"] = str(precision(args)).removeprefix("torch.")
         settings["models"] = f"{model} ({weights_digest(model)})"
         settings["datasets"] = f"{dataset} ({digest(prompts)})"
 
         saved, *records = read_lines(self.path) or [settings]
+        if not records:  # it stopped before its first response
+            saved = settings | {name: saved.get(name) for name in ("models", "datasets")}
         for name, value in settings.items():
             why = f"{self.path} was made with {saved.get(name)}; choose another --folder"
             require(saved.get(name) == value, flag_of(name), value, why)
@@ -420,10 +426,25 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-if __name__ == "__main__":
+def launch(args: Args) -> None:
+    """Run `main`. After an interrupt or known error print one line and how to resume.
+
+    Exits with 130 after an interrupt, with 1 after an error.
+    """
     try:
-        main(tyro.cli(Args, description=__doc__))
-    except (KeyboardInterrupt, StopRun) as error:
-        cause = str(error) or "interrupted"
-        print(f"{cause}; repeat the command to resume", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, StopRun) else 130) from None
+        main(args)
+        return
+    except KeyboardInterrupt:
+        cause, code = "interrupted", 130
+    except Exception as error:
+        lower = f"--batch {args.batch} or --gpu-memory {args.gpu_memory}"
+        advice = memory_advice(error, args.gpu_memory, lower)
+        if not advice and not isinstance(error, StopRun):
+            raise
+        cause, code = advice or str(error), 1
+    print(f"{cause}; repeat the command to resume", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    launch(tyro.cli(Args, description=__doc__))
