@@ -49,11 +49,10 @@ class Args(common.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # rejects negative numbers
-        count = self.continuations
-        common.require(count > 0, "--continuations", count, "must be at least 1")
+        common.require(self.continuations, "--continuations", self.continuations, "must be above 0")
         try:
             re.compile(self.step_end)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             common.reject("--step-end", self.step_end, f"is not a regular expression: {error}")
 
     # </method>
@@ -84,8 +83,9 @@ def vineppo_advantages(
     """The change of value over its step, for each token: [P, G, T], 0 outside the mask.
 
     values: [P, G, S], the value before each step; rewards: [P, G], the value after the last step;
-    steps: [P, G, T], each token's step, from 0; padding is 0. whiten: z-scores over all tokens.
+    steps: [P, G, T], each token's step, from 0. whiten: z-scores over all tokens of [P, G, T].
     """
+    steps = torch.where(mask, steps, 0)
     last = steps.amax(-1, keepdim=True)  # [P, G, 1]
     # The value after a step is that before the next one, after the last step the reward.
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]

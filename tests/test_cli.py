@@ -81,6 +81,7 @@ REJECTED = {  # by the message after the last flag of each command line
         *("grpo --prompts-per-step 0", "grpo --max-new-tokens 0", "grpo --max-prompt-tokens 0"),
         *("grpo --steps 0", "grpo --token-budget 0", "grpo --temperature 0.0", "grpo --lr 0.0"),
         *("grpo --max-grad-norm 0.0", "ep_grpo --buckets 0", "erpo --buckets 0"),
+        "vineppo --continuations 0",
         *("erpo --sigma-target 0.0", "fipo --half-life 0.0", "fipo --safety 0.0"),
     ],
     "must be finite": [
@@ -125,7 +126,7 @@ REJECTED = {  # by the message after the last flag of each command line
     "must leave room after the first token": ["reft --max-new-tokens 1"],
     "must be from 1 to --candidates 20": ["reft --openers 0", "reft --openers 21"],
     "must be a multiple of --openers 3": ["reft --openers 3"],
-    "must be at least 1": ["vineppo --continuations 0", "stare --amplify 0.9"],
+    "must be at least 1": ["stare --amplify 0.9"],
     "is DAPO: all weights are 1": ["fipo --updates-per-rollout 1"],
     "must exceed 1 + --clip-high 0.28": ["fipo --ratio-cap 1.28"],
     "must be above 0 and at most 1": [
@@ -133,6 +134,9 @@ REJECTED = {  # by the message after the last flag of each command line
     ],
     "is not a regular expression: missing ), unterminated subpattern at position 0": [
         "vineppo --step-end (",
+    ],
+    "is not a regular expression: the repetition number is too large": [
+        "vineppo --step-end a{99999999999}"
     ],
 }
 
