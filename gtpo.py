@@ -78,9 +78,9 @@ def shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """r+ of the correct rollouts' tokens and r- of the wrong ones', 0 elsewhere: two [P, G, T].
 
-    r+ = alpha1 + alpha2 H / mean(H) and r- = -alpha1 - alpha2 (1/H) / mean(1/H), with the mean over
-    the rollouts of the same verdict that have a token at this position.
-    correct: [P, G], right if above 0; entropy H (nats), mask: [P, G, T]; alpha1: also [P, G, 1].
+    r+ = alpha1 + alpha2 H / mean(H) and r- = -alpha1 - alpha2 (1/H) / mean(1/H); means are over the
+    rollouts of the same verdict that have a token at this position.
+    correct: [P, G], right if above 0; entropy H (nats), mask: [P, G, T]; alpha1 may be [P, G, 1].
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right

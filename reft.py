@@ -86,7 +86,7 @@ def pick_first_tokens(
     """The first token of every rollout of every prompt: [P, V] -> [P, G] token ids.
 
     logits: of the token after the prompt, V the vocabulary; -inf for tokens that cannot be chosen.
-    Raises ValueError if the numbers do not fit, or a prompt has too few candidates. generator: CPU.
+    generator: on the CPU. Raises ValueError if the numbers do not fit, or candidates are too few.
     """
     prompts, vocabulary = logits.shape
     if not 1 <= openers <= candidates <= vocabulary:
@@ -118,7 +118,7 @@ def choose_openers(
     args: Args,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Every rollout's first token and its rank among the allowed ones, 1 the likeliest: [P, G]."""
+    """Every rollout's first token, and its rank among those allowed, from 1: two [P, G]."""
     ids, is_token, position_ids = common.left_pad(prompts, common.device(args))
     inputs = {"input_ids": ids, "attention_mask": is_token, "position_ids": position_ids}
     policy.eval()

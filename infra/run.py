@@ -117,7 +117,8 @@ def keep_rows_before(path: Path, step: int) -> None:
     path.touch()
     with atomic_write(path) as partial, path.open("rb") as rows, partial.open("wb") as kept:
         for line in rows:
-            with contextlib.suppress(ValueError):  # a last line that a kill left incomplete
+            # A kill can leave the last line incomplete, or without its end.
+            with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] < step:
                     kept.write(line.rstrip(b"\n") + b"\n")
 

@@ -276,13 +276,9 @@ def test_settings_that_differ_from_the_saved_ones(
     assert rejection(run, **mine).startswith(f"--models {model} (")
     shutil.copy(tied_model / "model.safetensors", weights)
     config = model / "generation_config.json"  # holds the tokens that end a response
-    text = config.read_text() if config.exists() else "{}"
-    config.write_text(json.dumps(json.loads(text) | {"eos_token_id": 5}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 5}))
     assert rejection(run, **mine).startswith(f"--models {model} (")
-    if (tied_model / config.name).exists():
-        shutil.copy(tied_model / config.name, config)
-    else:
-        config.unlink()
+    shutil.copy(tied_model / config.name, config)
     problems.write_text('{"problem": "1+1", "answer": "2"}\n')
     assert rejection(run, **mine).startswith(f"--datasets {problems} (")
     assert saved_files(tmp_path / "saved") == before

@@ -61,7 +61,8 @@ KNOWN = {
     "olympiadbench": ("olympiadbench.jsonl", "knoveleng/OlympiadBench@train"),
     "gsm8k": ("gsm8k_test.jsonl", "openai/gsm8k:main@test"),
 }
-# The settings that change a response. All others may differ when an evaluation is resumed.
+# With device and precision, the settings that change a response. All others may differ when an
+# evaluation is resumed.
 FIXED = [
     *("samples", "max_new_tokens", "temperature", "seed", "engine"),
     *("instruction", "system_prompt", "template_args", "answer_format", "stop_tokens"),
@@ -289,7 +290,9 @@ class Results:
         settings["datasets"] = f"{dataset} ({digest(prompts)})"
 
         saved, *records = read_lines(self.path) or [settings]
-        if not records:  # it stopped before its first response
+        # Stopped before its first response: only model and data set must be the same, because two
+        # names may give one file.
+        if not records:
             saved = settings | {name: saved.get(name) for name in ("models", "datasets")}
         for name, value in settings.items():
             why = f"{self.path} was made with {saved.get(name)}; choose another --folder"
