@@ -201,7 +201,8 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
-    allowed = len(allowed_openers(engine, len(tokenizer)))
+    vocabulary = len(policy.get_output_embeddings().weight)
+    allowed = len(allowed_openers(engine, vocabulary))
     why = f"only {allowed} tokens can begin a response"
     common.require(args.candidates <= allowed, "--candidates", args.candidates, why)
     # </method>

@@ -21,6 +21,7 @@ from one_step import (
 )
 from test_common import random_rollouts
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import arca
 import common
@@ -338,6 +339,16 @@ def test_reft_openers_follow_a_reasoning_marker(record, tied_model, tmp_path, mo
 def test_reft_rejects_more_candidates_than_allowed_tokens(record, rejection):
     """Of the 259 tokens of tiny/ three are special."""
     line = rejection(record, reft, candidates=257, lines=2)
+    assert line.startswith("--candidates 257: only 256 tokens can begin a response")
+
+
+def test_reft_counts_tokens_of_the_model(record, rejection, tied_model, tmp_path):
+    """Some tokenizers have tokens that their model lacks."""
+    folder = shutil.copytree(tied_model, tmp_path / "more-tokens")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<unused0>", "<unused1>"])
+    tokenizer.save_pretrained(folder)
+    line = rejection(record, reft, model=str(folder), candidates=257, lines=2)
     assert line.startswith("--candidates 257: only 256 tokens can begin a response")
 
 
