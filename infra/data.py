@@ -23,7 +23,7 @@ import numpy as np
 from grading import Grader
 from grading.answers import escape_latex
 from infra.cli import StopRun, first_line, reject, report, require
-from infra.models import seed_for
+from infra.models import context_limit, seed_for
 from infra.rows import Row, is_chat, read_rows
 
 COLUMNS = {
@@ -157,8 +157,23 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         report(f"{flag} {name}: discarded {count} of {rows}: {reason}")
     if not problems:
         reject(flag, name, f"all {rows} problems were discarded")
+    check_context(problems, flag, args)
     print_notes(problems, f"{flag} {name}", grader.answer_format, args.instruction)
     return problems
+
+
+def check_context(problems: Problems, flag: str, args: Any) -> None:
+    """Reject --max-new-tokens if prompts of the dataset `flag` leave too little of the context."""
+    limit = context_limit(args)
+    room = limit - args.max_new_tokens
+    new_tokens = "--max-new-tokens", args.max_new_tokens
+    require(room > 0, *new_tokens, f"leaves no room in the model's context of {limit} tokens")
+    too_long = sum(len(problem.prompt) > room for problem in problems)
+    why = (
+        f"{too_long} of {len(problems)} prompts of {flag} leave less than that in the model's "
+        f"context of {limit} tokens; --max-prompt-tokens {room} discards them"
+    )
+    require(not too_long, *new_tokens, why)
 
 
 def print_notes(problems: Problems, source: str, answer_format: str, instruction: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def load_tokenizer(args: Any, flag: str = "--model") -> Any:
         method = dict(quantization).get("quant_method", "unknown")
         reject(flag, args.model, f"is quantised ({method}); training needs full weights")
     return tokenizer
+
+
+def context_limit(args: Any) -> float:
+    """The most tokens of a prompt and its response that the model can take."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 
 def load_policy(args: Any) -> nn.Module:

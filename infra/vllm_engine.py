@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from infra.cli import StopRun, progress_bar, reject, report, require
+from infra.cli import StopRun, progress_bar, report, require
 from infra.data import turn_ends
 from infra.models import (
     TokenIds,
@@ -217,17 +217,6 @@ def make_engine(args: Any, policy: nn.Module, tokenizer: Any, *problem_sets: lis
     """
     lengths = [len(problem.prompt) for problems in problem_sets for problem in problems]
     context = max(lengths) + args.max_new_tokens
-    limit = getattr(base_model(policy).config, "max_position_embeddings", context)
-    if context > limit:
-        room = limit - args.max_new_tokens
-        flag, value = "--max-new-tokens", args.max_new_tokens
-        require(room > 0, flag, value, f"leaves no room in the model's context of {limit} tokens")
-        too_long = sum(length > room for length in lengths)
-        why = (
-            f"{too_long} of {len(lengths)} prompts leave less than that in the model's context of "
-            f"{limit} tokens; --max-prompt-tokens {room} discards them"
-        )
-        reject(flag, value, why)
 
     if args.engine != "transformers":
         why_not = why_not_vllm(args, policy)

@@ -207,13 +207,17 @@ def test_prompts_longer_than_the_context(rejected, short_flags, tmp_path, monkey
     rows = [{"problem": "1" * n, "answer": "1"} for n in (10, 100, 197, 198, 230)]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     settings = {"dataset": str(path), "max_new_tokens": 40}
+    load_policy = common.load_policy
+    monkeypatch.setattr(common, "load_policy", lambda _: pytest.fail("the weights were loaded"))
     line = rejected("grpo", *short_flags(**settings))
     assert line == (
-        "--max-new-tokens 40: 2 of 17 prompts leave less than that in the model's context of 256 "
-        "tokens; --max-prompt-tokens 216 discards them"
+        "--max-new-tokens 40: 2 of 5 prompts of --dataset leave less than that in the model's "
+        "context of 256 tokens; --max-prompt-tokens 216 discards them"
     )
     line = rejected("grpo", *short_flags(dataset=str(path), max_new_tokens=256))
     assert line == "--max-new-tokens 256: leaves no room in the model's context of 256 tokens"
+
+    monkeypatch.setattr(common, "load_policy", load_policy)
     monkeypatch.setattr(sys, "argv", ["grpo.py", *short_flags(**settings, max_prompt_tokens=216)])
     launch(grpo.main, grpo.Args)
     discarded = "discarded 2 of 5: prompts exceed --max-prompt-tokens 216"

@@ -703,6 +703,7 @@ def test_a_multimodal_folder(family, saved, printed, tmp_path, capsys):
     args = settings(folder, max_new_tokens=8)
     policy, tokenizer = load_policy(args), load_tokenizer(args)
     assert f"--model {folder} is multimodal: {printed}" in capsys.readouterr().err.splitlines()
+    assert models.context_limit(args) == policy.config.get_text_config().max_position_embeddings
     save_model(policy, tokenizer, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == [saved]
