@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grading import Grader
 from infra.cli import StopRun, check_settings, launch, reject, require
 from infra.data import Problem, Problems, grade, load_problems
-from infra.forward import can_share_prompts, left_pad, micro_batches, response_states
+from infra.forward import can_share_prompts, micro_batches, response_states
 from infra.lm_head import HeadLogp, lm_head
 from infra.models import (
     Reference,

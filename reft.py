@@ -119,12 +119,14 @@ def choose_openers(
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Every rollout's first token, and its rank among those allowed, from 1: two [P, G]."""
-    ids, is_token, position_ids = common.left_pad(prompts, common.device(args))
-    inputs = {"input_ids": ids, "attention_mask": is_token, "position_ids": position_ids}
     policy.eval()
-    with common.autocast(args):
-        outputs = policy(**inputs, use_cache=False, logits_to_keep=1)
-    logits = outputs.logits[:, -1].float().cpu()  # [P, V] of the token after each prompt
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=common.device(args))
+        with common.autocast(args):
+            outputs = policy(ids, use_cache=False, logits_to_keep=1)
+        rows.append(outputs.logits[0, -1].float().cpu())
+    logits = torch.stack(rows)  # [P, V] of the token after each prompt
     allowed = torch.tensor(allowed_openers(engine, logits.shape[-1]))
     logits = logits[:, allowed]  # Eq. allowed openers [open]
 
@@ -201,8 +203,7 @@ def main(args: Args) -> None:
     engine = common.make_engine(args, policy, tokenizer, train, held_out)
     # <method>
     reference = common.Reference(policy, args) if args.kl else None
-    vocabulary = len(policy.get_output_embeddings().weight)
-    allowed = len(allowed_openers(engine, vocabulary))
+    allowed = len(allowed_openers(engine, len(policy.get_output_embeddings().weight)))
     why = f"only {allowed} tokens can begin a response"
     common.require(args.candidates <= allowed, "--candidates", args.candidates, why)
     # </method>

@@ -353,7 +353,7 @@ def test_reft_counts_tokens_of_the_model(record, rejection, tied_model, tmp_path
 
 
 def test_first_token_logits_are_the_policys(short_args, monkeypatch):
-    """Prompts of different lengths, in one batch and alone."""
+    """Of prompts of different lengths."""
     picked_from, pick = [], reft.pick_first_tokens
 
     def keep_logits(logits: Tensor, **numbers: Any) -> Tensor:

@@ -110,12 +110,13 @@ class Policy:
     def __init__(self) -> None:
         self.logits = random_logits()
         self.logits[:, [0, 1, 2, 3, 90, 91, 4]] = torch.tensor([20.0, 19, 18, 17, 16, 15, 14])
+        self.rows = iter(self.logits)  # one per prompt
 
     def eval(self) -> None:
         pass
 
-    def __call__(self, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits[:, None].clone())
+    def __call__(self, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=next(self.rows)[None, None].clone())
 
 
 def chosen(**numbers: int) -> tuple[Tensor, Tensor]:
