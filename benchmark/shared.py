@@ -74,7 +74,7 @@ def versions_of(results: dict[str, Any]) -> str:
 
 
 def code_digest(*files: str) -> str:
-    """Digest of the code in files of the repository, without comments, docstrings and formatting.
+    """Digest of files of the repository, without comments, docstrings, imports and formatting.
 
     A results file keeps the digest of the code that made it: see benchmark/tables.py.
     """
@@ -83,15 +83,17 @@ def code_digest(*files: str) -> str:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
-                node.body = [statement for statement in node.body if not is_text(statement)]
+                node.body = [statement for statement in node.body if computes(statement)]
         digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()[:12]
 
 
-def is_text(statement: ast.stmt) -> bool:
-    """Whether a statement is a string alone: the docstring of a function or of a setting."""
-    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return constant and isinstance(statement.value.value, str)
+def computes(statement: ast.stmt) -> bool:
+    """Whether a statement is neither an import nor a docstring of a function or a setting."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return False
+    is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return not (is_constant and isinstance(statement.value.value, str))
 
 
 @functools.cache

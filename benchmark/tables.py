@@ -4,8 +4,8 @@
     make tables                           # measure: many hours on 2 cores, interruptible
 
 A results file keeps the command that made it, and for each part a digest of the code that the part
-depends on: the script of the method and the modules of a training step, without comments and
-docstrings. A part whose digest differs from today's, or that has none, is measured again by that
+depends on: the script of the method and the modules of a training step, without comments,
+docstrings and imports. A part whose digest differs from today's, or that has none, is measured again by that
 command; of a method in benchmark/compare.py first seed 1, whose figures may show that nothing has
 changed. Then the pages are written from the results. benchmark/graders.py keeps no results: it
 measures its table in minutes.

@@ -9,6 +9,8 @@ import shared
 import tables
 
 CODE = '''"""A module."""
+import math
+
 LIMIT = 3
 
 
@@ -23,6 +25,7 @@ def double(x: int) -> int:
     [
         ('"""Twice x."""', '"""x + x."""', True),
         ("  # a product", "", True),
+        ("import math", "import math, random", True),
         ("LIMIT = 3", "LIMIT  =  3", True),
         ("LIMIT = 3", "LIMIT = 4", False),
         ("2 * x", "x * 2", False),
