@@ -5,10 +5,10 @@
 
 A results file keeps the command that made it, and for each part a digest of the code that the part
 depends on: the script of the method and the modules of a training step, without comments,
-docstrings and imports. A part whose digest differs from today's, or that has none, is measured again by that
-command; of a method in benchmark/compare.py first seed 1, whose figures may show that nothing has
-changed. Then the pages are written from the results. benchmark/graders.py keeps no results: it
-measures its table in minutes.
+docstrings and imports. A part whose digest differs from today's, or that has none, is measured
+again by that command; of a method in benchmark/compare.py first seed 1, whose figures may show that
+nothing has changed. Then the pages are written from the results. benchmark/graders.py keeps no
+results: it measures its table in minutes.
 """
 
 from __future__ import annotations
