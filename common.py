@@ -83,13 +83,15 @@ class RunArgs:
     updates_per_rollout: int = 1  # optimiser updates per step, each on its share of the problems
     lr: float = 1e-6  # AdamW's learning rate
     lr_schedule: Schedule = "constant"  # after the warm-up; linear and cosine fall to 0
-    warmup_ratio: float = 0.0  # share of updates with linear warm-up; not with constant
+    warmup_ratio: float = 0.0  # share of updates with linear warm-up; rejected with constant
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
     lora_alpha: int = 0  # adapters are scaled by alpha / rank; 0: twice the rank
     lora_dropout: float = 0.0  # dropout of the adapters' inputs
-    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # limit of a micro-batch
+    token_budget: int = (
+        8192 if torch.cuda.is_available() else 16384
+    )  # tokens per micro-batch, at most
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; auto: bfloat16 on CUDA

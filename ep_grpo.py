@@ -6,7 +6,7 @@ grpo.py with a KL penalty by default, and with another advantage: outcome + prog
 - Progress: η x z-score of sign(A) (log π_old - log π_ref) over the group's tokens in the same
   bucket. Bucket k of K has the tokens at which the rollout's entropy, summed up to the token, is
   between k/K and (k+1)/K of the rollout's total.
-In a group of equal rewards A is 0, but progress still trains the policy: there the sign is that of
+In a group of equal rewards A is 0, but progress can train the policy: there the sign is that of
 reward - θ.
 Comments "Eq. ..." refer to rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
@@ -44,7 +44,7 @@ class Args(common.RunArgs):
     buckets: int = 10
     """K: buckets of cumulative entropy in which progress is standardised (paper: 10)"""
     reward_threshold: float = 0.5
-    """θ: in a group of equal rewards the log-ratio takes the sign of reward - θ (paper: 0.5)"""
+    """θ: in a group of equal rewards the sign is that of reward - θ (paper: 0.5)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -199,7 +199,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
+        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -40,7 +40,7 @@ class Args(common.RunArgs):
     scope: Literal["group", "batch"] = "group"
     """compare the rollouts of a problem (Algorithm 1), or all rollouts of a step [open]"""
     overlong_gamma: float = 0.0
-    """γ₁: group accuracy from which long right responses are punished, such as 0.75; 0: off"""
+    """γ₁ of Appendix D's overlong punishment, such as 0.75, see docs/gtpo.md; 0: off"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.28
@@ -143,9 +143,9 @@ def grpo_s_advantages(
 def overlong_punishment(correct: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Length punishment of each rollout, from 0 down to -1/2 (Appendix D): two [P, G] -> [P, G].
 
-    It depends on the group's accuracy. At least gamma, in (1/2, 1]: correct rollouts above a limit
-    from the correct lengths are punished. At most 1 - gamma: none. In between: the correct ones if
-    they are the majority, else the wrong ones [open], above a limit from all lengths.
+    It depends on the group's accuracy. From gamma, in (1/2, 1]: correct rollouts above a limit from
+    the correct lengths are punished. Up to 1 - gamma: none. In between: the correct ones if they
+    are the majority, else the wrong ones [open], above a limit from all lengths.
     """
     right, wrong = correct > 0, correct <= 0
     accuracy = right.float().mean(-1, keepdim=True)
@@ -243,7 +243,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
+        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if args.scope == "batch" or common.needs_scoring_pass(policy, rollouts, args):

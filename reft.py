@@ -104,7 +104,7 @@ def pick_first_tokens(
 
 
 def allowed_openers(engine: common.Engine, vocabulary: int) -> list[int]:
-    """The ids below `vocabulary`, except special tokens and those that end a response."""
+    """The tokenizer's ids below `vocabulary`, without special tokens and stop tokens."""
     special = {i for i, token in engine.tokenizer.added_tokens_decoder.items() if token.special}
     special.update(engine.tokenizer.all_special_ids, engine.stop_tokens)
     return [i for i in range(min(vocabulary, len(engine.tokenizer))) if i not in special]
@@ -167,7 +167,7 @@ def opener_metrics(rollouts: common.Rollouts, ranks: Tensor, openers: int) -> di
     best = success == success.amax(-1, keepdim=True)
     won = best & (best.sum(-1, keepdim=True) == 1)
     winners = tokens.unflatten(-1, (openers, -1))[..., 0][won]
-    if len(winners):
+    if openers > 1 and len(winners):
         metrics["opener/same_winner"] = (winners.bincount().max() / len(winners)).item()
     return metrics
 
@@ -235,7 +235,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
+        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):

@@ -171,7 +171,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
+        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             # Always, because the weights compare the tokens of all groups.

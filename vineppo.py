@@ -36,7 +36,7 @@ class Args(common.RunArgs):
     step_end: str = r"\n|[.;]\s"
     """regular expression; the token in which a match ends is the last of its step"""
     whiten: bool = True
-    """standardise advantages over all tokens of a training step (released code: yes)"""
+    """standardise advantages over all tokens of a training step (released code: of an update)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -63,7 +63,7 @@ def step_ends(pieces: list[str], step_end: str) -> list[int]:
     """The number of tokens up to the end of each step. The last is the response's length.
 
     pieces: each token's text, empty for EOS. The token in which a match of `step_end` ends is the
-    last of its step, unless only EOS follows: ["2", ".", " So", " 4"] and "[.]\\s" give [3, 4].
+    last of its step, unless no text follows: ["2", ".", " So", " 4"] and "[.]\\s" give [3, 4].
     """
     token_of_character = []
     for t, piece in enumerate(pieces):
@@ -105,7 +105,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
 
 
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
-    """The text of each token, decoded after another one: some tokenizers drop a leading space."""
+    """The text of each token, decoded behind "1": some tokenizers drop a leading space."""
     first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
     alone, *pairs = engine.decode([[first]] + [[first, token] for token in tokens])
     return {token: pair[len(alone) :] for token, pair in zip(tokens, pairs, strict=True)}
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy. With one update, phase 4's forward pass does it.
+        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
