@@ -4,6 +4,6 @@ This package can be copied on its own; it needs only math-verify. README.md list
 """
 
 from grading.answers import find_answer, last_boxed
-from grading.grader import MAX_ANSWER, Grader
+from grading.grader import MAX_ANSWER, Grader, WorkerError
 
-__all__ = ["MAX_ANSWER", "Grader", "find_answer", "last_boxed"]
+__all__ = ["MAX_ANSWER", "Grader", "WorkerError", "find_answer", "last_boxed"]

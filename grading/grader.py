@@ -45,11 +45,15 @@ def no_worker(relation: str, first: str, second: str) -> bool:
     raise NeedsWorker
 
 
+class WorkerError(RuntimeError):
+    """A worker process cannot start."""
+
+
 class Worker:
     """A process that runs worker.py. It answers one request at a time and ends with its input.
 
     Raises:
-        RuntimeError: the process cannot start; the message ends with its last line of output.
+        WorkerError: the process cannot start; the message ends with its last line of output.
     """
 
     def __init__(self, deadline: float, memory_mb: int) -> None:
@@ -68,8 +72,9 @@ class Worker:
                 self.end()
                 log.seek(0)
                 lines = log.read().decode(errors="replace").strip().split("\n")
-                raise RuntimeError(
-                    f"a grading worker cannot start; is math-verify installed? {lines[-1]}"
+                raise WorkerError(
+                    f"a grading worker ended or took over {START_SECONDS:g} s to start; is "
+                    f"math-verify installed? {lines[-1]}"
                 )
 
     def reply(self, seconds: float) -> bytes:
@@ -106,7 +111,7 @@ class Grader(AbstractContextManager):
         """Whether each response has the answer of its reference. Equal pairs are graded once.
 
         Raises:
-            RuntimeError: a worker cannot start.
+            WorkerError: a worker cannot start.
         """
         pairs = zip(responses, references, strict=True)
         return self._ask_all([self._quick_verdict(*pair) for pair in pairs])

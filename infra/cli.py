@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 import traceback
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 import tyro
 from tqdm import tqdm
+
+from grading import WorkerError
 
 # Settings that may differ when a run is resumed (--steps if training does not depend on it).
 MAY_CHANGE = {
@@ -87,7 +90,8 @@ def check_numbers(args: Any) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             flag = flag_of(name)
-            require(math.isfinite(value), flag, value, "must be finite")
+            is_finite = isinstance(value, int) or math.isfinite(value)
+            require(is_finite, flag, value, "must be finite")
             require(value >= 0 or name in args.signed, flag, value, "must be at least 0")
             require(value != 0 or name not in POSITIVE, flag, value, "must be above 0")
             require(value < 1 or name not in BELOW_ONE, flag, value, "must be below 1")
@@ -182,13 +186,16 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     phrases = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    phrases += ("Free memory on device",)  # vLLM's
+    phrases += ("Free memory on device", "Available memory on node")  # vLLM's
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 def memory_advice(error: BaseException, gpu_memory: float, lower: str) -> str:
     """What to change if memory ran out, else "". lower: settings that take less memory if lower."""
     if "Try increasing `gpu_memory_utilization`" in str(error):  # vLLM
+        if not torch.cuda.is_available():
+            name = "VLLM_CPU_KVCACHE_SPACE"
+            return f"vLLM's cache is too small: set {name} above {os.environ.get(name)} (GiB)"
         return f"vLLM needs more memory: raise --gpu-memory {gpu_memory}"
     if out_of_memory(error):
         return f"out of memory in {place_of(error)}: lower {lower}"
@@ -219,7 +226,7 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
             "--gradient-checkpointing; a new run can use --lora-rank 32"
         )
         cause = memory_advice(error, args.gpu_memory, lower)
-        if not cause and not isinstance(error, StopRun | OSError):
+        if not cause and not isinstance(error, StopRun | OSError | WorkerError):
             raise
         message, code = f"stopped: {cause or error}", 1
     report(message)

@@ -334,8 +334,8 @@ def as_chat(value: Any) -> list[Row]:
             return []
         content = message.get("content") or message.get("value")
         if isinstance(content, list):  # parts, as multimodal templates have them
-            texts = [part.get("text") or "" for part in content if isinstance(part, dict)]
-            content = "".join(texts)
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(content, str):
             content = ""
         chat.append({"role": role_of(message), "content": content})

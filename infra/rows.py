@@ -37,7 +37,7 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
     needed: the columns, in lower case; others may be missing. Empty: every column.
     """
     split = "train" if flag == "--dataset" else "test"
-    repository, config = name, ""
+    repository, config, chosen = name, "", ""
     if not Path(name).exists():
         repository, _, chosen = name.partition("@")
         repository, _, config = repository.partition(":")
@@ -50,6 +50,8 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
         reject(flag, name, "no such file or folder")
     try:
         if path.is_file():
+            if config or (chosen and kind_of(path) != "json"):
+                raise ValueError("is a file, which has no configuration and no split")
             yield from read_file(path, split, needed)
         else:
             yield from read_dataset(repository, config, split, needed)
@@ -233,7 +235,9 @@ def is_rows(value: Any) -> bool:
 
 def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages, with `role` and `content` or `from` and `value`."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+    if not isinstance(value, list) or not value:
+        return False
+    if not all(isinstance(message, dict) for message in value):
         return False
     keys = value[0].keys()
     return not keys.isdisjoint({"role", "from"}) and not keys.isdisjoint({"content", "value"})

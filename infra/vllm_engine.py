@@ -50,13 +50,20 @@ class Engine:
         ids = turn_ends(args, tokenizer)
         ids.update(eos_ids(policy, tokenizer), named_stop_tokens(args, tokenizer))
         self.tokenizer, self.stop_tokens = tokenizer, sorted(ids)
+        # Added tokens may be no special tokens, which decoding leaves out.
+        self.silent = ids.intersection(tokenizer.added_tokens_decoder)
         tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)
         known = [token for token in tokens if token]  # None: an id that the tokenizer lacks
         names = " or ".join(known) or f"--max-new-tokens {args.max_new_tokens} alone"
         report(f"{args.model}: a response stops at {names}")
 
     def decode(self, responses: list[TokenIds]) -> list[str]:
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        """Texts without special tokens, and without an added token that ends the response."""
+        texts = []
+        for tokens in responses:
+            shown = tokens[:-1] if self.silent.intersection(tokens[-1:]) else tokens
+            texts.append(self.tokenizer.decode(shown, skip_special_tokens=True))
+        return texts
 
     def sleep(self) -> None:
         """Give memory to the update. `sync` wakes the engine."""

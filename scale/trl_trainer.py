@@ -210,7 +210,8 @@ class MethodTrainer(GRPOTrainer):
 
     def roll_out(self, rows: list[dict[str, Any]], group_size: int) -> list[common.Group]:
         """Generate and verify this process's rows. Returns the groups of all processes."""
-        _, tokens, _, texts, logp, *_ = self._generate([row["prompt"] for row in rows])
+        _, tokens, _, _, logp, *_ = self._generate([row["prompt"] for row in rows])
+        texts = self.engine.decode(tokens)
         logp = logp or [[math.nan] * len(row) for row in tokens]
         asked = [common.Problem(**row) for row in rows]
         correct = map(float, common.grade(self.grader, texts, asked))

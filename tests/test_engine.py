@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.resources
 import importlib.util
 import io
 import json
@@ -707,6 +708,30 @@ def test_a_multimodal_folder(family, saved, printed, tmp_path, capsys):
     save_model(policy, tokenizer, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == [saved]
+
+
+def test_tekken_json_does_not_replace_the_chat_template(family_folder, tmp_path):
+    """Mistral's folders have it, and vLLM installs mistral-common."""
+    pytest.importorskip("mistral_common")
+    folder = shutil.copytree(family_folder("mistral"), tmp_path / "mistral")
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    tekken = importlib.resources.files("mistral_common") / "data" / "tekken_240911.json"
+    (folder / "tekken.json").write_bytes(tekken.read_bytes())
+    assert load_tokenizer(settings(folder)).chat_template
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_that_ends_a_response_is_not_in_its_text(special, tied_model, tmp_path):
+    folder = shutil.copytree(tied_model, tmp_path / "answers")
+    args = settings(folder, stop_tokens=("</answer>", "}"))
+    tokenizer = load_tokenizer(settings(folder))
+    tokenizer.add_tokens(["</answer>"], special_tokens=special)
+    end = tokenizer.convert_tokens_to_ids("</answer>")
+    engine = Engine(args, load_policy(args), tokenizer)
+    text, brace = tokenizer.encode("x=7"), tokenizer.encode("}")
+    shown = "" if special else "</answer>"
+    responses = [[*text, end], [*text, *brace], [*text, end, *brace], [end]]
+    assert engine.decode(responses) == ["x=7", "x=7}", f"x=7{shown}}}", ""]
 
 
 @needs_vllm

@@ -299,7 +299,9 @@ def test_settings_of_an_evaluation_without_a_response_may_change(run, tmp_path, 
         (KeyboardInterrupt(), 130, "interrupted"),
         (tool.StopRun("the cause"), 1, "the cause"),
         (torch.OutOfMemoryError("out of memory"), 1, "lower --batch 32 or --gpu-memory 0.9"),
-        (ValueError("Try increasing `gpu_memory_utilization`"), 1, "raise --gpu-memory 0.9"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (tool.WorkerError("no worker"), 1, "no worker"),
+        (RuntimeError("Available memory on node 0"), 1, "lower --batch 32 or --gpu-memory 0.9"),
     ],
 )
 def test_an_evaluation_that_stops_says_how_to_go_on(error, code, cause, monkeypatch, capsys):
@@ -308,6 +310,17 @@ def test_an_evaluation_that_stops_says_how_to_go_on(error, code, cause, monkeypa
         tool.launch(tool.Args())
     assert stopped.value.code == code
     assert f"{cause}; repeat the command to resume\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "cause"),
+    [(True, "raise --gpu-memory 0.9"), (False, "set VLLM_CPU_KVCACHE_SPACE above 1 (GiB)")],
+)
+def test_a_cache_that_is_too_small_for_vllm(has_gpu, cause, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    error = ValueError("Try increasing `gpu_memory_utilization`")
+    assert cause in tool.memory_advice(error, 0.9, "--batch 32")
 
 
 def test_other_errors_of_an_evaluation_are_raised(monkeypatch):

@@ -24,7 +24,7 @@ from graders import LATEX, make_pairs
 import grading.grader
 from grading import MAX_ANSWER, Grader, last_boxed
 from grading.answers import find_answer, plain_number, reference_text
-from grading.grader import Worker
+from grading.grader import Worker, WorkerError
 from grading.kinds import read
 
 # Takes the place of math-verify and its parser, and obeys commands such as `\\sleep`.
@@ -567,7 +567,7 @@ def test_workers_killed_from_outside(stand_in, started):
 
 def test_a_worker_that_cannot_start_is_an_error(stand_in):
     stand_in("raise ImportError('no antlr here')")
-    with Grader() as grader, pytest.raises(RuntimeError, match="no antlr here"):
+    with Grader() as grader, pytest.raises(WorkerError, match="no antlr here"):
         grader.grade([r"\boxed{x+1}"], ["1+x"])
     with pytest.raises(ValueError, match="deadline"):
         Grader(deadline=0.0)

@@ -556,6 +556,15 @@ def test_earlier_turns_are_kept(load_rows, tokenizer):
     assert prompt.endswith("assistant\n")
 
 
+@pytest.mark.parametrize("ending", ["@validation", ":main", ":main@validation"])
+def test_a_file_has_no_split_and_no_configuration(ending, load, tmp_path, rejection):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"problem": "2+3", "answer": "5"}])
+    line = rejection(load, f"{path}{ending}")
+    assert line == (
+        f"--dataset {path}{ending}: ValueError: is a file, which has no configuration and no split"
+    )
+
+
 def test_an_answer_is_preferred_to_a_solution(load_rows):
     rows = [{"solution": "It is \\boxed{3}", "problem": "1+2", "answer": "3.0", "prompt": "no"}]
     assert pairs(load_rows(rows)) == [("1+2", "3.0")]
@@ -565,6 +574,8 @@ def test_an_answer_is_preferred_to_a_solution(load_rows):
 
 NO_TEXT = [None, "", " \n", 7, [], ["x"], [{"role": "system", "content": "x"}]]
 NO_TEXT += [[{"role": "user", "content": content}] for content in (None, 7, "")]
+NO_TEXT += [[{"role": "user", "content": "2+3"}, "x"]]
+NO_TEXT += [[{"role": "user", "content": [{"type": "text", "text": 2.5}]}]]
 DISCARDED = [
     (
         [*({"problem": problem, "answer": "1"} for problem in NO_TEXT), {"answer": "1"}],

@@ -36,6 +36,7 @@ from torch import nn
 
 import common
 import grpo
+from grading import WorkerError
 from infra import cli, run, vllm_engine
 from infra.cli import StopRun
 
@@ -752,7 +753,10 @@ def test_a_share_of_memory_too_small_for_vllm(phrase, make_args, monkeypatch, ca
     monkeypatch.setattr(common, "make_engine", fail(error))
     assert start("grpo", make_args()) == 1
     what = capsys.readouterr().err.splitlines()[-1]
-    assert what == "stopped: vLLM needs more memory: raise --gpu-memory 0.3"
+    advice = "vLLM's cache is too small: set VLLM_CPU_KVCACHE_SPACE above 1 (GiB)"
+    if torch.cuda.is_available():
+        advice = "vLLM needs more memory: raise --gpu-memory 0.3"
+    assert what == f"stopped: {advice}"
 
 
 def test_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -788,14 +792,15 @@ def test_other_errors_are_raised(monkeypatch):
         cli.launch(fail(RuntimeError("size mismatch")), grpo.Args)
 
 
-def test_printed_command_is_a_shell_command(make_args, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), WorkerError("late")])
+def test_printed_command_is_a_shell_command(error, make_args, tmp_path, monkeypatch, capsys):
     """With a relative folder that has a space and a quote, and from another working directory."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "collect", fail(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(common, "collect", fail(error))
         assert start("grpo", make_args(run_dir="it's a folder")) == 1
     what, how = capsys.readouterr().err.splitlines()[-2:]
-    assert what == "stopped: [Errno 28] No space left on device"
+    assert what == f"stopped: {error}"
     command = shlex.split(how.removeprefix("resume with: "))
     assert command == ["python", "grpo.py", "--resume", "it's a folder"]
     assert start("grpo", None, *command[2:]) == 0

@@ -32,7 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grading import MAX_ANSWER, Grader, find_answer
+from grading import MAX_ANSWER, Grader, WorkerError, find_answer
 from infra.cli import (
     StopRun,
     check_numbers,
@@ -442,7 +442,7 @@ def launch(args: Args) -> None:
     except Exception as error:
         lower = f"--batch {args.batch} or --gpu-memory {args.gpu_memory}"
         advice = memory_advice(error, args.gpu_memory, lower)
-        if not advice and not isinstance(error, StopRun):
+        if not advice and not isinstance(error, StopRun | OSError | WorkerError):
             raise
         cause, code = advice or str(error), 1
     print(f"{cause}; repeat the command to resume", file=sys.stderr)
