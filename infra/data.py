@@ -128,6 +128,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
     references = readable_references(grader, answers, args.references)
 
     problems, discarded, unreadable = Problems(), Counter(), []
+    made: dict[str, Problem] = {}  # some datasets repeat each problem a hundred times
     check_system_prompt(tokenizer, args.system_prompt, template_args)
     written = template_tokens(tokenizer, template_args)
     for question, answer, readable in zip(questions, answers, references, strict=True):
@@ -141,7 +142,10 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         elif not readable:
             unreadable.append(repr(answer)[:40])
         else:
-            problem = make_problem(chat, readable, tokenizer, args, template_args)
+            row = repr((question, readable))
+            if row not in made:
+                made[row] = make_problem(chat, readable, tokenizer, args, template_args)
+            problem = made[row]
             if len(problem.prompt) <= args.max_prompt_tokens:
                 problems.append(problem)
             else:

@@ -73,6 +73,10 @@ def test_help_shows_every_setting_with_its_text(script, monkeypatch, capsys):
         assert text and text in shown, field.name
 
 
+def test_a_seed_may_be_any_number():
+    assert parse_args(grpo.Args, ["--seed", "9" * 400]).seed == int("9" * 400)
+
+
 # ------------------------------------------------------------------ impossible settings
 
 REJECTED = {  # by the message after the last flag of each command line
