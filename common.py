@@ -89,9 +89,7 @@ class RunArgs:
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: all weights
     lora_alpha: int = 0  # adapters are scaled by alpha / rank; 0: twice the rank
     lora_dropout: float = 0.0  # dropout of the adapters' inputs
-    token_budget: int = (
-        8192 if torch.cuda.is_available() else 16384
-    )  # tokens per micro-batch, at most
+    token_budget: int = 8192 if torch.cuda.is_available() else 16384  # tokens per micro-batch
     gradient_checkpointing: bool = False  # less memory, about a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policy
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; auto: bfloat16 on CUDA

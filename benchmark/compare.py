@@ -53,7 +53,7 @@ METHODS = {
     "λ-GRPO": "lambda_grpo.py",
     "REFT": "reft.py",
     "VinePPO": "vineppo.py",
-    "VinePPO by token": "vineppo.py --step-end (?s).",  # every token is a step
+    "VinePPO by token": "vineppo.py --step-end '(?s).'",  # every token is a step
     "ARCA": "arca.py",
     "uniform credit": "arca.py --credit uniform",
     "surprisal credit": "arca.py --credit surprisal",
@@ -86,8 +86,6 @@ class Task:
     # Rates measured in addition to the selected rate, because both were close
     second_rate: dict[str, str] = field(default_factory=dict)
     validation: int = 256  # the last rows of train.jsonl; no run trains on them
-    # Methods whose learning rate is selected; the others take GRPO's or ARCA's. Empty: all.
-    selected: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -98,7 +96,6 @@ TASKS = {
         24,
         flags="--precision bfloat16",
         validation=96,
-        selected=("GRPO", "ARCA"),  # all weights and LoRA; a run takes a quarter of an hour
     ),
 }
 CURVE = "--eval-every 10 --eval-problems 64 --eval-samples 1"
@@ -269,16 +266,10 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
 
 
 def selected_rate(results: dict, method: str) -> str:
-    """The learning rate with the highest validation accuracy; the lower rate on a tie.
-
-    A method without selection runs takes GRPO's rate, or ARCA's if it trains the same adapters.
-    """
-    runs: dict[str, list[dict]] = {}
-    for row in sorted(results["selection"], key=lambda row: float(row["lr"])):
-        runs.setdefault(row["method"], []).append(row)
-    trains_adapters = METHODS.get(method, "").startswith("arca.py")
-    substitute = "ARCA" if trains_adapters else "GRPO"
-    rows = runs.get(RATE_OF.get(method, method), runs.get(substitute, []))
+    """The learning rate with the highest validation accuracy; the lower rate on a tie."""
+    method = RATE_OF.get(method, method)
+    rows = [row for row in results["selection"] if row["method"] == method]
+    rows.sort(key=lambda row: float(row["lr"]))
     best = max(rows, key=lambda row: row["accuracy"], default={"lr": results["rates"][0]})
     return best["lr"]
 
@@ -506,8 +497,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     if len(args.rates) > 1:
         grid = []
         for method in dict.fromkeys(RATE_OF.get(method, method) for method in methods):
-            if not task.selected or method in task.selected:
-                grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
+            grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
         run_phase("selection", grid, validation, results, args)
     for seed in range(1, 1 + args.seeds):
         jobs = []

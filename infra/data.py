@@ -154,16 +154,20 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         examples = ", ".join([*dict.fromkeys(unreadable)][:5])
         discarded[f"reference answers cannot be read: {examples}"] = len(unreadable)
 
-    rows = len(questions)
+    report_discarded(discarded, len(questions), flag, name)
+    if not problems:
+        reject(flag, name, f"all {len(questions)} problems were discarded")
+    check_context(problems, flag, args)
+    print_notes(problems, f"{flag} {name}", grader.answer_format, args.instruction)
+    return problems
+
+
+def report_discarded(discarded: Counter[str], rows: int, flag: str, name: str) -> None:
+    """Print how many rows were discarded for which reason. Reject if one reason holds for all."""
     for reason, count in discarded.items():
         if count == rows:
             reject(flag, name, f"{count} of {rows} {reason}")
         report(f"{flag} {name}: discarded {count} of {rows}: {reason}")
-    if not problems:
-        reject(flag, name, f"all {rows} problems were discarded")
-    check_context(problems, flag, args)
-    print_notes(problems, f"{flag} {name}", grader.answer_format, args.instruction)
-    return problems
 
 
 def check_context(problems: Problems, flag: str, args: Any) -> None:

@@ -290,28 +290,6 @@ def test_each_run_is_saved_when_it_is_measured(name, tmp_path, monkeypatch):
         assert saved == [1, 2]
 
 
-@pytest.mark.parametrize("task", ["sums", "real"])
-def test_rates_are_selected_for_the_methods_of_the_task(task, tmp_path, monkeypatch):
-    """On a real model for GRPO and ARCA only. The other methods take the rate of one of them."""
-    phases = {}
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    model = tmp_path / compare.TASKS[task].model
-    model.mkdir(parents=True)
-    (model / "train.jsonl").write_text("{}\n" * 300)
-    monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.update({name: jobs}))
-    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
-    args = Args(task=task, rates=("1e-5", "2e-5"), seeds=1, runs=tmp_path, results=tmp_path / "x")
-    results = compare.read_results(args)
-    compare.run_everything(args, results, ["GRPO", "ERPO", "ARCA"])
-    selected = {"sums": ["GRPO", "ERPO", "ARCA"], "real": ["GRPO", "ARCA"]}[task]
-    assert list(dict.fromkeys(job.method for job in phases["selection"])) == selected
-    rows = [row("GRPO", "2e-5", 101, 0.5), row("GRPO", "1e-5", 101, 0.4)]
-    rows += [row("ARCA", "2e-5", 101, 0.4), row("ARCA", "1e-5", 101, 0.5)]
-    found = {"selection": rows, "rates": args.rates}
-    assert compare.selected_rate(found, "ERPO") == "2e-5"
-    assert compare.selected_rate(found, "uniform credit") == "1e-5"  # trains ARCA's adapters
-
-
 @pytest.mark.parametrize("accuracy", [0.5, 0.6])
 def test_equal_figures_of_seed_1_confirm_a_method(accuracy, tmp_path, monkeypatch):
     """Otherwise only seed 1 counts as a result of today's code."""

@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from grading import Grader
+from infra import data
 from infra.data import (
     Problem,
     Problems,
@@ -57,7 +58,9 @@ def grader() -> Iterator[Grader]:
 
 
 @pytest.fixture
-def load(make_args, tokenizer, grader) -> Callable[..., Problems]:
+def load(make_args, tokenizer, grader, monkeypatch) -> Callable[..., Problems]:
+    monkeypatch.setattr(data, "context_limit", lambda _: math.inf)  # some prompts here are long
+
     def load(name: Path | str, flag: str = "--dataset", **settings: Any) -> Problems:
         field = flag.strip("-").replace("-", "_")
         return load_problems(make_args(**{field: str(name)}, **settings), flag, tokenizer, grader)
