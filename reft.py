@@ -122,7 +122,7 @@ def choose_openers(
     policy.eval()
     rows = []
     for prompt in prompts:
-        ids = torch.tensor([prompt], device=common.device(args))
+        ids = torch.tensor([prompt], device=common.device(args))  # [1, tokens]
         with common.autocast(args):
             outputs = policy(ids, use_cache=False, logits_to_keep=1)
         rows.append(outputs.logits[0, -1].float().cpu())

@@ -36,7 +36,7 @@ class Args(common.RunArgs):
     step_end: str = r"\n|[.;]\s"
     """regular expression; the token in which a match ends is the last of its step"""
     whiten: bool = True
-    """standardise advantages over all tokens of a training step (released code: of an update)"""
+    """standardise advantages over all tokens of a training step (released code: of each update)"""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 - ε_low"""
     clip_high: float = 0.2
@@ -105,7 +105,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, weights: Tensor) -> Tensor:
 
 
 def token_texts(engine: common.Engine, tokens: set[int]) -> dict[int, str]:
-    """The text of each token, decoded behind "1": some tokenizers drop a leading space."""
+    """The text of each token as it reads after "1": some tokenizers drop a leading space."""
     first = engine.tokenizer.encode("1", add_special_tokens=False)[-1]
     alone, *pairs = engine.decode([[first]] + [[first, token] for token in tokens])
     return {token: pair[len(alone) :] for token, pair in zip(tokens, pairs, strict=True)}

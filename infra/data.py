@@ -174,14 +174,14 @@ def check_context(problems: Problems, flag: str, args: Any) -> None:
     """Reject --max-new-tokens if prompts of the dataset `flag` leave too little of the context."""
     limit = context_limit(args)
     room = limit - args.max_new_tokens
-    new_tokens = "--max-new-tokens", args.max_new_tokens
-    require(room > 0, *new_tokens, f"leaves no room in the model's context of {limit} tokens")
+    flag_and_value = "--max-new-tokens", args.max_new_tokens
+    require(room > 0, *flag_and_value, f"leaves no room in the model's context of {limit} tokens")
     too_long = sum(len(problem.prompt) > room for problem in problems)
     why = (
         f"{too_long} of {len(problems)} prompts of {flag} leave less than that in the model's "
         f"context of {limit} tokens; --max-prompt-tokens {room} discards them"
     )
-    require(not too_long, *new_tokens, why)
+    require(not too_long, *flag_and_value, why)
 
 
 def print_notes(problems: Problems, source: str, answer_format: str, instruction: str) -> None:

@@ -61,7 +61,7 @@ def load_tokenizer(args: Any, flag: str = "--model") -> Any:
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(args.model, **trust)
-        # If mistral-common is installed, as with vLLM, its format has no chat template.
+        # With mistral-common, which vLLM installs, tekken.json would replace the chat template.
         tokenizer = AutoTokenizer.from_pretrained(args.model, mistral_format=False, **trust)
     except Exception as error:  # transformers raises many kinds for a wrong name or folder
         reject(flag, args.model, f"cannot be loaded: {first_line(error)}")

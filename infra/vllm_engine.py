@@ -50,8 +50,8 @@ class Engine:
         ids = turn_ends(args, tokenizer)
         ids.update(eos_ids(policy, tokenizer), named_stop_tokens(args, tokenizer))
         self.tokenizer, self.stop_tokens = tokenizer, sorted(ids)
-        # Added tokens may be no special tokens, which decoding leaves out.
-        self.silent = ids.intersection(tokenizer.added_tokens_decoder)
+        # Decoding leaves out special tokens only; a stop token may be an ordinary added token.
+        self.added_stop_tokens = ids.intersection(tokenizer.added_tokens_decoder)
         tokens = tokenizer.convert_ids_to_tokens(self.stop_tokens)
         known = [token for token in tokens if token]  # None: an id that the tokenizer lacks
         names = " or ".join(known) or f"--max-new-tokens {args.max_new_tokens} alone"
@@ -61,8 +61,9 @@ class Engine:
         """Texts without special tokens, and without an added token that ends the response."""
         texts = []
         for tokens in responses:
-            shown = tokens[:-1] if self.silent.intersection(tokens[-1:]) else tokens
-            texts.append(self.tokenizer.decode(shown, skip_special_tokens=True))
+            if tokens and tokens[-1] in self.added_stop_tokens:
+                tokens = tokens[:-1]
+            texts.append(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return texts
 
     def sleep(self) -> None:

@@ -290,6 +290,30 @@ def test_each_run_is_saved_when_it_is_measured(name, tmp_path, monkeypatch):
         assert saved == [1, 2]
 
 
+@pytest.mark.parametrize("task", ["sums", "real"])
+def test_rates_are_selected_for_every_method(task, tmp_path, monkeypatch):
+    """A variant takes the rate of its method."""
+    phases = {}
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    model = tmp_path / compare.TASKS[task].model
+    model.mkdir(parents=True)
+    (model / "train.jsonl").write_text("{}\n" * 300)
+    monkeypatch.setattr(compare, "run_phase", lambda name, jobs, *_: phases.update({name: jobs}))
+    monkeypatch.setattr(compare, "evaluate", lambda *_: {})
+    args = Args(task=task, rates=("1e-5", "2e-5"), seeds=1, runs=tmp_path, results=tmp_path / "x")
+    results = compare.read_results(args)
+    methods = ["GRPO", "GTPO", "GTPO by batch", "ARCA"]
+    compare.run_everything(args, results, methods)
+    selected = [(job.method, job.lr) for job in phases["selection"]]
+    assert selected == [(m, lr) for m in ("GRPO", "GTPO", "ARCA") for lr in args.rates]
+    assert [job.method for job in phases["rows"]] == methods
+    rows = [row("GTPO", "2e-5", 101, 0.5), row("GTPO", "1e-5", 101, 0.4)]
+    rows += [row("ARCA", "2e-5", 101, 0.5), row("ARCA", "1e-5", 101, 0.5)]
+    found = {"selection": rows, "rates": args.rates}
+    assert compare.selected_rate(found, "GTPO by batch") == "2e-5"
+    assert compare.selected_rate(found, "ARCA") == "1e-5"  # the lower of equals
+
+
 @pytest.mark.parametrize("accuracy", [0.5, 0.6])
 def test_equal_figures_of_seed_1_confirm_a_method(accuracy, tmp_path, monkeypatch):
     """Otherwise only seed 1 counts as a result of today's code."""

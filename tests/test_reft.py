@@ -196,5 +196,6 @@ def test_metrics_by_hand():
     )
     correct[1] = torch.tensor([1.0, 0, 0, 0])
     assert opener_metrics(rollouts, ranks, openers=2)["opener/same_winner"] == 0.5
+    assert "opener/same_winner" not in opener_metrics(rollouts, ranks, openers=1)
     rollouts.correct = correct * 0
     assert "opener/same_winner" not in opener_metrics(rollouts, ranks, openers=2)
