@@ -220,7 +220,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
+        # 2. Score the rollouts, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -232,8 +232,8 @@ def main(args: Args) -> None:
         advantages = grpo_advantages(rewards, scale=args.scale_rewards)[..., None] * mask
         # </method>
 
-        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
-        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
+        # 4. Update on one share of the problems at a time.
+        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name, of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):

@@ -75,7 +75,7 @@ class RunArgs:
     overlong_buffer: int = 0  # B: the reward falls by up to 1/2 in the last B tokens allowed (DAPO)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it can be used
     gpu_memory: float = 0.3  # vLLM's share of the GPU's memory
-    max_logp_gap: float = 0.0  # stop if logp_gap/mean (nats) exceeds it; 0: 0.2 (CPU float32: 1e-4)
+    max_logp_gap: float = 0.0  # stop if logp_gap/mean exceeds it; 0 means 0.2 (CPU float32: 1e-4)
     importance_cap: float = 0.0  # weigh tokens by min(π_old / π_engine, cap); 0: off
 
     # Optimisation
@@ -295,8 +295,7 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     can_share = can_share_prompts(model, args)
     with autocast(args):
         states = response_states(model, prompts, index[0], tokens, mask, can_share)
-    # The update stays in train mode: under checkpointing, backward() repeats the forward pass, with
-    # the same dropout.
+    # Not after the update's pass: gradient checkpointing repeats it in backward(), in train mode.
     if scoring:
         model.train(was_training)
     return states

@@ -4,8 +4,8 @@ grpo.py with a KL penalty by default, and with another advantage: outcome + prog
 - Outcome: gate x GRPO's advantage A. The gate is sigmoid(γ x z-score of the token's entropy in its
   group).
 - Progress: η x z-score of sign(A) (log π_old - log π_ref) over the group's tokens in the same
-  bucket. Bucket k of K has the tokens at which the rollout's entropy, summed up to the token, is
-  between k/K and (k+1)/K of the rollout's total.
+  bucket. A token's bucket is floor(K τ), where τ is the share of the rollout's total entropy up to
+  and including the token.
 In a group of equal rewards A is 0, but progress can train the policy: there the sign is that of
 reward - θ.
 Comments "Eq. ..." refer to rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
@@ -95,7 +95,8 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     running = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = running[..., -1:].clamp(min=torch.finfo(running.dtype).tiny)  # all entropies may be 0
     position = buckets * running / total  # K τ  # Eq. 23 [paper]
-    # τ = 1 belongs to the last bucket. Rounding can make an entropy, and so τ, negative.
+    # τ = 1 belongs to the last bucket. Rounding can make an entropy negative; divided by a total
+    # near 0 it can be too large for an integer.
     return position.clamp(0, buckets - 1).long()  # Eq. 23, last bucket [open]
 
 
@@ -103,7 +104,7 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
 def ep_grpo_advantages(
     rewards: Tensor,
     entropy: Tensor,
-    logp: Tensor,
+    old_logp: Tensor,
     ref_logp: Tensor,
     mask: Tensor,
     *,
@@ -115,9 +116,9 @@ def ep_grpo_advantages(
 ) -> Tensor:
     """Outcome plus progress of each token: [P, G, T], 0 outside the mask.
 
-    rewards: [P, G]; the others [P, G, T]. entropy (nats) and logp are of the policy that sampled,
-    ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by λ = 0.1, which
-    the z-score cancels up to eps, so it is not a setting here.
+    rewards: [P, G]; the others [P, G, T]. entropy (nats) and old_logp are of the policy that
+    sampled, ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by
+    λ = 0.1, which the z-score cancels up to eps, so it is not a setting here.
     Progress has mean 0 in each bucket of a group. It is 0 in a bucket with one token or with equal
     signed log-ratios [open].
     """
@@ -127,7 +128,7 @@ def ep_grpo_advantages(
     # The sign of the advantage, or of reward - threshold in a group of equal rewards.
     varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
     sign = torch.where(varied, advantages, rewards - reward_threshold).sign()  # Eq. 21 [paper]
-    signal = sign[..., None] * (logp - ref_logp)  # Eq. 20, 22 [paper]
+    signal = sign[..., None] * (old_logp - ref_logp)  # Eq. 20, 22 [paper]
 
     # A bucket holds tokens of all rollouts of the group, and each token is in one bucket.
     # `standardize` is 0 outside its mask.
@@ -199,7 +200,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
+        # 2. Score the rollouts, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -211,8 +212,8 @@ def main(args: Args) -> None:
         # Computed in phase 4, whose forward pass may also be the one that scores.
         # </method>
 
-        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
-        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
+        # 4. Update on one share of the problems at a time.
+        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name, of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
@@ -239,7 +240,7 @@ def main(args: Args) -> None:
                         buckets=args.buckets,
                         reward_threshold=args.reward_threshold,
                     )
-                    # For the log: the outcome again, and progress as the rest of the advantage.
+                    # For the log: the advantage's two terms, progress as what the outcome leaves.
                     gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
                     outcome = gate * grpo_advantages(group_rewards)[..., None]
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)

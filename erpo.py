@@ -97,7 +97,7 @@ def position_buckets(mask: Tensor, buckets: int) -> Tensor:
 def erpo_advantages(
     rewards: Tensor,
     entropy: Tensor,
-    logp: Tensor,
+    old_logp: Tensor,
     ref_logp: Tensor,
     mask: Tensor,
     *,
@@ -109,7 +109,7 @@ def erpo_advantages(
 ) -> Tensor:
     """Each token's advantage, [P, G, T], 0 outside the mask; mean 0 and variance 1 over a group.
 
-    rewards: [P, G]; the others [P, G, T]: entropy (nats) and logp of the policy that sampled,
+    rewards: [P, G]; the others [P, G, T]: entropy (nats) and old_logp of the policy that sampled,
     ref_logp of the frozen initial policy. The paper also multiplies the log-ratio by β_progress. It
     cancels in the standardisation, up to eps, so it is not a setting here. A group of equal rewards
     gives exact zeros.
@@ -118,7 +118,7 @@ def erpo_advantages(
     gate = entropy_gate(entropy, mask, gamma=gamma, eps=eps)  # [P, G, T]
 
     # A bucket holds tokens of all rollouts of the group. `standardize` is 0 outside its mask.
-    log_ratio = logp - ref_logp  # Eq. 7 [paper]
+    log_ratio = old_logp - ref_logp  # Eq. 7 [paper]
     z_score = torch.zeros_like(log_ratio)
     bucket = position_buckets(mask, buckets)
     for k in range(buckets):
@@ -190,7 +190,7 @@ def main(args: Args) -> None:
             mask.sum(-1), args.max_new_tokens, args.overlong_buffer
         )
 
-        # 2. Score: old_logp and entropy, unless phase 4's forward pass does it.
+        # 2. Score the rollouts, unless phase 4's forward pass does it.
         with run.time("score"):
             # <method>
             if common.needs_scoring_pass(policy, rollouts, args):
@@ -202,8 +202,8 @@ def main(args: Args) -> None:
         # Computed in phase 4, whose forward pass may also be the one that scores.
         # </method>
 
-        # 4. Update on one share of the problems at a time. Advantages are of whole groups.
-        per_token = common.TokenValues(mask)  # for the log: name -> [P, G, T], of trained tokens
+        # 4. Update on one share of the problems at a time.
+        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name, of trained tokens
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):

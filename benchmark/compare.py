@@ -39,10 +39,10 @@ METHODS = {
     "DAPO": "grpo.py --clip-high 0.28 --dynamic-sampling --overlong-buffer 8",
     "Dr. GRPO": "grpo.py --no-scale-rewards --loss-average constant",
     "EP-GRPO": "ep_grpo.py",
-    "EP-GRPO gate alone": "ep_grpo.py --eta 0",
+    "EP-GRPO without progress": "ep_grpo.py --eta 0",
     # --gamma 0 sets every gate to 1/2. The other weights are halved too, so the loss is half the
     # loss without a gate. AdamW takes the same step for half the gradient.
-    "EP-GRPO progress alone": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
+    "EP-GRPO without gate": "ep_grpo.py --gamma 0 --eta 0.1 --kl 0.0005 --max-grad-norm 0.5",
     "ERPO": "erpo.py",
     "GTPO": "gtpo.py",
     "GTPO by batch": "gtpo.py --scope batch",
@@ -69,8 +69,8 @@ METHODS = {
 }
 DEFAULT_METHODS = ",".join(name for name in METHODS if name != "VinePPO by token")  # expensive
 RATE_OF = {  # variants that use the learning rate of another method
-    "EP-GRPO gate alone": "EP-GRPO",
-    "EP-GRPO progress alone": "EP-GRPO",
+    "EP-GRPO without progress": "EP-GRPO",
+    "EP-GRPO without gate": "EP-GRPO",
     "GTPO by batch": "GTPO",
     "VinePPO by token": "VinePPO",
     "STARE C2": "STARE",
