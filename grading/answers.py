@@ -13,7 +13,7 @@ from grading.notation import rewrite
 # `\boxed{`, `{` and `}`. An escaped brace does not group: `\{`. `\\` is a line break, except in
 # `\\boxed{`, a box that was escaped twice.
 BRACES = r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})"
-BARE_BOX = r"\\(?:boxed|fbox) *(\w+|\\[a-z]+)"  # \boxed 12, in references
+BARE_BOX = r"\\(?:boxed|fbox) *(\d+[./]\d+|\w+|\\[a-z]+)"  # \boxed 12, in references
 # What may stand between boxes that make one statement: $\boxed{1}$ and $\boxed{2}$
 BETWEEN = re.compile(
     r"(?:[\s,;$&~.]|\\[\s,;:!()\[\]\\]|\\q?quad(?![a-z])|\\(?:text|mbox|textbf)(?=\{)|[{}]"
@@ -27,11 +27,12 @@ LABEL = (
 # Final Answer: The final answer is $42$. I hope it is correct.
 ANSWER_LINE = rf"(?im)^(?:.*#### *|(?:{LABEL}){{1,2}})(\S.*?)(?: I hope it is correct\.)?$"
 
-# A proof; nothing; not found, None, nan; {'value': 52}; more than 4096 characters
+# A proof; nothing; not found, None, nan; {'value': 52}
 NO_ANSWER = (
     r"(?i)\W*proof\b|[\s.]*(?:(?:\\boxed\{\}|not ?found|none|nan|null|n/a|unknown)?[\s.]*$"
-    r"|\{\s*['\"]|(?s:.{4097}))"
+    r"|\{\s*['\"])"
 )
+MAX_REFERENCE = 4096  # characters
 # The end of a solution: `The answer is: Friday`, `**Answer:** 12`, `So the answer is $12$.`
 # Not: `the answer is a prime`, `the answer is independent of x`. After "is" without a colon, of
 # words only yes, no, true and false count.
@@ -61,8 +62,9 @@ ESCAPED = r"text\w*|times|tfrac|theta|triangle|frac|forall|binom|beta|begin|boxe
 FRACTION = r"[-+]?\d+/-?0*[1-9]\d*|\\[dt]?frac\{[-+]?\d+\}\{-?0*[1-9]\d*\}"  # 3/4, \frac{3}{4}
 # 1.2 \times 10^{3}, 10^5
 POWER = r"(?:\d+(?:\.\d+)? *(?:\\times|\\cdot|\*) *)?10\^(?:\d(?!\d)|\{[-+]?\d{1,2}\})"
-# 1,234.5; 12,00,000; 10'000; 12 345; 1e-05; .5
-GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}(?: \d{3})+"
+# 1,234.5; 12,00,000; 10'000; 12 345; not 0,125
+GROUPS = r"[1-9](?:\d{0,2}(?:,\d{3})+|\d?(?:,\d\d)+,\d{3}|\d{0,2}(?:'\d{3})+|\d{0,2}(?: \d{3})+)"
+# .5, 1e-05
 DECIMAL = rf"(?:{GROUPS}|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,2}}(?!\d))?|\.\d+"
 NUMBER = rf"[-+]? *(?:{FRACTION}|{POWER}|{DECIMAL})"
 PLAIN_NUMBER = re.compile(rf"\s*{NUMBER}\s*", re.ASCII)
@@ -139,7 +141,7 @@ def reference_text(reference: str) -> str:
     elif boxed or stated:
         text = boxed or stated[1].rstrip("*_. ")
     prose = len(re.findall(WORD_BEFORE_WORD, text)) > 3 and re.match(PROSE, text)
-    if re.match(NO_ANSWER, text) or (prose and not boxed):
+    if len(text) > MAX_REFERENCE or re.match(NO_ANSWER, text) or (prose and not boxed):
         return ""
     return text
 

@@ -181,10 +181,11 @@ def clock(hour, minute, half):
 # ------------------------------------------------------------------------------- quantities
 
 CURRENCY = r"\\?\$|[€£¥₹]|(?:US|USD|EUR|GBP|INR|Rs)\b\.?(?: *\\?\$)?"
-# cm; m, but not in m g h; %; 5', but not x'; ^\circ
 UNIT_BEGINS = (
-    r"(?<![\\A-Za-z_{])[A-Za-z]{2}|(?<!^[A-Za-z] )(?<! [A-Za-z] )(?<= )[A-Za-z](?![\w(])"
-    r"|[%€£₹元¥¢]|(?<![A-Za-z])'|\^\\circ|\\[$%]"
+    r"(?<![\\A-Za-z_{])[A-Za-z]{2}"  # cm
+    r"|(?<!^[A-Za-z] )(?<! [A-Za-z] )(?<= )[A-Za-z](?![\w(])"  # m, but not in m g h
+    r"|(?<![A-Za-z])'"  # 5', but not x'
+    r"|[%€£₹元¥¢]|\^\\circ|\\[$%]"
 )
 
 

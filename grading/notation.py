@@ -24,20 +24,25 @@ COMMAND = {}
 for names, command in re.findall(r"([\w\s]+) -> ?([^,]*)", COMMANDS):
     COMMAND.update(dict.fromkeys(names.split(), command))
 CHARACTERS = r"""∞ \infty~ · \cdot~ ⋅ \cdot~ × \times~ ÷ \div~ ≈ \approx~ ± \pm~ ≤ \le~ ≥ \ge~
-≠ \ne~ ≡ \equiv~ ∪ \cup~ ∈ \in~ ∅ \emptyset~ π \pi~ θ \theta~ ℝ \mathbb{R}~ ° ^\circ~ − - – -
+≠ \ne~ ≡ \equiv~ ∪ \cup~ ∈ \in~ ∅ \emptyset~ π \pi~ θ \theta~ ° ^\circ~ − - – -
 ′ ' ’ '"""
 CHARACTER = {ord(key): value for key, value in re.findall(r"(\S) (\S+)", CHARACTERS)}
 UNICODE = {
     "[⁰¹²³⁴-⁹⁻]+": r"^{\g<0>}",  # x⁻¹²
     "[¼-¾⅐-⅞]": r" \g<0>",  # 3½ is 3 1/2, not 31/2
+    "ℝ": r"\\mathbb{R} ",  # NFKC would make it R
     r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
 }
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
+# 5 (by AM-GM), but not a(by+cx)
+REMARK = r"\\?approx|round|about|esti|(?:since|because|using)\b|(?:as|by) (?=\\?\w)"
 # LATEX, BRACES and PLAIN are applied in this order. No pattern repeats a group that itself repeats
 # the same characters, so none takes exponential time.
 LATEX = {
     r"(?<!\\)\$|~": " ",
     r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|le|ge|infty|cdot|cup)\b)": r"\\",
+    # 1{,}234 and 1,\!234 in all places; but 0{,}125 is a decimal comma
+    r"(?<=\d)(?<!(?<!\d)0)(?:\{,\}|,\\!)(?=\d{3}(?!\d))": "",
     r"\\!(?: |\\,)*|\\checkmark|\\(?:text)?color *\{[^{}]*\}|\\(?:left|right)\.": "",
     r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]": "",  # \\[4pt] between the rows of a matrix
     r"\\(?:begin|end) *\{(?:cases|aligned|align\*?|gathered)\}|&(?==)": "",
@@ -52,7 +57,7 @@ BRACES = {
     r"\\sqrt *(\d|[a-z](?![a-z]))": r"\\sqrt{\1}",
     r"\\log_(\w)": r"\\log_{\1}",
     r"\^ *\{? *\\circ(?![a-z]) *\}?": r"^\\circ ",
-    r"\{([,:])\}": r"\1",  # 1{,}234
+    r"\{([,:])\}": r"\1",  # 3{,}5
     r"(\\times|\\cdot) *\{(\d+)\}": r"\1 \2",  # 3 \times {10}^8
     # {3}\sqrt{2}, 17^{th}
     r"^\{([^{}]*)\}$|(?<![\\\w^_}\]])\{([^{}]*)\}|(?<=\d)\^\{ *(th|st|nd|rd) *\}": r"\1\2\3",
@@ -67,14 +72,15 @@ PLAIN = {
     r"\.\.\.": r"\\ldots",
     r"\\dot *\{?(\d)\}?": r"\\overline{\1}",  # 0.\dot{3}
     r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
-    r",? *\(?(?:in )?base[- ]?(\w+)\)?$": r"_{\1}",  # 101 (base 2)
+    # 101 (base 2), but not baseball
+    r",? *\(?(?:in )?(?<![A-Za-z])base(?:[- ]|(?=\d))(\w+)\)?$": r"_{\1}",
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     "<=|=<": r"\\le ",
     ">=": r"\\ge ",
     rf"(?<![\\A-Za-z])({FUNCTION})(?=[({{\d^]| [^=A-Za-z]| [a-z](?![a-z]))": r"\\\1",  # log(2)
     r"(?<=[\w})\]$%*!|']) *[.,;:]$": "",  # 3.5.
-    r"\((?:\\?approx|round|about|esti|since|because|as|by|using)[^()]*(?:\([^()]*\))*[^()]*\)$": "",
+    rf"\((?:{REMARK})[^()]*(?:\([^()]*\))*[^()]*\)$": "",
     r"^(?:\\approx|approx(?:imately|\.)?|about|roughly)(?=[- \d.\\])": "",  # about 18
 }
 

@@ -124,10 +124,12 @@ def same_items(judge, a, b):
 
 
 def list_and_number(judge, a, b):
-    r"""`0,5` is also a decimal. `3\frac12, 3.5` is one number, written twice."""
+    r"""`0,5` is also a decimal. `3\frac12, 3.5` is one number, written twice; `x=2,002` is not."""
     if plain_number(a.text.replace(",", ".")) == b.value:
         return True
-    return len(a.items) > 1 and not a.brackets and all(judge.equal(item, b) for item in a.items)
+    if len(a.items) < 2 or a.brackets or re.search(r",0\d", a.text):
+        return False
+    return all(judge.equal(item, b) for item in a.items)
 
 
 def same_interval(judge, a, b):

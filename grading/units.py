@@ -53,7 +53,7 @@ SPELLINGS = {
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
     r"\bms *\^ *\{?-": "m s^-",  # ms^{-1} is m/s, no millisecond
-    r"\^\\circ|°": " degree ",
+    r"\^\\circ": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",
     r"\\(?=[$%])|[{}.]|\bper\b(?= *$)": " ",
@@ -89,7 +89,7 @@ def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
         if factor[1]:
             power = -power
         if unit[1] == "#":
-            multiple *= unit[0]
+            multiple *= unit[0] ** power  # per dozen: 1/12
         else:
             size *= unit[0] ** power
             powers[unit[1]] += power

@@ -387,6 +387,9 @@ def reference_answers(value: Any, mode: str) -> list[str]:
     texts = [*dict.fromkeys(map(reference_answer, value))]
     if mode == "all" or any(isinstance(entry, list) for entry in value):
         texts = [", ".join(texts)] if all(texts) else []
+    for i, text in enumerate(texts):
+        if Grader.reference(text) != text:  # prose counts only in a box
+            texts[i] = rf"\boxed{{{text}}}"
     return [text for text in texts if text]
 
 
@@ -409,7 +412,8 @@ def reference_answer(value: Any) -> str:
 def as_text(value: Any) -> str:
     """A value as text: 1e-05 as 0.00001, 2.0 as 2, midnight as its date, "1/2" without quotes."""
     if isinstance(value, float | Decimal):
-        return f"{Decimal(str(value)).normalize():f}"
+        text = f"{Decimal(str(value)):f}"
+        return text.rstrip("0").removesuffix(".") if "." in text else text
     if isinstance(value, datetime):  # a date that `datasets` read as a time
         return value.isoformat().removesuffix("T00:00:00")
     text = str(value).strip()

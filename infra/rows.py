@@ -52,7 +52,7 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
         if path.is_file():
             if config or (chosen and kind_of(path) != "json"):
                 raise ValueError("is a file, which has no configuration and no split")
-            yield from read_file(path, split, needed)
+            yield from read_file(path, split, needed, must_name_split=bool(chosen))
         else:
             yield from read_dataset(repository, config, split, needed)
     except Exception as error:  # datasets raises many kinds for a wrong name or broken file
@@ -119,8 +119,13 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
     return io.TextIOWrapper(open_file(path), encoding, newline=newline)
 
 
-def read_file(path: Path, split: str, needed: Container[str]) -> Iterator[Row]:
-    """Rows of one file, compressed or not. `datasets` would read some texts as numbers or dates."""
+def read_file(
+    path: Path, split: str, needed: Container[str], must_name_split: bool = False
+) -> Iterator[Row]:
+    """Rows of one file, compressed or not. `datasets` would read some texts as numbers or dates.
+
+    must_name_split: raise ValueError unless it is a JSON object with that split.
+    """
     kind = kind_of(path)
     if not kind:
         raise ValueError(f"its name ends in none of {', '.join(sorted(FILES))}")
@@ -139,7 +144,7 @@ def read_file(path: Path, split: str, needed: Container[str]) -> Iterator[Row]:
     elif kind in ("csv", "tsv"):
         yield from read_csv(path, encoding)
     else:
-        yield from read_json(path, encoding, split, needed)
+        yield from read_json(path, encoding, split, needed, must_name_split)
 
 
 def read_csv(path: Path, encoding: str) -> Iterator[Row]:
@@ -165,13 +170,19 @@ def read_csv(path: Path, encoding: str) -> Iterator[Row]:
 # ------------------------------------------------------------------ JSON
 
 
-def read_json(path: Path, encoding: str, split: str, needed: Container[str]) -> Iterator[Row]:
+def read_json(
+    path: Path, encoding: str, split: str, needed: Container[str], must_name_split: bool
+) -> Iterator[Row]:
     """Rows of JSON lines, of a list, or of an object that holds a list of rows for each split."""
     with open_text(path, encoding) as text:
         values = json_values(text)
         first = list(itertools.islice(values, 2))
         rows = itertools.chain(first, values)
-        if len(first) == 1:
+        if must_name_split and not (len(first) == 1 and isinstance(first[0], dict)):
+            raise ValueError(f"is not an object with a list of rows for {split}")
+        if must_name_split:
+            rows = of_split(first[0], split)
+        elif len(first) == 1:
             rows = rows_within(first[0], split, needed)
         for number, row in enumerate(rows, 1):
             if is_chat(row):
@@ -219,8 +230,8 @@ def rows_within(value: Any, split: str, needed: Container[str]) -> list[Any]:
     if isinstance(value, dict):
         splits = {key: rows for key, rows in value.items() if is_rows(rows)}
         is_row = any(key.strip().lower() in needed for key in value.keys() - splits.keys())
-        if split in splits and not is_row:
-            return splits[split]
+        if (split in splits or value.get(split) == []) and not is_row:
+            return value[split]
         if len(splits) == 1 and not is_row:
             return next(iter(splits.values()))
     return [value]

@@ -382,10 +382,39 @@ def test_rules(rule):
         ("(2,2),(3,3)", r"(p,q) \in \{(2,2),(3,3)\}"),
         ("42", r"42 \text{ positive integers}"),
         ('["\\frac{1}{2}"]', r"\frac{1}{2}"),  # JSON in which a backslash is not escaped
+        ("0.125", "0,125"),
+        ("0.125", "0{,}125"),
+        ("1234", "x = 1{,}234"),
+        (r"1234567\pi", r"1{,}234{,}567\pi"),
+        ("1200, 1400", r"1,\!200 \text{ and } 1,\!400"),
+        (r"\$ 0.25", r"\$3 \text{ per dozen}"),
+        ("Baseball", r"\text{baseball}"),
+        (r"\mathbb{R}", "ℝ"),
+        (r"\boxed 3.5", "3.5"),
+        (r"\boxed 1/2", r"\frac{1}{2}"),
+        ("5", r"5 \text{ (by AM-GM)}"),
+        ("101_2", r"101 \text{ (base 2)}"),
     ],
 )
 def test_right_answers_in_other_notation(reference, answer):
     assert LENIENT.grade([rf"\boxed{{{answer}}}"], [reference]) == [True]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("125", "0,125"),
+        ("2", "x = 2,002"),
+        ("2", "x = 2{,}002"),
+        (r"\$36", r"\$3 \text{ per dozen}"),
+        ("R", "ℝ"),
+        ("a", "a(by+cx)"),
+        ("(as,bt)", "(by,cx)"),
+        ("soccer_{ball}", r"\text{soccer, baseball}"),
+    ],
+)
+def test_wrong_answers_in_other_notation(reference, answer):
+    assert LENIENT.grade([rf"\boxed{{{answer}}}"], [reference]) == [False]
 
 
 def test_rules_take_linear_time():

@@ -40,6 +40,7 @@ from infra.data import (
 )
 from infra.data import reference_answer as reference
 from infra.models import named_stop_tokens, seed_for
+from infra.rows import read_rows
 
 ROWS = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]
 PAIRS = [(row["problem"], row["answer"]) for row in ROWS]
@@ -568,6 +569,33 @@ def test_a_file_has_no_split_and_no_configuration(ending, load, tmp_path, reject
     )
 
 
+SPLITS = {"train": [{"problem": "2+3", "answer": "5"}], "test": []}
+NO_SPLIT = "is not an object with a list of rows for validation"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (SPLITS, "its splits are train, test, and none is validation"),
+        (SPLITS["train"], NO_SPLIT),
+        ([SPLITS["train"][0] | {"problem": "1+1"}, *SPLITS["train"]], NO_SPLIT),
+    ],
+)
+def test_a_named_split_of_a_json_file_must_exist(content, why, load, tmp_path, rejection):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(content))
+    line = rejection(load, f"{path}@validation")
+    assert line == f"--dataset {path}@validation: ValueError: {why}"
+
+
+def test_an_empty_split_is_not_replaced_by_another(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(SPLITS))
+    assert list(read_rows("--eval-dataset", str(path), ["problem", "answer"])) == []
+    assert list(read_rows("--dataset", str(path), ["problem", "answer"])) == SPLITS["train"]
+    assert list(read_rows("--eval-dataset", f"{path}@train", ["problem"])) == SPLITS["train"]
+
+
 def test_an_answer_is_preferred_to_a_solution(load_rows):
     rows = [{"solution": "It is \\boxed{3}", "problem": "1+2", "answer": "3.0", "prompt": "no"}]
     assert pairs(load_rows(rows)) == [("1+2", "3.0")]
@@ -669,6 +697,10 @@ def test_reference_answer(text, answer):
     assert reference(text) == answer
 
 
+BIG = "12345678901234567890123456789012345"
+BOXED_PROSE = r"\boxed{\text{all real numbers except zero and one}}"
+
+
 @pytest.mark.parametrize(
     ("value", "any_of", "all_of"),
     [
@@ -679,6 +711,9 @@ def test_reference_answer(text, answer):
         ([0, 0.0, "0"], ["0"], ["0"]),
         (["2", None], ["2"], []),
         (["2", "We add. So it is three of the four."], ["2"], []),
+        (f"So {BOXED_PROSE}.", [BOXED_PROSE], [BOXED_PROSE]),
+        (Decimal(f"{BIG}.50"), [f"{BIG}.5"], [f"{BIG}.5"]),
+        (Decimal("1E+3"), ["1000"], ["1000"]),
         # A list of lists is one answer.
         ([[1, 2], [3, 4]], ["(1, 2), (3, 4)"], ["(1, 2), (3, 4)"]),
         ([["1", "2"]], ["(1, 2)"], ["(1, 2)"]),
@@ -692,6 +727,7 @@ def test_reference_answer(text, answer):
 def test_a_list_of_references(value, any_of, all_of):
     assert reference_answers(value, "any") == any_of
     assert reference_answers(value, "all") == all_of
+    assert [Grader.reference(text) != "" for text in any_of] == [True] * len(any_of)
 
 
 def verdicts(grader: Grader, problem: Problem, *answers: str) -> list[bool]:
