@@ -37,7 +37,7 @@ def precision(args: Any) -> torch.dtype:
 
 
 def autocast(args: Any) -> torch.autocast:
-    """The forward pass in bfloat16 if --precision asks for it; a no-op in float32."""
+    """The forward pass in bfloat16 if that is its `precision`; a no-op in float32."""
     in_bfloat16 = precision(args) is torch.bfloat16
     return torch.autocast(device(args).type, torch.bfloat16, enabled=in_bfloat16)
 
@@ -331,6 +331,7 @@ class Reference:
         else:
             with self.policy.disable_adapter():
                 yield self.policy
+            freeze_routers(self.policy)  # peft unfreezes all adapters that it enables again
 
 
 def frozen_copy(policy: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import sys
@@ -67,10 +66,7 @@ class Engine:
         return texts
 
     def sleep(self) -> None:
-        """Give memory to the update. `sync` wakes the engine."""
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory unless it is asked
-            libc.malloc_trim(0)
+        """Give GPU memory to the update. `sync` wakes the engine."""
 
 
 class VLLMEngine(Engine):

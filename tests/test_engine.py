@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -677,8 +676,11 @@ def test_a_family_is_rolled_out_synced_and_saved(family, lora_rank, kind, family
 def test_lora_leaves_routers_alone(family, family_folder):
     """It adapts attention and experts that peft knows. Phi's router is a plain linear layer."""
     policy = load_policy(settings(family_folder(family), lora_rank=4))
+    with models.Reference(policy, settings(family_folder(family)))():
+        pass  # peft unfreezes all adapters after it
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert any("q_proj" in name for name in trained)
+    assert not any({"gate", "router"} & set(name.split(".")) for name in trained)
     assert any(".experts." in name for name in trained) == (family != "phimoe")
     perturb(policy)
     before = load_policy(settings(family_folder(family))).state_dict()
@@ -895,16 +897,3 @@ assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > share / 2, (awak
 def test_a_sleeping_engine_frees_its_memory(tiny_model):
     """In a process of its own, as every engine on CUDA."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_freed_memory_is_returned_before_the_update():
-    """Pieces too small for a mapping of their own, freed with the last one still in use."""
-    pages = Path("/proc/self/statm")
-    pieces = [torch.ones(2**14) for _ in range(2**12)]  # 64 KiB each, 268 MB
-    last = pieces[-1]
-    del pieces
-    before = int(pages.read_text().split()[1])
-    Engine.sleep(None)
-    assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
-    assert last.sum() == 2**14
