@@ -22,6 +22,7 @@ from pathlib import Path
 
 from grading.answers import TOO_LARGE, find_answer, last_boxed, reference_text
 from grading.kinds import leaves, read
+from grading.notation import with_plain_commas
 from grading.rules import Judge
 
 FORMATS = ("boxed", "line", "auto")
@@ -138,6 +139,9 @@ class Grader(AbstractContextManager):
             return False
 
         expected, found = read(reference), read(answer)
+        plain = [read(with_plain_commas(text)) for text in (reference, answer)]
+        if plain[0] == plain[1]:  # 1{,}000\pi and 1,000\pi
+            return True
         try:
             return Judge(no_worker, self.strict).equal(expected, found)
         except NeedsWorker:
@@ -148,7 +152,7 @@ class Grader(AbstractContextManager):
     def _quick_readable(self, reference: str) -> Request | bool:
         """Whether a reference is an answer if no worker is needed, else the request for it."""
         text = reference_text(reference)
-        if not text or TOO_LARGE.search(text):
+        if not text or TOO_LARGE.search(read(text).text):
             return False
         return (text, None, False) if leaves(read(text)) else True
 

@@ -34,8 +34,10 @@ UNICODE = {
     r"√ *(\d+)|√ *\(([^()]*)\)": r"\\sqrt{\1\2}",  # √13, √(13)
 }
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
-# 5 (by AM-GM), but not a(by+cx)
-REMARK = r"\\?approx|round|about|esti|(?:since|because|using)\b|(?:as|by) (?=\\?\w)"
+# 5 (by AM-GM), but not a(by+cx), a(by + cx)
+REMARK = (
+    r"\\?approx|round|about|esti|assum|(?:since|because|using)\b|(?:as|by)(?:[:,]| (?![-+*/^=] ))"
+)
 # LATEX, BRACES and PLAIN are applied in this order. No pattern repeats a group that itself repeats
 # the same characters, so none takes exponential time.
 LATEX = {
@@ -73,7 +75,7 @@ PLAIN = {
     r"\\dot *\{?(\d)\}?": r"\\overline{\1}",  # 0.\dot{3}
     r"(\.\d*?)(\d+?)\2+ ?\\ldots": r"\1\\overline{\2}",  # 0.1666...
     # 101 (base 2), but not baseball
-    r",? *\(?(?:in )?(?<![A-Za-z])base(?:[- ]|(?=\d))(\w+)\)?$": r"_{\1}",
+    r",? *\(?(?:in )?(?<![a-z])base(?:[- ]|(?=\d))(\w+)\)?$": r"_{\1}",
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",  # 1⁄2, the NFKC form of ½
     r"(?<=\w)\*\*(?=[\w({-])": "^",  # x**2
     "<=|=<": r"\\le ",
@@ -94,6 +96,11 @@ def rewrite(text: str, rules: dict[str, str]) -> str:
         if compiled(pattern).search(text):
             text = compiled(pattern).sub(replacement, text)
     return text
+
+
+def with_plain_commas(text: str) -> str:
+    r"""Write `1{,}000` and `1,\!000` as `1,000`, which may also be a list."""
+    return re.sub(r"\{,\}|,\\!", ",", text)
 
 
 def tidy(text: str) -> str:

@@ -47,12 +47,13 @@ passenger soldier employee family families sibling brother sister daughter son c
 marker notebook paper sheet photo picture painting song movie video episode message email call
 post vote share sale order item product gift present doll balloon ribbon button dress shoe sock
 hat glove coat pants uniform race round turn move jump stair roll flip toss throw coloring
-function sequence string code password region intersection handshake committee"""
+function sequence string code password region intersection handshake committee base baseball"""
 SPELLINGS = {
     r"\bbelow zero$": "belowzero",
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
     r"\bms *\^ *\{?-": "m s^-",  # ms^{-1} is m/s, no millisecond
+    r"(?<=.)\bK\b": "kelvin",  # J/mol K, but 50 K is 50 thousand
     r"\^\\circ": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",

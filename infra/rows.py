@@ -178,10 +178,11 @@ def read_json(
         values = json_values(text)
         first = list(itertools.islice(values, 2))
         rows = itertools.chain(first, values)
-        if must_name_split and not (len(first) == 1 and isinstance(first[0], dict)):
-            raise ValueError(f"is not an object with a list of rows for {split}")
         if must_name_split:
-            rows = of_split(first[0], split)
+            is_object = len(first) == 1 and isinstance(first[0], dict)
+            rows = first[0].get(split) if is_object else None
+            if not isinstance(rows, list):
+                raise ValueError(f"is not an object with a list of rows for {split}")
         elif len(first) == 1:
             rows = rows_within(first[0], split, needed)
         for number, row in enumerate(rows, 1):

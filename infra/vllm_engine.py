@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -40,6 +41,7 @@ class Engine:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         self.set_tokenizer(args, policy, tokenizer)
+        self.is_large = sum(weight.numel() for weight in policy.parameters()) > 10**8
 
     def set_tokenizer(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         """Set the tokenizer and the ids of all tokens that end a response, and print these.
@@ -66,7 +68,12 @@ class Engine:
         return texts
 
     def sleep(self) -> None:
-        """Give GPU memory to the update. `sync` wakes the engine."""
+        """Give memory to the update. `sync` wakes the engine."""
+        # glibc keeps freed memory unless it is asked. For a small model that is better: its update
+        # needs the same pages again, and getting them takes a sixth of a step.
+        libc = ctypes.CDLL(None)
+        if self.is_large and hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 class VLLMEngine(Engine):

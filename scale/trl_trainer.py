@@ -253,6 +253,8 @@ class MethodTrainer(GRPOTrainer):
                     found[3][mask[index]] = arca.residual_norm(adapted, self.model(run=states))
             if place < len(batches):
                 scores[:, *index] = found
+        if args.lora_rank:
+            freeze_routers(self.model)  # peft unfreezes all adapters that it enables again
         self.model.train()
         return self.accelerator.reduce(scores)
 

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -897,3 +899,16 @@ assert max(asleep) - min(asleep) < 0.1 and awake - asleep[-1] > share / 2, (awak
 def test_a_sleeping_engine_frees_its_memory(tiny_model):
     """In a process of its own, as every engine on CUDA."""
     subprocess.run([sys.executable, "-c", ASLEEP], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_returned_before_the_update():
+    """Pieces too small for a mapping of their own, freed with the last one still in use."""
+    pages = Path("/proc/self/statm")
+    pieces = [torch.ones(2**14) for _ in range(2**12)]  # 64 KiB each, 268 MB
+    last = pieces[-1]
+    del pieces
+    before = int(pages.read_text().split()[1])
+    Engine.sleep(SimpleNamespace(is_large=True))
+    assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
+    assert last.sum() == 2**14

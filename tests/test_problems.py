@@ -570,22 +570,23 @@ def test_a_file_has_no_split_and_no_configuration(ending, load, tmp_path, reject
 
 
 SPLITS = {"train": [{"problem": "2+3", "answer": "5"}], "test": []}
-NO_SPLIT = "is not an object with a list of rows for validation"
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    "content",
     [
-        (SPLITS, "its splits are train, test, and none is validation"),
-        (SPLITS["train"], NO_SPLIT),
-        ([SPLITS["train"][0] | {"problem": "1+1"}, *SPLITS["train"]], NO_SPLIT),
+        SPLITS,
+        SPLITS | {"validation": None},
+        SPLITS["train"],
+        [SPLITS["train"][0] | {"problem": "1+1"}, *SPLITS["train"]],
     ],
 )
-def test_a_named_split_of_a_json_file_must_exist(content, why, load, tmp_path, rejection):
+def test_a_named_split_of_a_json_file_must_exist(content, load, tmp_path, rejection):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(content))
     line = rejection(load, f"{path}@validation")
-    assert line == f"--dataset {path}@validation: ValueError: {why}"
+    why = "ValueError: is not an object with a list of rows for validation"
+    assert line == f"--dataset {path}@validation: {why}"
 
 
 def test_an_empty_split_is_not_replaced_by_another(tmp_path):
@@ -712,6 +713,7 @@ BOXED_PROSE = r"\boxed{\text{all real numbers except zero and one}}"
         (["2", None], ["2"], []),
         (["2", "We add. So it is three of the four."], ["2"], []),
         (f"So {BOXED_PROSE}.", [BOXED_PROSE], [BOXED_PROSE]),
+        (r"#### \boxed{5}", [r"\boxed{5}"], [r"\boxed{5}"]),
         (Decimal(f"{BIG}.50"), [f"{BIG}.5"], [f"{BIG}.5"]),
         (Decimal("1E+3"), ["1000"], ["1000"]),
         # A list of lists is one answer.

@@ -24,7 +24,7 @@ GRADING = sorted((ROOT / "grading").glob("*.py"))
 SHARED = [COMMON, *INFRA, *GRADING]
 PHASES = [
     "Roll out and verify",
-    "Score: old_logp",
+    "Score the rollouts",
     "Compute the advantages",
     "Update on",
     "Log metrics",
