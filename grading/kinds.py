@@ -474,8 +474,8 @@ AROUND = {  # what stands around an answer, and answers that are written in anot
     r"^(?:[A-Za-z]{2,} )*(?:[A-Za-z]{2,}:|point|set|interval|vector) *(?=[-\d\\(\[])": "",
     # 2k, where k is an integer; 2k, k \in \mathbb{Z}
     r"(?<=.)[, (]+(?:where\b|for (?:all|every|any|some)\b|[a-z] *\\in *\\mathbb\{[ZN]\}).*$": "",
-    r"^(?:\w{1,9}|\([a-z](?:, ?[a-z])+\)) *\\in(?![a-z])": "",  # x \in [1,2], (x,y) \in \{(1,2)\}
     r"(?<=\\in )R\b(?!\()": r"\\mathbb{R}",
+    r"^(?:\w{1,9}|\([a-z](?:, ?[a-z])+\)) *\\in(?![a-z])": "",  # x \in [1,2], (x,y) \in \{(1,2)\}
     r"^ *(?:\\mathbb\{R\}|all real(?: number)?s?)$": r"(-\\infty,\\infty)",
     r"^\|(\w)\| *(<|\\le) *([^\s+-]+)$": r"-\3 \2 \1 \2 \3",
     r"^\|(\w)\| *> *([^\s+-]+)$": r"\1 > \2 or \1 < -\2",

@@ -35,9 +35,7 @@ UNICODE = {
 }
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|c?tg|ln|log|exp|sqrt|pi|infty"
 # 5 (by AM-GM), but not a(by+cx), a(by + cx)
-REMARK = (
-    r"\\?approx|round|about|esti|assum|(?:since|because|using)\b|(?:as|by)(?:[:,]| (?![-+*/^=] ))"
-)
+REMARK = r"\\?approx|round|about|esti|assum|(?:since|because|using)\b|(?:as|by)(?::| (?![-+*/^=] ))"
 # LATEX, BRACES and PLAIN are applied in this order. No pattern repeats a group that itself repeats
 # the same characters, so none takes exponential time.
 LATEX = {

@@ -53,7 +53,6 @@ SPELLINGS = {
     r"\b(?:square|sq)\.? (?=[a-z])(\w+)": r"\1^2",  # square metres
     r"\b(?:cubic|cu)\.? (?=[a-z])(\w+)": r"\1^3",
     r"\bms *\^ *\{?-": "m s^-",  # ms^{-1} is m/s, no millisecond
-    r"(?<=.)\bK\b": "kelvin",  # J/mol K, but 50 K is 50 thousand
     r"\^\\circ": " degree ",
     r"\bdegrees? +(?=[CF]\b|[Cc]els|[Ff]ahr)": "",
     r"\bmph\b": "mi/h",
@@ -90,7 +89,8 @@ def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
         if factor[1]:
             power = -power
         if unit[1] == "#":
-            multiple *= unit[0] ** power  # per dozen: 1/12
+            is_letter = len(factor[2]) == 1  # in J/mol K and J mol^{-1} K^{-1}, K is no thousand
+            multiple *= unit[0] ** (1 if is_letter else power)  # per dozen: 1/12
         else:
             size *= unit[0] ** power
             powers[unit[1]] += power
