@@ -199,12 +199,12 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
 
 
 def freeze_routers(policy: nn.Module) -> None:
-    """Freeze the adapters of mixture-of-experts routers, at 0. Without LoRA, routers are trained.
+    """Freeze the adapters of mixture-of-experts routers, at 0. Routers themselves stay as they are.
 
     peft adapts some routers under "all-linear", and its exclude_modules does not prevent that.
     """
     for name, weight in policy.named_parameters():
-        if {"gate", "router"} & set(name.split(".")):
+        if "lora_" in name and {"gate", "router"} & set(name.split(".")):
             weight.requires_grad_(False)
 
 

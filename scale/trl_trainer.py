@@ -170,8 +170,7 @@ class MethodTrainer(GRPOTrainer):
             peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
-        if args.lora_rank:
-            freeze_routers(self.model)
+        freeze_routers(self.model)
         self.engine = common.Engine(args, self.model, tokenizer)
         self.eos_token_ids = self.engine.stop_tokens
         if args.vllm_server:
@@ -253,8 +252,7 @@ class MethodTrainer(GRPOTrainer):
                     found[3][mask[index]] = arca.residual_norm(adapted, self.model(run=states))
             if place < len(batches):
                 scores[:, *index] = found
-        if args.lora_rank:
-            freeze_routers(self.model)  # peft unfreezes all adapters that it enables again
+        freeze_routers(self.model)  # peft unfreezes all adapters that it enables again
         self.model.train()
         return self.accelerator.reduce(scores)
 
