@@ -295,7 +295,8 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
     can_share = can_share_prompts(model, args)
     with autocast(args):
         states = response_states(model, prompts, index[0], tokens, mask, can_share)
-    # Not after the update's pass: gradient checkpointing repeats it in backward(), in train mode.
+    # The update stays in train mode: with gradient checkpointing, backward() repeats the pass, with
+    # the same dropout.
     if scoring:
         model.train(was_training)
     return states

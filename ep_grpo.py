@@ -240,7 +240,7 @@ def main(args: Args) -> None:
                         buckets=args.buckets,
                         reward_threshold=args.reward_threshold,
                     )
-                    # For the log: the advantage's two terms, progress as what the outcome leaves.
+                    # For the log: the two terms. Progress is the advantage minus the outcome.
                     gate = entropy_gate(batch.entropy, batch.mask, gamma=args.gamma)
                     outcome = gate * grpo_advantages(group_rewards)[..., None]
                     per_token.add(batch, outcome=outcome, progress=advantage - outcome)

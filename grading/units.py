@@ -89,7 +89,8 @@ def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
         if factor[1]:
             power = -power
         if unit[1] == "#":
-            is_letter = len(factor[2]) == 1  # in J/mol K and J mol^{-1} K^{-1}, K is no thousand
+            # K may be kelvin: J/mol K and J mol^{-1} K^{-1} must agree.
+            is_letter = len(factor[2]) == 1
             multiple *= unit[0] ** (1 if is_letter else power)  # per dozen: 1/12
         else:
             size *= unit[0] ** power

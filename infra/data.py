@@ -388,7 +388,7 @@ def reference_answers(value: Any, mode: str) -> list[str]:
     if mode == "all" or any(isinstance(entry, list) for entry in value):
         texts = [", ".join(texts)] if all(texts) else []
     for i, text in enumerate(texts):
-        if text and not Grader.reference(text):  # prose counts only in a box
+        if text and not Grader.reference(text):  # prose, whose box is gone
             texts[i] = rf"\boxed{{{text}}}"
     return [text for text in texts if text]
 

@@ -37,7 +37,7 @@ def precision(args: Any) -> torch.dtype:
 
 
 def autocast(args: Any) -> torch.autocast:
-    """The forward pass in bfloat16 if that is its `precision`; a no-op in float32."""
+    """Run the forward pass in bfloat16 if `precision` says so; a no-op in float32."""
     in_bfloat16 = precision(args) is torch.bfloat16
     return torch.autocast(device(args).type, torch.bfloat16, enabled=in_bfloat16)
 

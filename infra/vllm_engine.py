@@ -69,8 +69,8 @@ class Engine:
 
     def sleep(self) -> None:
         """Give memory to the update. `sync` wakes the engine."""
-        # glibc keeps freed memory unless it is asked. For a small model that is better: its update
-        # needs the same pages again, and getting them takes a sixth of a step.
+        # glibc keeps freed memory unless it is asked. Keeping it is better for a small model: its
+        # update needs the same pages again, and getting them takes a sixth of a step.
         libc = ctypes.CDLL(None)
         if self.is_large and hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
