@@ -152,9 +152,10 @@ class Grader(AbstractContextManager):
     def _quick_readable(self, reference: str) -> Request | bool:
         """Whether a reference is an answer if no worker is needed, else the request for it."""
         text = reference_text(reference)
-        if not text or TOO_LARGE.search(read(text).text):
+        answer = read(text)
+        if not text or TOO_LARGE.search(answer.text):
             return False
-        return (text, None, False) if leaves(read(text)) else True
+        return (text, None, False) if leaves(answer) else True
 
     def _ask_all(self, pending: list[Request | bool]) -> list[bool]:
         """The verdicts, those of workers for requests. Equal requests are asked once."""

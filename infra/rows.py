@@ -224,7 +224,7 @@ def rows_within(value: Any, split: str, needed: Container[str]) -> list[Any]:
     """The rows of a file that holds one JSON value.
 
     {"train": [...], "test": [...]} and {"data": [...]} hold rows; an object with a needed column
-    next to its lists is a row.
+    next to its lists is a row. A split that is empty is not replaced by another.
     """
     if isinstance(value, list) and not is_chat(value):
         return value

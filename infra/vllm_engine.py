@@ -41,7 +41,7 @@ class Engine:
 
     def __init__(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         self.set_tokenizer(args, policy, tokenizer)
-        self.is_large = sum(weight.numel() for weight in policy.parameters()) > 10**8
+        self.is_large = sum(weight.numel() for weight in policy.parameters()) > 10**8  # for sleep
 
     def set_tokenizer(self, args: Any, policy: nn.Module, tokenizer: Any) -> None:
         """Set the tokenizer and the ids of all tokens that end a response, and print these.
@@ -69,8 +69,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Give memory to the update. `sync` wakes the engine."""
-        # glibc keeps freed memory unless it is asked. Keeping it is better for a small model: its
-        # update needs the same pages again, and getting them takes a sixth of a step.
+        # glibc keeps freed memory unless it is asked. A small model's update soon needs it again.
         libc = ctypes.CDLL(None)
         if self.is_large and hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)

@@ -1,5 +1,6 @@
 """The policy, its reference and both engines: tokens, log-probabilities, weights."""
 
+import ctypes
 import dataclasses
 import functools
 import importlib.resources
@@ -685,7 +686,10 @@ def test_lora_leaves_routers_alone(family, family_folder):
     assert not any({"gate", "router"} & set(name.split(".")) for name in trained)
     assert any(".experts." in name for name in trained) == (family != "phimoe")
     perturb(policy)
-    before = load_policy(settings(family_folder(family))).state_dict()
+    without_adapters = load_policy(settings(family_folder(family)))
+    models.freeze_routers(without_adapters)
+    assert all(weight.requires_grad for weight in without_adapters.parameters())
+    before = without_adapters.state_dict()
     routers = {name: weight for name, weight in merged_weights(policy) if ROUTER.search(name)}
     assert len(routers) == 2
     assert all(weight.equal(before[name]) for name, weight in routers.items())
@@ -912,3 +916,14 @@ def test_freed_memory_is_returned_before_the_update():
     Engine.sleep(SimpleNamespace(is_large=True))
     assert (before - int(pages.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE") > 2e8
     assert last.sum() == 2**14
+
+
+@pytest.mark.parametrize(("outputs", "asked"), [(10**4, 0), (10**4 + 1, 1)])
+def test_only_a_large_model_returns_memory(outputs, asked, monkeypatch):
+    """Large: above 10^8 parameters."""
+    libc = Mock()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(Engine, "set_tokenizer", lambda *_: None)
+    policy = torch.nn.Linear(10**4, outputs, bias=False, device="meta")
+    Engine(None, policy, None).sleep()
+    assert libc.malloc_trim.call_count == asked
