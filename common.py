@@ -232,6 +232,7 @@ def collect(
             new = generate(engine, batch, args, (args.seed, step, attempt))
         with run.time("verify"):
             verify(grader, new)
+
         if attempt < rounds - 1:
             new = [group for group in new if 0 < sum(group.correct) < args.group_size]
         groups += new
@@ -409,6 +410,7 @@ def scored_micro_batches(
         if reference and not scored:
             with torch.no_grad(), reference() as frozen:
                 rollouts.ref_logp[index], _ = token_logp(frozen, rollouts, index, args)
+
         hidden = hidden_states(policy, rollouts, index, args)
         logp, entropy = head_logp(policy, rollouts, index, hidden, args)
         if not scored:
@@ -442,10 +444,12 @@ def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
     """
     if not rollouts.old_logp[rollouts.mask].isfinite().all():
         raise StopRun("the policy's log-probabilities are not finite")
+
     sampled = rollouts.mask & ~rollouts.engine_logp.isnan()  # NaN: the engine did not sample it
     gap = (rollouts.engine_logp - rollouts.old_logp)[sampled].abs()
     mean = gap.mean().item()
     maximum = gap.max().item() if len(gap) else math.nan
+
     exact = precision(args) is torch.float32 and not gap.is_cuda
     allowed = args.max_logp_gap or (1e-4 if exact else 0.2)
     if math.isnan(mean) or mean > allowed:  # NaN: the engine sampled no token

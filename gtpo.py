@@ -84,12 +84,15 @@ def shaped_rewards(
     """
     right = mask & (correct > 0)[..., None]
     wrong = mask & ~right
+
     entropy = entropy.clamp(min=1e-6)  # keeps 1 / entropy finite [open]
     bonus = torch.where(right, entropy, 0.0)
     penalty = torch.where(wrong, 1 / entropy, 0.0)
+
     # 0 / 0 = NaN where no rollout of this verdict has a token, which torch.where drops.
     bonus = alpha2 * bonus / bonus.sum(-2, keepdim=True) * right.sum(-2, keepdim=True)
     penalty = alpha2 * penalty / penalty.sum(-2, keepdim=True) * wrong.sum(-2, keepdim=True)
+
     positive = torch.where(right, alpha1 + bonus, 0.0)  # Eq. 3 [paper]
     negative = torch.where(wrong, -alpha1 - penalty, 0.0)  # Eq. 5 [paper]
     return positive, negative
@@ -116,9 +119,11 @@ def gtpo_advantages(
     positive, negative = shaped_rewards(correct, entropy, mask, alpha1, alpha2)
     if normalize == "joint":
         positive = negative = positive + negative
+
     own_set = normalize == "own-set"
     plus = common.standardize(positive, right if own_set else mask, eps)
     minus = common.standardize(negative, wrong if own_set else mask, eps)
+
     advantages = torch.where(right, plus, minus)  # Eq. 6 [paper]
     both_verdicts = right.any((-2, -1), keepdim=True) & wrong.any((-2, -1), keepdim=True)
     return torch.where(both_verdicts, advantages, 0.0)
@@ -167,6 +172,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     if args.overlong_gamma:
         punishment = overlong_punishment(correct, mask.sum(-1), gamma=args.overlong_gamma)
         alpha1 = torch.where(correct > 0, 1 + punishment, 1 - punishment)  # Eq. D+ [open]
+
     if args.scope == "batch":  # all rollouts of the step are one group
         tensors = correct, entropy, mask, alpha1
         correct, entropy, mask, alpha1 = (x.flatten(0, 1)[None] for x in tensors)
@@ -176,6 +182,7 @@ def token_advantages(rollouts: common.Rollouts, args: Args) -> Tensor:
     else:
         weights = {"alpha1": alpha1[..., None], "alpha2": args.alpha2}
         advantages = gtpo_advantages(correct, entropy, mask, normalize=args.normalize, **weights)
+
     return advantages.view_as(rollouts.mask)
 
 
@@ -237,6 +244,7 @@ def main(args: Args) -> None:
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
         engine.sleep()  # frees memory until the next sync
+
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -264,14 +272,17 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+
                 # Forward passes with gradients. A group above --token-budget takes several of them.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
+
                     # <method>
                     advantage = token_advantages(rollouts, args)[batch.problems]
+
                     logp = batch.logp
                     if args.level == "sequence":
                         logp = rollout_logp(logp, batch.old_logp, batch.mask)
@@ -282,15 +293,19 @@ def main(args: Args) -> None:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
                     loss = (loss * loss_weights).sum()
                     # </method>
+
                     loss.backward()
                     update_loss += loss.item()
+
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+
                 gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
+
                 lr = scheduler.get_last_lr()[0]
                 scheduler.step()
 
@@ -303,6 +318,7 @@ def main(args: Args) -> None:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()
         # </method>
+
         run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):

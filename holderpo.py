@@ -220,6 +220,7 @@ def main(args: Args) -> None:
         groups = common.collect(args, step, train, engine, grader, run)
         # </method>
         engine.sleep()  # frees memory until the next sync
+
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -239,6 +240,7 @@ def main(args: Args) -> None:
         p = anneal_p(  # Eq. held p [code]
             step, args.steps, p_start=args.p_start, p_end=args.p_end, schedule=args.schedule
         )
+
         rhos, entropies = [], []
         # </method>
 
@@ -251,12 +253,14 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+
                 # Forward passes with gradients. A group above --token-budget takes several of them.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
+
                     # <method>
                     advantage = advantages[batch.problems]
                     inputs = batch.logp, batch.old_logp, batch.mask
@@ -270,15 +274,19 @@ def main(args: Args) -> None:
                     token_shares = gradient_weights(*inputs, p)[trained]
                     entropies.append(torch.special.entr(token_shares).sum(-1))
                     # </method>
+
                     loss.backward()
                     update_loss += loss.item()
+
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+
                 gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
+
                 lr = scheduler.get_last_lr()[0]
                 scheduler.step()
 
@@ -291,6 +299,7 @@ def main(args: Args) -> None:
         metrics |= {"p": p, "weight_entropy": torch.cat(entropies).mean()}
         metrics |= {"rho/min": rho.min(), "rho/max": rho.max(), "rho/std": rho.std()}
         # </method>
+
         run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):

@@ -93,9 +93,11 @@ def pick_first_tokens(
         raise ValueError(f"1 <= {openers=} <= {candidates=} <= {vocabulary=} does not hold")
     if group_size < 1 or group_size % openers:
         raise ValueError(f"{group_size=} must be a multiple of {openers=}")
+
     likeliest = logits.topk(candidates)  # Eq. candidates [paper]
     if not likeliest.values.isfinite().all():
         raise ValueError(f"a prompt has fewer than {candidates=} tokens to choose from")
+
     # Sorting independent uniform numbers gives a random permutation.
     permutation = torch.rand(prompts, candidates, generator=generator).argsort(-1)
     drawn = permutation[:, :openers].to(logits.device)  # Eq. distinct openers [second-hand]
@@ -126,7 +128,9 @@ def choose_openers(
         with common.autocast(args):
             outputs = policy(ids, use_cache=False, logits_to_keep=1)
         rows.append(outputs.logits[0, -1].float().cpu())
+
     logits = torch.stack(rows)  # [P, V] of the token after each prompt
+
     allowed = torch.tensor(allowed_openers(engine, logits.shape[-1]))
     logits = logits[:, allowed]  # Eq. allowed openers [open]
 
@@ -163,9 +167,11 @@ def opener_metrics(rollouts: common.Rollouts, ranks: Tensor, openers: int) -> di
         of_rank = ranks == rank
         metrics[f"opener/probability_of_rank_{rank:02}"] = logp[of_rank].exp().mean().item()
         metrics[f"opener/success_of_rank_{rank:02}"] = correct[of_rank].mean().item()
+
     success = correct.unflatten(-1, (openers, -1)).mean(-1)  # [P, K]
     best = success == success.amax(-1, keepdim=True)
     won = best & (best.sum(-1, keepdim=True) == 1)
+
     winners = tokens.unflatten(-1, (openers, -1))[..., 0][won]
     if openers > 1 and len(winners):
         metrics["opener/same_winner"] = (winners.bincount().max() / len(winners)).item()
@@ -229,6 +235,7 @@ def main(args: Args) -> None:
         groups = common.collect(args, step, train, engine, grader, run, roll_out)
         # </method>
         engine.sleep()  # frees memory until the next sync
+
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -258,12 +265,14 @@ def main(args: Args) -> None:
                     weights[..., 0] = 0.0  # Eq. masked opener [open]
                 # </method>
                 update_loss = 0.0
+
                 # Forward passes with gradients. A group above --token-budget takes several of them.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
+
                     # <method>
                     advantage = advantages[batch.problems]
                     loss, clipped = clipped_loss(
@@ -273,15 +282,19 @@ def main(args: Args) -> None:
                         loss = loss + args.kl * kl_estimate(batch.logp, batch.ref_logp)
                     loss = (loss * loss_weights).sum()
                     # </method>
+
                     loss.backward()
                     update_loss += loss.item()
+
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+
                 gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
+
                 lr = scheduler.get_last_lr()[0]
                 scheduler.step()
 
@@ -292,10 +305,12 @@ def main(args: Args) -> None:
         # <method>
         ranks = torch.tensor([group.notes for group in groups], device=mask.device)
         metrics |= opener_metrics(rollouts, ranks, args.openers)
+
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()
         # </method>
+
         run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):

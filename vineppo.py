@@ -160,10 +160,12 @@ def estimate_values(
         responses.append([*prefix, *tokens])
         problems.append(groups[p].problem)
     verdicts = common.grade(grader, engine.decode(responses), problems)
+
     lengths = torch.tensor([len(row) for row in responses])
     penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
     rewards = torch.tensor(verdicts).float() + penalty
     values = rewards.view(-1, args.continuations).mean(-1)  # Eq. 5 [code]
+
     sampled = sum(len(tokens) for tokens, _ in continuations)
     device = common.device(args)
     return steps.to(device), values[prefix_before].to(device), sampled
@@ -225,6 +227,7 @@ def main(args: Args) -> None:
             step_of_token, values, sampled = estimate_values(engine, grader, groups, args, seed)
         # </method>
         engine.sleep()  # frees memory until the next sync
+
         rollouts = common.stack(groups, engine.stop_tokens, common.device(args))
         mask = rollouts.mask  # [P, G, T], true on response tokens
         rewards = rollouts.correct + common.overlong_penalty(
@@ -252,12 +255,14 @@ def main(args: Args) -> None:
                 weights = common.token_weights(mask, share, args.loss_average, args.max_new_tokens)
                 # </method>
                 update_loss = 0.0
+
                 # Forward passes with gradients. A group above --token-budget takes several of them.
                 for batch in common.scored_micro_batches(policy, reference, rollouts, share, args):
                     importance = common.importance_weights(
                         batch.old_logp, batch.engine_logp, args.importance_cap
                     )
                     loss_weights = importance * weights[batch.problems] * batch.trained
+
                     # <method>
                     advantage = advantages[batch.problems]
                     loss, clipped = clipped_loss(
@@ -269,15 +274,19 @@ def main(args: Args) -> None:
                         penalty = kl_penalty(batch.logp, batch.ref_logp, kl_weights).sum()
                         loss = loss + args.kl * penalty / (len(share) * args.group_size)
                     # </method>
+
                     loss.backward()
                     update_loss += loss.item()
+
                     kl = kl_estimate(batch.old_logp, batch.logp)  # KL(π_old ‖ π)
                     per_token.add(batch, advantage=advantage, clip_fraction=clipped, kl_to_old=kl)
+
                 gap = common.check_engine(rollouts, args)  # all scored by now; may stop the run
                 grad_norm = clip_grad_norm_(parameters, args.max_grad_norm).item()
                 if run.update_is_finite(update_loss, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
+
                 lr = scheduler.get_last_lr()[0]
                 scheduler.step()
 
@@ -290,10 +299,12 @@ def main(args: Args) -> None:
         metrics["value/prompt"] = values[..., 0].mean()
         metrics["value/steps"] = (step_of_token.amax(-1) + 1.0).mean()
         metrics["value/tokens"] = float(sampled)
+
         if args.kl:
             kl = kl_estimate(rollouts.old_logp, rollouts.ref_logp)
             metrics["kl_to_reference"] = kl[mask].mean()
         # </method>
+
         run.log_rollouts(step, rollouts, rewards, per_token)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with run.time("evaluate"):

@@ -252,12 +252,14 @@ def result_row(job: Job, part: Cut, evaluated: dict[str, float], args: Args) -> 
     continuation_tokens = sum(row.get("value/tokens", 0) for row in steps)  # VinePPO
     length = statistics.mean(row["length"] for row in steps)
     tokens = part.sampled[part.step] * length + continuation_tokens
+
     curve = []  # validation accuracy by rollouts sampled
     for row in metrics:
         if "eval/accuracy" in row:
             without_resampling = row["step"] * args.prompts * GROUP
             sampled = part.sampled.get(row["step"], without_resampling)
             curve.append((sampled, row["eval/accuracy"]))
+
     found = job._asdict() | {"step": part.step, "rollouts": part.sampled[part.step]}
     found |= {name: round(value, 4) for name, value in evaluated.items()}
     entropy = round(statistics.mean(row["entropy"] for row in steps[-10:]), 4)
@@ -417,6 +419,7 @@ def run_phase(name: str, jobs: list[Job], problems: Path, results: dict, args: A
         if not args.refresh or row.get("code") == code(row["method"]):
             finished.add(job_of(row))
     jobs = [job for job in jobs if job not in finished]
+
     stopped = False
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(lambda job: measure(job, problems, args), jobs):
@@ -482,6 +485,7 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     validation = args.runs / "validation.jsonl"
     shared.write_text(args.runs / "train.jsonl", "".join(lines[: -task.validation]))
     shared.write_text(validation, "".join(lines[-task.validation :]))
+
     results.update(shared.environment())
     results["machine"] = f"{shared.describe_cores(args.jobs)}, one run on each"
     # `make tables` repeats the command that made the file, not those that added methods to it. The
@@ -489,16 +493,19 @@ def run_everything(args: Args, results: dict, methods: list[str]) -> None:
     is_default = args.results == Args.results
     command = "python benchmark/compare.py" if is_default else shared.own_command()
     results.setdefault("command", command)
+
     if "start" not in results:
         results["start"] = evaluate(start, test, args.runs / "start", args)
     if args.refresh:
         for method in methods:
             repeat(method, test, results, args)
+
     if len(args.rates) > 1:
         grid = []
         for method in dict.fromkeys(RATE_OF.get(method, method) for method in methods):
             grid += [Job(method, rate, SELECTION_SEED) for rate in args.rates]
         run_phase("selection", grid, validation, results, args)
+
     for seed in range(1, 1 + args.seeds):
         jobs = []
         for method in methods:
@@ -528,15 +535,18 @@ def read_results(args: Args) -> dict:
     settings |= {"rates": sorted(args.rates, key=float), "settings": f"{args.settings} {CURVE}"}
     if not args.results.exists():
         return settings | {"selection": [], "rows": []}
+
     try:
         results = read_json(args.results)
     except (OSError, ValueError) as error:
         reject("--results", args.results, f"cannot be read: {first_line(error)}")
+
     of_compare = "holds no results of benchmark/compare.py"
     require("rows" in results, "--results", args.results, of_compare)
     if args.write:
         require(results["rows"], "--results", args.results, "contains no finished seed yet")
         return results
+
     if set(results["rates"]) < set(args.rates):
         results["rates"] = settings["rates"]  # finished runs remain valid in a wider grid
     for name, value in settings.items():

@@ -75,6 +75,7 @@ def method_credits(
     logp, entropy = common.score(policy, rollouts, args)
     with reference() as frozen:
         ref_logp, _ = common.score(frozen, rollouts, args)
+
     every_rollout = mask.any(-1).nonzero(as_tuple=True)
     residuals = arca.residuals(policy, reference, rollouts, every_rollout, args)  # [tokens]
     signals = {
@@ -84,9 +85,11 @@ def method_credits(
         "divergence": arca.divergence(logp, ref_logp),
         "residual": torch.zeros_like(logp).masked_scatter(mask, residuals),
     }
+
     advantages = grpo_advantages(correct)  # [P, G]
     moved = moved_logp(policy, rollouts, advantages, args)
     outcome = advantages[..., None] * mask
+
     scored = (correct, entropy, logp, ref_logp, mask)
     ep_grpo_credit = ep_grpo_advantages(*scored)
     credits = {
@@ -104,6 +107,7 @@ def method_credits(
         "forking tokens": outcome * forking_mask(entropy, mask),
         "λ-GRPO": outcome * lambda_weights(rollouts.tokens, mask),
     }
+
     for signal in ("surprisal", "entropy reduction", "divergence"):
         credits[f"ARCA's {signal}"] = arca_credit(outcome, signals[signal], mask)
     credits["ARCA"] = arca_credit(outcome, signals["residual"], mask)
@@ -132,6 +136,7 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: 
     for problems in torch.arange(len(mask)).chunk(2):
         rows = torch.cartesian_prod(problems, torch.arange(mask.shape[1]))
         halves.append(rows.unbind(-1))
+
     for half, other in (halves, halves[::-1]):
         model = copy.deepcopy(policy)
         logp, _ = common.token_logp(model, rollouts, other, args)
@@ -139,6 +144,7 @@ def moved_logp(policy: nn.Module, rollouts: Rollouts, advantages: Tensor, args: 
         (-advantages[other] * means).sum().backward()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0).step()
+
         with torch.no_grad():
             moved[half], _ = common.token_logp(model, rollouts, half, args)
     return moved
@@ -211,6 +217,7 @@ def soundness(rows: list[Row], count: int) -> dict[str, float]:
             error = np.hypot(curve.value_errors[0], error_of_new)
             closing.append(total - (reward - curve.values[0]))
             against_new.append((total - (reward - new)) / error)
+
         first = read_curves(row, [0], count)
         second = read_curves(row, [1], count)
         for once, again, others in zip(first, second, row["others"], strict=True):
@@ -329,12 +336,14 @@ def tables(results: dict[str, Any]) -> str:
     parts = [f"`{results['command']}`, {results['machine']}, vLLM {results['versions']['vllm']}."]
     for name, policy in policies.items():
         parts += [f"The {name} policy:", methods_table(policy["methods"])]
+
     for part, title in (("facts", "the rollouts"), ("soundness", "the truth")):
         rows = []
         for name in policies["starting"][part]:
             cells = [number(policy[part][name]) for policy in policies.values()]
             rows.append([name, *cells])
         parts.append(markdown([title, *policies], rows))
+
     head = ["signal, against the size of the true advantage"]
     for name in policies:
         head += [f"{measure}, {name}" for measure in truth.SIGNAL_MEASURES]
@@ -369,6 +378,7 @@ def measure_policies(args: Args) -> dict[str, Any]:
         lr=LR,
         seed=SEED,
     )
+
     count = args.continuations
     summaries = {}
     with common.Grader() as grader:
@@ -380,6 +390,7 @@ def measure_policies(args: Args) -> dict[str, Any]:
         for name in POLICIES:
             if name == "half-trained":
                 load_weights(policy, train(args))
+
             engine.sync(policy)
             groups, rows = [], []
             for i, problem in enumerate(problems):
@@ -389,7 +400,9 @@ def measure_policies(args: Args) -> dict[str, Any]:
                 groups.append(group)
                 rows.append(row)
                 print(f"{name}: {i + 1} of {len(problems)}", flush=True)
+
             write_json(args.run_dir / f"{name}.json", rows)
+
             given = engine, grader, groups, settings
             steps, values, _ = vineppo.estimate_values(*given, (SEED, name))
             summaries[name] = summarise(rows, groups, steps, values, policy, settings, count)

@@ -126,6 +126,7 @@ def measure_own(folder: Path) -> None:
                 wrong, missed = count_errors(grader.grade(responses, references), cases)
                 text = f"{wrong} wrong answers accepted, {missed} right ones rejected"
                 print(f"{path.name}: of {len(cases)}, {text}")
+
         for name, (forms, count) in SPEED.items():
             responses, references = make_pairs(forms, count)
             grader.grade(responses[-8:], references[-8:])  # starts the workers

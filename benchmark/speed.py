@@ -117,6 +117,7 @@ def model_folder(name: str, folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -220,9 +221,11 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
     flags += f" --engine {engine} --device {shape.device} --run-dir {folder / 'run'}"
     flags += f" --steps {shape.steps + 2} --eval-problems 1 --eval-samples 1 --eval-every 0"
     flags += " --save-every 0 --max-logp-gap 1e9"  # which random weights exceed
+
     found: dict[str, Any] = {}
     if (shape.device, engine) == ("cuda", "vllm"):
         found["gib"] = watch_gpu_memory()
+
     measurement, micro_batches = Measurement(shape), common.micro_batches
     at_once = 0  # most rollouts of a micro-batch
 
@@ -240,6 +243,7 @@ def ours(shape: Shape, engine: str, folder: Path) -> dict[str, Any]:
         contextlib.suppress(MeasurementDone),
     ):
         grpo.main(parse_args(grpo.Args, flags.split()))
+
     rows = read_lines(folder / "run" / "metrics.jsonl")[-shape.steps :]
     assert all(row["length"] == shape.new_tokens for row in rows)
     parts = {}
@@ -276,6 +280,7 @@ def theirs(shape: Shape, folder: Path, at_once: int) -> dict[str, Any]:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+
     measurement, clock = Measurement(shape), TrainerCallback()
     clock.on_step_end = measurement.end_step
 
@@ -391,6 +396,7 @@ def table(results: dict[str, Any]) -> str:
     captions = []
     for part in results.values():
         captions.append(f"`{part['command']}`, {part['machine']}, {shared.versions_of(part)}")
+
     columns, missing = {}, []
     for name, shape in SHAPES.items():
         sections = results.get(shape.device, {}).get("sections", {})
@@ -400,6 +406,7 @@ def table(results: dict[str, Any]) -> str:
             missing.append(f"*{name}* ({shape.device})")
     if missing:
         captions.append(f"Not measured: {', '.join(missing)}.")
+
     rows = []
     for row in next(iter(columns.values())):
         goal, *_ = RATIOS.get(row, ("",))
@@ -417,6 +424,7 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
     if not (TRL / "trl").exists():
         pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl"]
         subprocess.run([sys.executable, *pip], check=True)
+
     path = RESULTS / "speed.json"
     results = read_json(path) if path.exists() else {}
     of_device = results.setdefault(DEVICE, {"sections": {}})
@@ -424,6 +432,7 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
     of_device.setdefault("command", shared.own_command())
     if DEVICE == "cuda":
         of_device["machine"] += f", {torch.cuda.get_device_name()}"
+
     for number, name in itertools.product(range(args.rounds), names):
         rounds = of_device["sections"].setdefault(name, [])
         if args.refresh:
@@ -433,6 +442,7 @@ def run_rounds(args: Args, names: list[str], before: Path | None) -> None:
         rounds.append(measure_round(name, before) | {"code": code()})
         print(f"{name}, round {number + 1}: {rounds[-1]}", flush=True)
         write_json(path, results)
+
         gib = rounds[-1]["ours"].get("gib")
         if gib:
             memory = {SHAPES[name.split(": ")[0]].model: [gib[when] for when in GPU_MOMENTS]}

@@ -88,12 +88,14 @@ def complete(
         ended = bool(prefix) and prefix[-1] in engine.stop_tokens
         if not ended and len(prefix) < args.max_new_tokens:
             unfinished.append(i)
+
     continuations = engine.generate(
         [problem.prompt + prefixes[i] for i in unfinished],
         [seed_for(seed, i) for i in unfinished],
         [args.max_new_tokens - len(prefixes[i]) for i in unfinished],
         args.temperature,
     )
+
     responses = list(prefixes)
     for i, (tokens, _) in zip(unfinished, continuations, strict=True):
         responses[i] = prefixes[i] + tokens
@@ -118,6 +120,7 @@ def replace_tokens(
         others = chances.sum(-1)
         others[others < CERTAIN] = 0.0
         others_of_group.append(others.tolist())
+
         for t in others.nonzero()[:, 0].tolist():
             before, start = tokens[:t], tuple(tokens[: t + 1])
             if start not in drawn:
@@ -145,6 +148,7 @@ def measure(
     group = common.roll_out(engine, [problem], args, (*seed, "rollouts"))[0]
     rollouts = common.stack([group], engine.stop_tokens, base_model(policy).device)
     count = ESTIMATES * continuations
+
     probabilities = distributions(policy, rollouts, args)
     others, drawn = replace_tokens(group.tokens, probabilities, count, seed)
     new = 4 * count  # responses
@@ -160,12 +164,14 @@ def measure(
 
     of_starts = right[:-new].reshape(-1, ESTIMATES, continuations).sum(-1)
     wins_after = dict(zip(drawn, of_starts.tolist(), strict=True))
+
     certain = [0] * ESTIMATES
     pieces, wins = [], []
     for tokens in group.tokens:
         pieces.append(engine.decode([[token] for token in tokens]))
         starts = [tuple(tokens[: t + 1]) for t in range(len(tokens))]
         wins.append([wins_after.get(start, certain) for start in starts])
+
     group.correct = [correct[text] for text in group.texts]
     return group, {
         "problem": problem.text,
@@ -300,10 +306,12 @@ def estimate(shares: np.ndarray, baseline: np.ndarray) -> dict[str, Any] | None:
     with np.errstate(invalid="ignore"):  # a draw may have a denominator of 0
         ratio = numerator / denominator
         base_ratio = base_numerator / base_denominator
+
     low, high = np.nanquantile(ratio, [0.025, 0.975])
     # Such a draw counts as no difference; so do differences that are rounding errors.
     difference = np.nan_to_num(ratio - base_ratio).round(6)
     below, above = np.quantile(difference, [0.025, 0.975])
+
     total, count = shares.sum(0)
     return {
         "value": float(total / count),
@@ -322,10 +330,12 @@ def facts(truths: list[Truth]) -> dict[str, float]:
             for place, fine in true.steps[g]:
                 helpful = true.advantages[g][place].sum() > CLEAR
                 step_rows.append((right, any(true.correct), fine, helpful))
+
     tokens = pd.concat(token_parts)  # the index is the position in the rollout
     steps = pd.DataFrame(step_rows, columns=["right", "mixed", "fine", "helpful"])
     tokens["size"] = tokens.advantage.abs()
     size = tokens["size"].sum()
+
     failed = tokens.query("clear and right == 0").advantage
     succeeded = tokens.query("clear and right == 1").advantage
     decisive = tokens[tokens["size"] > DECISIVE]

@@ -78,6 +78,7 @@ def draw_buckets() -> None:
     for t, value in enumerate(entropy[0, 0].tolist()):
         drawing.box(left + step * t + 2, base - 80 * value, step - 4, 80 * value, GREY)
         drawing.text(left + step * (t + 0.5), base + 16, TOKENS[t])
+
     for y, buckets, words in (
         (base + 24, entropy_buckets(entropy, mask, 10), "EP-GRPO: tenths of summed entropy"),
         (base + 66, position_buckets(mask, 10), "ERPO: tenths of the length"),
@@ -106,9 +107,11 @@ def draw_panels(name: str, title: str, thick: str, thin: str, panels: Sequence[t
     and of the thin curve, both [runs, points]. A line shows the mean, a shade the range."""
     drawing = Drawing(2 * WIDTH + 32, 76 + HEIGHT * -(-len(panels) // 2))
     drawing.text(8, 16, title, anchor="start")
+
     for left, colour, width, words in ((8, BLUE, 2.5, thick), (150, ORANGE, 1, thin)):
         drawing.line([(left, 32), (left + 20, 32)], colour, width)
         drawing.text(left + 26, 36, words, colour, "start")
+
     for place, (of_panel, across, up, x, *curves) in enumerate(panels):
         left, top = 38 + WIDTH * (place % 2), 76 + HEIGHT * (place // 2)
         at = partial(put, (across, up, left, top))
@@ -164,6 +167,7 @@ def draw_credit(example: dict) -> None:
     for t, piece in enumerate(pieces):
         blank = "␣" if piece else "¶"
         drawing.text(left + step * (t + 0.5), top - 8, piece.strip() or blank)
+
     for row, (name, credit) in enumerate(credits.items()):
         y = top + tall * row
         drawing.text(left - 10, y + 14, name, anchor="end")
@@ -175,6 +179,7 @@ def draw_credit(example: dict) -> None:
                 colour = ORANGE if value < 0 else BLUE
                 x = left + step * t + 0.5
                 drawing.box(x, y, step - 1, tall - 3, colour, round(opacity, 2))
+
     legend = top + tall * len(credits) + 12
     for x, colour, words in ((left, BLUE, "for the token"), (left + 150, ORANGE, "against it")):
         drawing.box(x, legend, step, 12, colour)

@@ -215,6 +215,7 @@ def tables() -> str:
     head.append("checkpoint + `model/`, GB")
     if measured:
         head.append("measured: start, asleep, peak, GB")
+
     parts = []
     for kind, title in KINDS.items():
         rows = [head]
@@ -228,6 +229,7 @@ def tables() -> str:
                 found = measured.get(kind, {}).get(model.name, [])
                 row.append(", ".join(f"{2**30 * size / 1e9:.0f}" for size in found))
             rows.append(row)
+
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" * len(head) + "|")
         parts += [f"**{title}**", "\n".join(lines)]
@@ -395,6 +397,7 @@ def cluster_table() -> str:
     head = ["model", "group × response", "GPUs", "training + vLLM", "`--micro-batch`"]
     head += ["rollouts, s", "scoring, s", "update, s", "weights, s", "bound by"]
     head.append("tokens/s per vLLM GPU")
+
     rows = [head]
     for model, case in product(LARGE, CASES):
         by_size = [fastest(model, case, gpus, servers=1) for gpus in TOTALS]
@@ -405,6 +408,7 @@ def cluster_table() -> str:
         for name, cluster in named:
             names.setdefault(cluster, name)  # where two are equal, the first name
         rows += [cluster_row(name, cluster) for cluster, name in names.items()]
+
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join(lines)

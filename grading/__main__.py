@@ -27,6 +27,7 @@ def main() -> None:
     name = source = parser.parse_args().file
     if name == "-":
         source = 0  # standard input
+
     number, pairs = 0, []
     try:
         with open(source, "rb") as lines:
@@ -34,6 +35,7 @@ def main() -> None:
                 number += 1
                 if line.strip():
                     pairs.append(parse_line(line))
+
         responses = [pair["response"] for pair in pairs]
         references = [pair["reference"] for pair in pairs]
         with Grader(workers=os.cpu_count() or 1) as grader:
@@ -42,6 +44,7 @@ def main() -> None:
         parser.exit(2, f"error: {name}, line {number}: {error}\n")
     except (OSError, RuntimeError) as error:  # no file, no math-verify
         parser.exit(2, f"error: {name}: {error}\n")
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without an error
     for pair, correct in zip(pairs, verdicts, strict=True):
         print(json.dumps(pair | {"correct": correct}))

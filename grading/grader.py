@@ -69,6 +69,7 @@ class Worker:
                 env=os.environ | ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C does not reach workers
             )
+
             if self.reply(START_SECONDS) != b"R":
                 self.end()
                 log.seek(0)

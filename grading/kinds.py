@@ -221,6 +221,7 @@ def quantity(number, unit):
         r"\\(?:sin|cos|tan|cot)|\{[^}]*$|(?:[-+*/]|\\cdot|\\times|^a) *$", number
     ):
         return None
+
     multiple, size, powers = found
     value = parse(number.strip())
     if isinstance(value, Number):
@@ -367,6 +368,7 @@ def inequality(first, sign, second, other, third):
     falling = sign in FALLING
     if other and (falling != (other in FALLING) or re.search(COMPARISON, second)):
         return None
+
     if other:  # a chain
         low, low_sign, subject, high_sign, high = first, sign, second, other, third
         if falling:

@@ -85,6 +85,7 @@ def read_unit(text: str) -> tuple[Fraction, Fraction, tuple] | None:
         unit = factor and (UNIT.get(factor[2]) or UNIT.get(factor[2].lower()))
         if not unit:
             return None
+
         power = int(factor[3] or 1)
         if factor[1]:
             power = -power

@@ -51,11 +51,13 @@ def expression(latex: str) -> Any:
         normalization_config=None,
         conversion_config=ConversionConfig(lowercase_symbols=False),
     )
+
     value = value.xreplace({Symbol("i", real=True): I})
     for derivative in value.atoms(Derivative):  # dv/dt, d(mv)/dt: evaluated, it would be 0
         letters = derivative.expr.free_symbols
         if letters and letters.isdisjoint(derivative.variables):
             value = value.xreplace({derivative: Symbol(str(derivative), real=True)})
+
     if value.has(Abs):
         return value
     return value.xreplace({x: Symbol(x.name, positive=True) for x in value.free_symbols})

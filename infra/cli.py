@@ -229,6 +229,7 @@ def launch(main: Callable[[Any], None], settings: type) -> None:
         if not cause and not isinstance(error, StopRun | OSError | WorkerError):
             raise
         message, code = f"stopped: {cause or error}", 1
+
     report(message)
     if Path(args.run_dir, "args.json").exists():
         command = shlex.join(["python", sys.argv[0], "--resume", args.run_dir])

@@ -129,8 +129,10 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
 
     problems, discarded, unreadable = Problems(), Counter(), []
     made: dict[str, Problem] = {}  # some datasets repeat each problem a hundred times
+
     check_system_prompt(tokenizer, args.system_prompt, template_args)
     written = template_tokens(tokenizer, template_args)
+
     for question, answer, readable in zip(questions, answers, references, strict=True):
         chat = as_chat(question)
         if not chat:
@@ -150,6 +152,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
                 problems.append(problem)
             else:
                 discarded[f"prompts exceed --max-prompt-tokens {args.max_prompt_tokens}"] += 1
+
     if unreadable:
         examples = ", ".join([*dict.fromkeys(unreadable)][:5])
         discarded[f"reference answers cannot be read: {examples}"] = len(unreadable)
@@ -209,6 +212,7 @@ def make_problem(
     text = chat[-1]["content"]
     if args.instruction:
         chat[-1]["content"] += f"\n{args.instruction}"
+
     if args.system_prompt and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": args.system_prompt})
     try:
@@ -308,6 +312,7 @@ def flatten(row: Row, needed: Container[str] = (), prefix: str = "") -> Row:
             value = value.decode(errors="replace")
         if isinstance(value, str) and NESTED.match(value):
             value = parse_nested(value.strip())
+
         columns[name] = value
         nested = value
         if is_chat(value) and role_of(value[-1]) == "assistant":
@@ -346,7 +351,9 @@ def as_chat(value: Any) -> list[Row]:
             content = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(content, str):
             content = ""
+
         chat.append({"role": role_of(message), "content": content})
+
     while chat and chat[-1]["role"] != "user":
         chat.pop()
     if chat and chat[-1]["content"].strip():
@@ -434,6 +441,7 @@ EXAMPLE = [
 
 def template_arguments(args: Any) -> dict[str, Any]:
     """--template-args, and a fixed date, because prompts must not change from day to day."""
+
     try:
         arguments = json.loads(args.template_args or "{}")
     except ValueError as error:
@@ -463,6 +471,7 @@ def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
     wanted = without_space(chat[-1]["content"])
     add = chat[-1]["role"] == "user"
     in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
+
     failures = []
     for messages in (chat, in_parts):  # some templates want each content as a list of parts
         try:

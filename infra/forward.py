@@ -102,9 +102,11 @@ def response_states(
         # in_pass: [rows], the place of each row's prompt among the prompts of this pass
         used, in_pass = which[rows].unique(return_inverse=True)
         pass_prompts = [prompts[p] for p in used.tolist()]
+
         row_lengths = mask[rows].sum(-1).tolist()
         longest = max(row_lengths)
         pass_tokens, pass_mask = tokens[rows, :longest], mask[rows, :longest]
+
         compute = shared_states if share else padded_states
         of_rows = compute(model, pass_prompts, in_pass.to(mask.device), pass_tokens, pass_mask)
         states.update(zip(rows, of_rows.split(row_lengths), strict=True))

@@ -55,6 +55,7 @@ class HFEngine(Engine):
         longest = max(lengths)
         uniform = [uniform_numbers(seed, longest) for seed in seeds]
         uniform = torch.stack(uniform, dim=1).to(model.device)  # [T, n]
+
         limits = torch.tensor(lengths, device=model.device)
         counts = torch.zeros_like(limits)  # tokens of each response
         stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.long, device=model.device)
@@ -110,6 +111,7 @@ def decode_step(
     mask = is_token
     if "cache_params" in cache:  # Mamba's state has no positions
         mask = is_token[:, -width:]
+
     position_ids = positions(is_token)
     outputs = model(
         input_ids=inputs,
@@ -119,6 +121,7 @@ def decode_step(
         logits_to_keep=1,
         **cache,
     )
+
     cache = {name: outputs[name] for name in CACHE_NAMES if name in outputs}
     return outputs.logits[:, -1].float(), cache
 

@@ -112,12 +112,14 @@ class HeadLogp(torch.autograd.Function):
         for tile in tiles(hidden, weight, targets, ctx.scale, ctx.cap):
             if ctx.cap:  # the cap's derivative, before the logits are overwritten
                 slope = 1 - (tile.logits / (ctx.scale * ctx.cap)).square()
+
             # ∂ log p(target) / ∂ logits = 1[v = target] - p(v)
             d_logits = tile.logits.sub_(log_total[:, None]).exp_().mul_(-grad)
             d_logits = d_logits.scatter_add_(-1, tile.column, grad * tile.has_target)
             if ctx.cap:
                 d_logits = d_logits * slope
             d_logits = d_logits.to(hidden.dtype)
+
             d_hidden += d_logits @ tile.weight
             if d_weight is not None:
                 d_weight[tile.rows] = d_logits.T @ hidden

@@ -120,6 +120,7 @@ def load_model(args: Any, dtype: torch.dtype, flag: str = "--model") -> nn.Modul
         if out_of_memory(error):
             raise
         reject(flag, args.model, f"cannot be loaded: {first_line(error)}")
+
     missing = sorted(info["missing_keys"])
     require(not missing, flag, args.model, f"lacks the weights {missing[:3]}")
     for name, weight in model.named_parameters():
@@ -184,15 +185,18 @@ def add_adapters(policy: nn.Module, args: Any) -> nn.Module:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+
     names = list(policy.state_dict())
     try:
         policy = get_peft_model(policy, config)
     except ValueError as error:
         reject("--lora-rank", args.lora_rank, f"cannot adapt {args.model}: {first_line(error)}")
+
     merged_names = [name for name, _ in merged_weights(policy)]
     why = f"cannot be merged into {args.model}"
     require(names == merged_names, "--lora-rank", args.lora_rank, why)
     freeze_routers(policy)
+
     if Path(args.model).is_dir():  # so that the adapter can be loaded from any working directory
         config.base_model_name_or_path = str(Path(args.model).resolve())
     return policy
@@ -264,10 +268,12 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             # parameter_name and is the base_layer of the next. A linear layer has one wrapper.
             tensor = getattr(layer, "parameter_name", "weight")
             adapters[f"{path}.{tensor}".replace(".base_layer", "")] = layer
+
     for path, weight in model.state_dict().items():
         name = path.replace(".base_layer", "")
         if ".lora_" in name:
             continue
+
         if name in adapters:  # the sum is in float32, so that it is rounded once
             delta = adapters[name].get_delta_weight("default")
             weight = (weight.float() + delta).to(weight.dtype)

@@ -42,12 +42,14 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
         repository, _, chosen = name.partition("@")
         repository, _, config = repository.partition(":")
         split = chosen or split
+
     path = Path(repository)
     looks_local = FILE_ENDINGS.intersection(path.name.lower().split(".")[1:])
     is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository) and not looks_local
     is_local = name and path.exists()  # the path of an empty name is the current folder
     if not is_local and not is_hub_name:
         reject(flag, name, "no such file or folder")
+
     try:
         if path.is_file():
             if config or (chosen and kind_of(path) != "json"):
@@ -67,6 +69,7 @@ def read_dataset(repository: str, config: str, split: str, needed: Container[str
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are printed by the caller
+
     path = Path(repository)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         table = datasets.load_from_disk(repository)
@@ -78,10 +81,12 @@ def read_dataset(repository: str, config: str, split: str, needed: Container[str
             repository = str(path.absolute())  # "json" alone would be a loader of `datasets`
             found = datasets.load_dataset_builder(repository, config or None).config.data_files
             files = [Path(file) for file in of_split(found, split)]
+
         if files and all(map(kind_of, files)):
             yield from read_files(files, split, needed)
             return
         table = datasets.load_dataset(repository, config or None, split=split)
+
     table = table.select_columns(present(table.column_names, needed))
     yield from arrow_rows(table.with_format("arrow").iter(BATCH))
 
@@ -138,6 +143,7 @@ def read_file(
         start = file.read(50)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("is a Git LFS pointer: the data itself was not downloaded")
+
     encoding = json.detect_encoding(start)  # UTF-8 or UTF-16, from the first bytes
     if kind == "parquet":
         yield from read_parquet(path, needed)
@@ -155,6 +161,7 @@ def read_csv(path: Path, encoding: str) -> Iterator[Row]:
                 pass
     except UnicodeDecodeError:
         encoding = "cp1252"  # spreadsheets on Windows write it
+
     csv.field_size_limit(sys.maxsize)
     with open_text(path, encoding, newline="") as text:
         header = text.readline()
@@ -178,6 +185,7 @@ def read_json(
         values = json_values(text)
         first = list(itertools.islice(values, 2))
         rows = itertools.chain(first, values)
+
         if must_name_split:
             is_object = len(first) == 1 and isinstance(first[0], dict)
             rows = first[0].get(split) if is_object else None

@@ -197,6 +197,7 @@ class Run:
             require(not any(path.exists() for path in written), "--run-dir", self.folder, why)
         elif model.exists() and not checkpoints:
             reject("--resume", self.folder, "has a model/, but no checkpoint to continue from")
+
         if self.args.steps < last:
             reject("--steps", self.args.steps, f"the run has already reached step {last}")
         if self.args.steps == last and model.exists():
@@ -290,6 +291,7 @@ class Run:
             self.idle_steps[name] = self.idle_steps[name] + 1 if idle else 0
             if self.idle_steps[name] == 5:
                 report(f"warning: for 5 steps {why}")
+
         gap = metrics.get("logp_gap/mean", 0.0)
         if self.earlier_gap is None:
             self.earlier_gap = gap
@@ -320,6 +322,7 @@ class Run:
                         "text": text,
                         "reward": rewards[p, g].item(),
                     }
+
                     for name, values in per_token.items():
                         row[name] = values[p, g][rollouts.mask[p, g]].tolist()
                     file.write(json.dumps(row) + "\n")
@@ -394,10 +397,12 @@ class Run:
         for weight in policy.parameters():
             if weight.requires_grad and not weight.isfinite().all():
                 raise StopRun("the weights are not finite")
+
         trainer = {name: owner.state_dict() for name, owner in state.items()}
         trainer["rng"] = torch.get_rng_state()
         if torch.cuda.is_initialized():
             trainer["cuda_rng"] = torch.cuda.get_rng_state()  # LoRA dropout on a GPU
+
         with atomic_write(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -423,9 +428,11 @@ class Run:
         self.board.close()
         if self.stopped and self.step < self.args.steps:
             raise KeyboardInterrupt  # `launch` prints how to resume
+
         policy.cpu()  # merging LoRA takes memory, and vLLM has loaded its weights again
         with atomic_write(self.folder / "model") as folder:
             save_model(policy, tokenizer, folder)
+
         rows = [row for row in read_lines(self.metrics_file) if "eval/accuracy" in row]
         for label, row in (("before", rows[0]), ("after", rows[-1])):
             low, high = row["eval/accuracy_low"], row["eval/accuracy_high"]

@@ -92,6 +92,7 @@ class VLLMEngine(Engine):
         # compiles. The policy may be of this class and must not be compiled: undone below.
         policy_class = type(base_model(policy).base_model)
         original_init = policy_class.__init__
+
         self.sampling_params = vllm.SamplingParams
         self.on_cuda = on_cuda
         self.llm = vllm.LLM(
@@ -113,6 +114,7 @@ class VLLMEngine(Engine):
 
         [self.model] = self.llm.apply_model(lambda model: model)  # it is in this process
         self.syncs = 0
+
         # vLLM's Gemma 2 has no LM head, so a tied one must not be handed to it.
         in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
         self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
@@ -185,6 +187,7 @@ class VLLMEngine(Engine):
             )
             for seed, length in zip(seeds, lengths, strict=True)
         ]
+
         # vLLM divides by the bar's elapsed time, which is 0 if tqdm has disabled the bar.
         bar = progress_bar if sys.stderr.isatty() else False
         responses = []

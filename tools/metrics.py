@@ -50,22 +50,26 @@ def majority(grader: Grader, answers: Sequence[str | None], correct: Sequence[fl
             number = plain_number(answer)
             key = " ".join(answer.split()) if number is None else number
             votes[texts.setdefault(key, answer)] += 1
+
     if right == 0:
         return 0.0
     if right > votes.total():  # even if all incorrect answers are equal
         return 1.0
     if max(votes.values()) > right:
         return 0.0
+
     ranked = [text for text, _ in votes.most_common()]
     readable = [t for t, fine in zip(ranked, grader.readable(ranked), strict=True) if fine]
     pairs = list(itertools.combinations(readable, 2))
     responses = [rf"Answer: \boxed{{{second}}}" for _, second in pairs]  # in every --answer-format
     verdicts = grader.grade(responses, [first for first, _ in pairs])
     same = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict}
+
     groups: Counter[str] = Counter()
     for text in ranked:
         equal = [first for first in groups if (first, text) in same]
         groups[equal[0] if equal else text] += votes[text]
+
     sizes = list(groups.values())
     return 0.0 if max(sizes) > right else 1 / (1 + sizes.count(right))
 

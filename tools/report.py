@@ -76,6 +76,7 @@ def read_run(folder: Path, name: str, rollout_bytes: float) -> Run:
     log = folder / "metrics.jsonl"
     if not log.is_file():
         reject(folder, "has no metrics.jsonl, so it is not a run folder")
+
     metrics = read_metrics(log)
     if not metrics:
         reject(log, "has no step yet")
@@ -83,13 +84,16 @@ def read_run(folder: Path, name: str, rollout_bytes: float) -> Run:
         settings = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         settings = {}
+
     settings = settings if isinstance(settings, dict) else {}
     of_folder = ("content", "run_dir", "resume")  # not settings of the user
     settings = {name: value for name, value in settings.items() if name not in of_folder}
+
     script = settings.get("script")
     usual = {"script": script} | defaults(str(script))
     changed = [name for name, value in settings.items() if usual.get(name, ...) != value]
     command = repeat(script, {name: settings[name] for name in changed}) if script else None
+
     run = Run(name, command, settings, changed, metrics)
     read_rollouts(run, folder, rollout_bytes)
     return run
@@ -134,6 +138,7 @@ def read_metrics(path: Path) -> dict[str, list[list[float | None]]]:
 def defaults(script: str) -> Row:
     """A script's settings with their defaults, parsed from the source to avoid importing torch."""
     values: Row = {}
+
     files = [ROOT / "common.py", ROOT / f"{script}.py"]
     if not all(file.is_file() for file in files):
         return values
@@ -189,6 +194,7 @@ def read_rollouts(run: Run, folder: Path, most_bytes: float) -> None:
     path = folder / "rollouts.jsonl"
     if not path.is_file():
         return
+
     tokens, run.special = read_vocabulary(folder, run.settings)
     kept: list[tuple[list[Title], list[str]]] = []  # one step each
     count, size, stride = 0, 0, 1
@@ -197,14 +203,17 @@ def read_rollouts(run: Run, folder: Path, most_bytes: float) -> None:
         encoded = [encode_group(group, tokens, run.vocabulary) for group in groups]
         titles = [title_of(step, group) for group in encoded]
         blocks = [json.dumps(group, separators=(",", ":"), allow_nan=False) for group in encoded]
+
         last = titles, blocks
         count += len(blocks)
         if place % stride == 0:
             kept.append(last)
             size += sum(map(len, blocks))
+
         while size > most_bytes and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
             size = sum(len(block) for _, blocks in kept for block in blocks)
+
     if count and kept[-1] is not last:
         kept.append(last)
     run.groups = [title for titles, _ in kept for title in titles]
@@ -240,6 +249,7 @@ def encode_group(rows: list[Row], tokens: dict[int, bytes], vocabulary: dict[int
                     signals[name] = short[0] if len(set(short)) == 1 else short
             elif is_number(value) and name not in ("step", "rollout"):
                 other[name] = rounded(value, 6)
+
         rollout = {"number": row.get("rollout", 0), "tokens": ids} | other | {"signals": signals}
         if tokens and (odd := odd_pieces(ids, tokens, vocabulary)):
             rollout["odd"] = odd
@@ -267,6 +277,7 @@ def read_vocabulary(folder: Path, settings: Row) -> tuple[dict[int, bytes], list
             spec = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
+
         vocab = spec["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram: pairs of a token and its score
             vocab = {token: i for i, (token, _) in enumerate(vocab)}
@@ -319,6 +330,7 @@ def odd_pieces(
         bad = "\udc80" <= character <= "\udcff"
         texts[owner[place]] += "\ufffd" if bad else character
         place += 1 if bad else len(character.encode())
+
     odd = {}
     for position, (i, piece, text) in enumerate(zip(ids, pieces, texts, strict=True)):
         if vocabulary.setdefault(i, piece.decode(errors="replace")) != text:
