@@ -410,7 +410,6 @@ def scored_micro_batches(
         if reference and not scored:
             with torch.no_grad(), reference() as frozen:
                 rollouts.ref_logp[index], _ = token_logp(frozen, rollouts, index, args)
-
         hidden = hidden_states(policy, rollouts, index, args)
         logp, entropy = head_logp(policy, rollouts, index, hidden, args)
         if not scored:

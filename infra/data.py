@@ -119,8 +119,7 @@ WHY_TEMPLATED = (
 def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Problems:
     """The problems of --dataset or --eval-dataset, as docs/data.md describes.
 
-    flag: which of the two. Prints how many rows were discarded for which reason, and rejects a
-    dataset of which none is left.
+    flag: which of the two. Prints how many rows were discarded and why; rejects an empty rest.
     """
     name = dataset_name(args, flag)
     template_args = template_arguments(args)
@@ -129,7 +128,6 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
 
     problems, discarded, unreadable = Problems(), Counter(), []
     made: dict[str, Problem] = {}  # some datasets repeat each problem a hundred times
-
     check_system_prompt(tokenizer, args.system_prompt, template_args)
     written = template_tokens(tokenizer, template_args)
 
