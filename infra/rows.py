@@ -52,8 +52,10 @@ def read_rows(flag: str, name: str, needed: Container[str] = ()) -> Iterator[Row
 
     try:
         if path.is_file():
-            if config or (chosen and kind_of(path) != "json"):
-                raise ValueError("is a file, which has no configuration and no split")
+            if config:
+                raise ValueError("is a file, which has no configuration")
+            if chosen and kind_of(path) != "json":
+                raise ValueError("is a file of rows, which has no split")
             yield from read_file(path, split, needed, must_name_split=bool(chosen))
         else:
             yield from read_dataset(repository, config, split, needed)

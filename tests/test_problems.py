@@ -560,13 +560,19 @@ def test_earlier_turns_are_kept(load_rows, tokenizer):
     assert prompt.endswith("assistant\n")
 
 
-@pytest.mark.parametrize("ending", ["@validation", ":main", ":main@validation"])
-def test_a_file_has_no_split_and_no_configuration(ending, load, tmp_path, rejection):
-    path = write_jsonl(tmp_path / "data.jsonl", [{"problem": "2+3", "answer": "5"}])
-    line = rejection(load, f"{path}{ending}")
-    assert line == (
-        f"--dataset {path}{ending}: ValueError: is a file, which has no configuration and no split"
-    )
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("data.jsonl@validation", "is a file of rows, which has no split"),
+        ("data.jsonl:main", "is a file, which has no configuration"),
+        ("data.json:main@train", "is a file, which has no configuration"),
+    ],
+)
+def test_a_file_has_no_configuration_and_most_have_no_split(name, why, load, tmp_path, rejection):
+    for ending in ("jsonl", "json"):
+        write_jsonl(tmp_path / f"data.{ending}", [{"problem": "2+3", "answer": "5"}])
+    line = rejection(load, f"{tmp_path}/{name}")
+    assert line == f"--dataset {tmp_path}/{name}: ValueError: {why}"
 
 
 SPLITS = {"train": [{"problem": "2+3", "answer": "5"}], "test": []}
