@@ -46,7 +46,7 @@ class Args(common.RunArgs):
     updates_per_rollout: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         why = "ARCA compares the model with and without LoRA"
         common.require(self.lora_rank > 0, "--lora-rank", self.lora_rank, why)
         if self.credit == "uniform" and self.sharpening != Args.sharpening:

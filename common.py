@@ -1,4 +1,4 @@
-"""The parts of a training step that all methods share, in order of execution:
+"""What all scripts share of a training step, by topic:
 
 settings, rollouts and verification, scoring in micro-batches, statistics and loss weights, metrics
 and evaluation.
@@ -148,7 +148,7 @@ class Rollouts:
     problems: list[Problem]
     tokens: Tensor  # [P, G, T] token ids
     mask: Tensor  # [P, G, T] true on response tokens, the EOS token included
-    engine_logp: Tensor  # [P, G, T] by the engine; NaN on tokens it did not sample; padding: 0
+    engine_logp: Tensor  # [P, G, T] as the engine computed it; NaN if not sampled; padding: 0
     correct: Tensor  # [P, G] 1.0 or 0.0
     truncated: Tensor  # [P, G] true if a response does not end in a stop token
     texts: list[list[str]]
@@ -306,7 +306,7 @@ def hidden_states(model: nn.Module, rollouts: Rollouts, index: Index, args: RunA
 def token_logp(
     model: nn.Module, rollouts: Rollouts, index: Index, args: RunArgs
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response token of n rollouts, and the entropy of its distribution.
+    """Log-probability of each response token of n rollouts, and entropy of the distribution there.
 
     Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient.
     """
@@ -320,7 +320,7 @@ def head_logp(
     """`token_logp` from hidden states, [tokens, D]."""
     mask = rollouts.mask[index]
     weight, logit_scale, soft_cap = lm_head(model)
-    scale = logit_scale / args.temperature  # logits = scale x soft cap of (hidden @ weight.T)
+    scale = logit_scale / args.temperature  # logits = scale × soft cap of (hidden @ weight.T)
     targets = rollouts.tokens[index][mask]
     hidden = hidden.to(precision(args))  # autocast leaves the final norm's output in float32
     logp, entropy = HeadLogp.apply(hidden, weight, targets, scale, soft_cap)
@@ -371,8 +371,8 @@ def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> 
 class MicroBatch:
     """The whole groups of p problems, scored. Tensors are [p, G, T], 0 outside the mask.
 
-    If a group exceeds the token budget, several micro-batches hold it. Each trains some of its
-    rollouts: `trained` and `index`.
+    If a group exceeds the token budget, several micro-batches hold it. The loss of each is that of
+    some of its rollouts, those of `index`.
     """
 
     problems: Tensor  # [p] their indices
@@ -383,7 +383,7 @@ class MicroBatch:
     ref_logp: Tensor | None  # log-probability under the reference, if there is one
     engine_logp: Tensor  # under the policy that sampled, as the engine computed it
 
-    trained: Tensor  # true on response tokens that this micro-batch trains
+    trained: Tensor  # true on the response tokens whose loss this micro-batch computes
     index: Index  # of the n rollouts with these tokens
     hidden: Tensor  # [tokens, D] the policy's hidden states that predict them, no gradient
 
@@ -397,7 +397,7 @@ def scored_micro_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of some problems, [P'] indices, each after a forward pass with gradients.
 
-    Unless `needs_scoring_pass` held, the pass also sets the rollouts' old_logp, entropy, ref_logp.
+    If the rollouts are not scored yet, the pass also sets their old_logp, entropy and ref_logp.
     """
     scored = rollouts.old_logp is not None
     if not scored:
@@ -463,7 +463,7 @@ def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
 
 
 def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x over the response tokens of each group.
+    """Mean and standard deviation of x over the tokens of each group at which the mask is true.
 
     x and mask are [..., G, T], the results [..., 1, 1]. correction: 1 divides by the count minus 1
     (unbiased), 0 by the count. The standard deviation of equal values, or of fewer than two, is
@@ -481,7 +481,7 @@ def group_moments(x: Tensor, mask: Tensor, correction: int = 1) -> tuple[Tensor,
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float, correction: int = 1) -> Tensor:
-    """The z-score of x over the response tokens of each group, by `group_moments`.
+    """The z-score of x over the tokens of each group at which the mask is true.
 
     x and mask are [..., G, T]. Returns the same shape, 0 outside the mask and in groups whose
     values are all equal.
@@ -515,7 +515,7 @@ def token_weights(mask: Tensor, share: Tensor, average: str, max_new_tokens: int
     of the whole update, so the gradient does not depend on the size of micro-batches.
     average: "token" is the mean over all tokens (DAPO Eq. 8); "sequence" the mean over each
     response's tokens, then over responses (DeepSeekMath Eq. 3); "constant" divides the sum by the
-    number of responses x max_new_tokens (Dr. GRPO).
+    number of responses × max_new_tokens (Dr. GRPO).
     """
     update_mask = torch.zeros_like(mask)
     update_mask[share] = mask[share]

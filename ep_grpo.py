@@ -1,9 +1,9 @@
 r"""EP-GRPO: Entropy-Progress Aligned Group Relative Policy Optimization (arXiv 2605.04960).
 
 grpo.py with a KL penalty by default, and with another advantage: outcome + progress, per token.
-- Outcome: gate x GRPO's advantage A. The gate is sigmoid(γ x z-score of the token's entropy in its
+- Outcome: gate × GRPO's advantage A. The gate is sigmoid(γ × z-score of the token's entropy in its
   group).
-- Progress: η x z-score of sign(A) (log π_old - log π_ref) over the group's tokens in the same
+- Progress: η × z-score of sign(A) (log π_old - log π_ref) over the group's tokens in the same
   bucket. A token's bucket is floor(K τ), where τ is the share of the rollout's total entropy up to
   and including the token.
 In a group of equal rewards A is 0, but progress can train the policy: there the sign is that of
@@ -51,12 +51,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.001
     """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(self.buckets > 0, "--buckets", self.buckets, "must be above 0")
 
     # </method>
@@ -88,15 +88,14 @@ def entropy_gate(entropy: Tensor, mask: Tensor, *, gamma: float = 5.0, eps: floa
 def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     """Each token's bucket, 0 ... buckets - 1: [P, G, T].
 
-    The bucket is floor(buckets x τ), where τ is the rollout's entropy up to and including the
+    The bucket is floor(buckets × τ), where τ is the rollout's entropy up to and including the
     token, divided by its total; τ = 1 is in the last bucket. With 3 buckets, the entropies
     [3, 1, 2] have τ = [1/2, 2/3, 1] and are in the buckets [1, 2, 2].
     """
     running = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = running[..., -1:].clamp(min=torch.finfo(running.dtype).tiny)  # all entropies may be 0
     position = buckets * running / total  # K τ  # Eq. 23 [paper]
-    # τ = 1 belongs to the last bucket. Rounding can make an entropy negative; divided by a total
-    # near 0 it can be too large for an integer.
+    # Rounding can make an entropy negative, and divided by a total near 0 it can exceed an integer.
     return position.clamp(0, buckets - 1).long()  # Eq. 23, last bucket [open]
 
 
@@ -210,7 +209,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in phase 4, whose forward pass may also be the one that scores.
+        # In phase 4, whose forward pass may be the first to compute what they need.
         # </method>
 
         # 4. Update on one share of the problems at a time.

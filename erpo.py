@@ -1,11 +1,11 @@
 r"""ERPO: Token-Level Entropy-Regulated Policy Optimization (arXiv 2603.28204).
 
-grpo.py, except that each token's advantage is GRPO's plus eta x progress, and this sum is then
+grpo.py, except that each token's advantage is GRPO's plus eta × progress, and this sum is then
 standardised over the group's tokens.
 - Progress: log π_old - log π_ref of the sampled token, as a z-score over the group's tokens in the
   same bucket of relative position, negated if the rollout's advantage is negative, times the gate,
   rescaled to a standard deviation of 1.
-- Gate: the sigmoid of gamma x the z-score of the token's entropy in its group.
+- Gate: the sigmoid of gamma × the z-score of the token's entropy in its group.
 Comments "Eq. ..." refer to rows of docs/erpo.md; lines are those of the paper's Algorithm 1.
 [paper]: the paper; [second-hand]: others' summaries or code; [open]: our choice.
 
@@ -50,12 +50,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.001
     """β: weight of the KL penalty to the frozen initial policy (paper: 0.001)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(self.buckets > 0, "--buckets", self.buckets, "must be above 0")
         sigma = self.sigma_target
         common.require(sigma > 0, "--sigma-target", sigma, "must be above 0")
@@ -200,7 +200,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in phase 4, whose forward pass may also be the one that scores.
+        # In phase 4, whose forward pass may be the first to compute what they need.
         # </method>
 
         # 4. Update on one share of the problems at a time.

@@ -56,12 +56,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         updates, low, cap = self.updates_per_rollout, self.influence_low, self.ratio_cap
         common.require(updates > 1, "--updates-per-rollout", updates, "is DAPO: all weights are 1")
         common.require(self.half_life > 0, "--half-life", self.half_life, "must be above 0")
@@ -110,7 +110,7 @@ def fipo_weights(
     above_cap = shift > math.log(ratio_cap)
     future = shift.masked_fill(above_cap, 0.0)  # Eq. 5 [paper]
     # F_t = Σ_k γ^(k-t) shift_k over all k >= t, with γ = 0.5^(1/τ). `future` holds the sums over
-    # n tokens. The sum over 2n tokens is the one over the first n, plus γ^n x that over the next n.
+    # n tokens. The sum over 2n tokens is the one over the first n, plus γ^n × that over the next n.
     n = 1
     while n < mask.shape[-1]:
         future[..., :-n] += 0.5 ** (n / half_life) * future[..., n:]  # Eq. 6 [paper]

@@ -43,12 +43,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (paper: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all kept tokens (paper); sequence: over each response's kept tokens, then over
-    responses that have any; constant: over these responses x --max-new-tokens"""
+    responses that have any; constant: over these responses × --max-new-tokens"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (paper: 0)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(0 < self.top <= 1, "--top", self.top, "must lie in (0, 1]")
 
     # </method>
@@ -78,7 +78,7 @@ def forking_mask(entropy: Tensor, mask: Tensor, *, top: float = 0.2) -> Tensor:
     """
     if not mask.any():
         return mask.clone()
-    # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
+    # In floats 0.07 × 100 is slightly above 7, which must not be rounded up to 8.
     k = math.ceil(top * mask.sum().item() - 1e-6)  # Eq. k [code]
     threshold = entropy[mask].topk(max(k, 1)).values[-1]  # Eq. threshold [open]
     return mask & (entropy >= threshold)  # Eq. indicator [paper]

@@ -40,7 +40,7 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
     # </method>

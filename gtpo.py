@@ -47,12 +47,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         gamma, why = self.overlong_gamma, "must lie in (0.5, 1], or be 0: off"
         common.require(not gamma or 0.5 < gamma <= 1, "--overlong-gamma", gamma, why)
         why = "changes rewards, but GTPO uses verdicts; use --overlong-gamma"
@@ -260,7 +260,7 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # Computed in phase 4, whose forward pass may also be the one that scores.
+        # In phase 4, whose forward pass may be the first to compute what they need.
         # </method>
 
         # 4. Update on one share of the problems at a time.

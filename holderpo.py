@@ -50,7 +50,7 @@ class Args(common.RunArgs):
     signed: ClassVar[tuple[str, ...]] = ("p_start", "p_end")
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(0 < self.clip < 1, "--clip", self.clip, "must be above 0 and below 1")
         if self.schedule == "constant" and self.p_end != Args.p_end:
             common.reject("--p-end", self.p_end, "has no effect with --schedule constant")

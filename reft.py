@@ -38,7 +38,7 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
     candidates: int = 20
@@ -49,7 +49,7 @@ class Args(common.RunArgs):
     """leave the first token of each response out of the loss"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         why = f"must be from 1 to --candidates {self.candidates}"
         common.require(1 <= self.openers <= self.candidates, "--openers", self.openers, why)
         why = f"must be a multiple of --openers {self.openers}"

@@ -49,12 +49,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 0.0
     """β: weight of the KL penalty to the frozen initial policy (DeepSeekMath: 0.04)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(0 < self.top <= 1, "--top", self.top, "must be above 0 and at most 1")
         common.require(self.amplify >= 1, "--amplify", self.amplify, "must be at least 1")
         weight = self.attenuate
@@ -86,7 +86,7 @@ def most_surprising(logp: Tensor, mask: Tensor, top: float) -> Tensor:
     count = int(mask.sum())
     if count == 0:
         return mask
-    # In floats 0.07 x 100 is slightly above 7, which must not be rounded up to 8.
+    # In floats 0.07 × 100 is slightly above 7, which must not be rounded up to 8.
     k = max(1, math.ceil(top * count - 1e-6))  # Eq. 4.1 [code]
     threshold = logp[mask].kthvalue(k).values
     return mask & (logp <= threshold)  # Eq. ties [open]

@@ -43,12 +43,12 @@ class Args(common.RunArgs):
     """ε_high: the ratio is clipped at 1 + ε_high (DAPO: 0.28)"""
     loss_average: Literal["token", "sequence", "constant"] = "token"
     """token: over all tokens (DAPO); sequence: over each response, then over responses
-    (DeepSeekMath); constant: over responses x --max-new-tokens (Dr. GRPO)"""
+    (DeepSeekMath); constant: over responses × --max-new-tokens (Dr. GRPO)"""
     kl: float = 1e-4
     """β: weight of the KL to the initial policy, summed over a response (released code: 1e-4)"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # rejects negative numbers
+        super().__post_init__()  # the shared checks; no number may be negative
         common.require(self.continuations, "--continuations", self.continuations, "must be above 0")
         try:
             re.compile(self.step_end)
@@ -90,7 +90,7 @@ def vineppo_advantages(
     # The value after a step is that before the next one, after the last step the reward.
     after = values.roll(-1, dims=-1).scatter(-1, last, rewards[..., None])  # [P, G, S]
     advantages = (after - values).gather(-1, steps) * mask  # Eq. 6 [code]
-    if whiten:  # all P x G rollouts as one group
+    if whiten:  # all P × G rollouts as one group
         rows, is_token = advantages.flatten(0, 1), mask.flatten(0, 1)
         advantages = common.standardize(rows, is_token, eps=1e-8)  # Eq. whitening [code]
     return advantages.view_as(mask)

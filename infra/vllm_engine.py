@@ -75,6 +75,10 @@ class Engine:
             libc.malloc_trim(0)
 
 
+# The last of them follows an update, even if the first has a learning rate of 0 (warm-up).
+CHECKED_SYNCS = 5
+
+
 class VLLMEngine(Engine):
     """vLLM in this process, so that weights pass by reference."""
 
@@ -136,14 +140,14 @@ class VLLMEngine(Engine):
     def sync(self, policy: nn.Module) -> None:
         """Load the policy's weights, and a tied LM head too if vLLM has one.
 
-        Raises StopRun if one of the first three syncs of a run did not load them.
+        Raises StopRun if one of a run's first CHECKED_SYNCS syncs did not load them.
         """
         if self.on_cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(policy)})
         self.syncs += 1
-        if self.syncs <= 3:  # the third sync at the latest follows an update
+        if self.syncs <= CHECKED_SYNCS:
             self.check_vectors(policy)
         if self.on_cuda:  # after the weights, because merging LoRA takes memory
             torch.cuda.empty_cache()

@@ -364,7 +364,9 @@ def test_the_table_of_both_tasks_by_hand():
     sums = {"rates": RATES, "selection": [], "rows": [], **START}
     for method, gain in (("GRPO", 0.0), ("ERPO", 0.1)):
         sums["rows"] += [row(method, RATES[0], s, 0.5 + (0.1 + gain) * s) for s in (1, 2)]
+    left_out = [row(name, RATES[0], 1, 0.5) for name in ("GTPO by batch", "entropy credit")]
     needle = sums | {"rows": sums["rows"][:2], "start": {"accuracy": 0.3}}
+    sums["rows"] = sums["rows"] + left_out
     before, grpo, erpo = compare.accuracy_table(sums, needle).splitlines()[2:]
     assert before == "| before training | 0.400 |  | 0.300 |  |"
     assert grpo == "| GRPO | 0.650 |  | 0.650 |  |"

@@ -35,7 +35,7 @@ from infra import hf_engine, lm_head, models, vllm_engine
 from infra.cli import StopRun
 from infra.hf_engine import HFEngine
 from infra.models import merged_weights, save_model
-from infra.vllm_engine import Engine, VLLMEngine, make_engine, why_not_vllm
+from infra.vllm_engine import CHECKED_SYNCS, Engine, VLLMEngine, make_engine, why_not_vllm
 from tools import check_model
 from tools.check_model import WeightCheck
 
@@ -72,7 +72,7 @@ class Setup:
             if kind == "vllm":
                 dtype = models.precision(self.args)
                 self.check = WeightCheck(made.model, self.policy, dtype)
-                made.syncs = 3
+                made.syncs = CHECKED_SYNCS
             self.engines[kind] = made
         self.engines[kind].sync(policy or self.policy)
         return self.engines[kind]
@@ -445,14 +445,14 @@ def test_weights_that_did_not_arrive_stop_the_run(setup, adapted, monkeypatch):
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["tied", "untied_bfloat16"])
-def test_norm_weights_that_did_not_arrive_stop_the_first_three_syncs(setup, monkeypatch):
+def test_norm_weights_that_did_not_arrive_stop_the_first_five_syncs(setup, monkeypatch):
     vllm = setup.engine("vllm")
     perturb(setup.policy)
     monkeypatch.setattr(vllm, "syncs", 0)
     with monkeypatch.context() as patch:
         withhold(patch, vllm, setup.weights, "layers.1.post_attention_layernorm")
         stale = "stale weights: model.layers.1.post_attention_layernorm.weight differs"
-        for _ in range(3):
+        for _ in range(CHECKED_SYNCS):
             with pytest.raises(StopRun, match=stale):
                 vllm.sync(setup.policy)
         vllm.sync(setup.policy)  # no longer checked

@@ -3,7 +3,7 @@
     python tools/check_model.py --model Qwen/Qwen2.5-0.5B-Instruct --lora-rank 8
 
 Loads the policy and vLLM, syncs, changes the trained weights a little, syncs again and compares.
-A run itself compares only vectors, after each of its first three syncs. Log-probabilities do not
+A run itself compares only vectors, after each of its first five syncs. Log-probabilities do not
 show every stale weight: in bfloat16 those of a policy one update old are within rounding error of
 the new ones.
 Exit code: 0 if vLLM holds the policy's weights, 1 if it does not or if a run would stop after the
