@@ -39,6 +39,7 @@ import grpo
 from grading import WorkerError
 from infra import cli, run, vllm_engine
 from infra.cli import StopRun
+from infra.hf_engine import HFEngine
 
 FULL = {"updates_per_rollout": 2, "lr_schedule": "linear", "warmup_ratio": 0.5}
 LORA = {"lora_rank": 4, "lora_dropout": 0.3, "lr": 1e-2}
@@ -710,6 +711,20 @@ def test_a_gap_above_rounding_is_reported_at_each_step(small_run, capsys):
     assert "warning" not in capsys.readouterr().err
     small.train(3, **{"logp_gap/mean": 0.051})
     assert capsys.readouterr().err.count("warning: logp_gap/mean 0.051 is above 0.05") == 3
+
+
+def test_the_checked_syncs_include_one_after_an_update(make_args, monkeypatch):
+    """A warm-up's first update has a learning rate of 0. With --eval-every 1 a step syncs twice."""
+    synced = []
+
+    def sync(_: HFEngine, policy: nn.Module) -> None:
+        synced.append([weight.clone() for weight in policy.parameters()])
+
+    monkeypatch.setattr(HFEngine, "sync", sync)
+    warmup = {"lr_schedule": "constant_with_warmup", "warmup_ratio": 0.5}
+    assert start("grpo", make_args(steps=4, eval_every=1, **warmup)) == 0
+    same = [all(map(torch.equal, weights, synced[0])) for weights in synced]
+    assert same.index(False) == vllm_engine.CHECKED_SYNCS - 1
 
 
 # ------------------------------------------------------------------ errors
