@@ -90,8 +90,7 @@ def check_numbers(args: Any) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             flag = flag_of(name)
-            is_finite = isinstance(value, int) or math.isfinite(value)
-            require(is_finite, flag, value, "must be finite")
+            require(abs(value) < math.inf, flag, value, "must be finite")
             require(value >= 0 or name in args.signed, flag, value, "must be at least 0")
             require(value != 0 or name not in POSITIVE, flag, value, "must be above 0")
             require(value < 1 or name not in BELOW_ONE, flag, value, "must be below 1")
@@ -144,13 +143,14 @@ def parse_args(settings: type, command: list[str] | None = None) -> Any:
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_resume.add_argument("--resume")
     folder = only_resume.parse_known_args(command)[0].resume
-    require(folder != "", "--resume", "''", "names no folder")
+    require(folder != "", "--resume", "''", "must name a folder")
 
     saved = load_settings(settings, Path(script.__file__).stem, folder) if folder else settings()
     args = tyro.cli(settings, description=script.__doc__, args=command, default=saved)
     if folder:
-        if args.engine == "auto":  # the flag was given; args.json names the engine auto chose then
-            args.engine = saved.engine
+        for name in ("engine", "device", "precision"):
+            if getattr(args, name) == "auto":  # given as a flag; args.json names what it chose then
+                setattr(args, name, getattr(saved, name))
         check_resume(args, saved)
     return args
 

@@ -249,7 +249,7 @@ def named_stop_tokens(args: Any, tokenizer: Any) -> list[int]:
         why = f"must be one token of {args.model}, and is {len(tokens)}"
         require(len(tokens) == 1, "--stop-tokens", text, why)
         unknown = tokens == [tokenizer.unk_token_id] and text != tokenizer.unk_token
-        require(not unknown, "--stop-tokens", text, f"is no token of {args.model}")
+        require(not unknown, "--stop-tokens", text, f"is not a token of {args.model}")
         ids += tokens
     return ids
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.cli import StopRun, first_line, out_of_memory, reject, report, require
-from infra.models import load_weights, save_model, seed_for
+from infra.models import device, load_weights, precision, save_model, seed_for
 
 # ------------------------------------------------------------------ files
 
@@ -68,12 +68,12 @@ def delete_folder(folder: Path) -> None:
 
 def delete_unfinished(folder: Path) -> None:
     """Delete what a killed run was writing."""
-    for pattern in (f"*{UNFINISHED}", f"checkpoints/*{UNFINISHED}"):
-        for path in folder.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    checkpoints = folder / "checkpoints"
+    for path in [*folder.glob(f"*{UNFINISHED}"), *checkpoints.glob(f"*{UNFINISHED}")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def new_folder(name: str) -> str:
@@ -168,6 +168,8 @@ class Run:
         self.script = Path(inspect.getfile(type(args))).stem
         name = time.strftime(f"runs/{self.script}-{args.seed}-%Y%m%d-%H%M%S")
         args.run_dir = args.run_dir or new_folder(name)
+        # args.json records what auto chose here, so that a run resumed elsewhere keeps it.
+        args.device, args.precision = device(args).type, str(precision(args)).removeprefix("torch.")
         self.args, self.folder = args, Path(args.run_dir)
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
@@ -355,9 +357,8 @@ class Run:
     # -------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[Path]:
-        folders = (self.folder / "checkpoints").glob("step-*")
-        complete = [folder for folder in folders if folder.name.removeprefix("step-").isdigit()]
-        return sorted(complete, key=step_of)
+        """The complete checkpoints, in order of their steps."""
+        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
 
     def restore(self, policy: nn.Module, **state: Any) -> None:
         """Load the newest checkpoint that loads, if there is one, then open the logs.

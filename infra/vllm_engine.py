@@ -119,7 +119,7 @@ class VLLMEngine(Engine):
         [self.model] = self.llm.apply_model(lambda model: model)  # it is in this process
         self.syncs = 0
 
-        # vLLM's Gemma 2 has no LM head, so a tied one must not be handed to it.
+        # vLLM's Gemma 2 has no LM head, so a tied one must not be sent to it.
         in_vllm = dict(self.model.named_parameters(remove_duplicate=False))
         self.not_in_vllm = base_model(policy).all_tied_weights_keys.keys() - in_vllm.keys()
 

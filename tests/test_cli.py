@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -249,16 +250,30 @@ def begin(tmp_path, monkeypatch) -> Callable[..., str]:
 def test_settings_are_read_back(script, begin):
     """The saved ones count, even if the defaults have changed since."""
     settings = {"lr": 1e-7, "dynamic_sampling": True, "stop_tokens": ("<|im_end|>", "a")}
+    settings |= {"device": "cpu", "precision": "bfloat16"}
     folder = begin(script, **settings)
     args = importlib.import_module(script).Args
     again = parse_args(args, ["--resume", folder, "--dynamic-sampling"])  # given again
     assert again == args(model="none", dataset="none", run_dir=folder, resume=folder, **settings)
 
 
-def test_engine_auto_again_is_the_runs_engine(begin):
+def test_auto_again_is_what_it_was(begin):
     """Otherwise the command that started the run could not resume it."""
-    folder = begin(engine="transformers")
-    assert parse_args(grpo.Args, ["--resume", folder, "--engine", "auto"]).engine == "transformers"
+    saved = {"engine": "transformers", "device": "cpu", "precision": "bfloat16"}
+    folder = begin(**saved)
+    for flags in ([], ["--engine", "auto", "--device", "auto", "--precision", "auto"]):
+        args = parse_args(grpo.Args, ["--resume", folder, *flags])
+        assert vars(args).items() >= saved.items()
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "chosen"), [(False, ("cpu", "float32")), (True, ("cuda", "bfloat16"))]
+)
+def test_what_auto_chose_is_recorded(has_cuda, chosen, begin, monkeypatch):
+    """A run resumed on a machine with another device would train in another precision."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    settings = json.loads((Path(begin()) / "args.json").read_text())
+    assert (settings["device"], settings["precision"]) == chosen
 
 
 @pytest.mark.parametrize(
@@ -275,12 +290,13 @@ def test_engine_auto_again_is_the_runs_engine(begin):
         ("--model other", "none"),
         ("--dataset other", "none"),
         ("--run-dir other", "FOLDER"),
+        ("--precision bfloat16", "float32"),
         ("--no-scale-rewards", True),
     ],
 )
 def test_training_settings_may_not_change(flags, started, begin, rejected):
     """One line names the flag and both values."""
-    folder = begin()
+    folder = begin(precision="float32")
     files = {path: path.read_bytes() for path in Path(folder).iterdir()}
     shown = flags.replace("--no-scale-rewards", "--scale-rewards False")
     started = folder if started == "FOLDER" else started
@@ -342,7 +358,7 @@ def test_folder_of_no_run(text, tmp_path, rejected):
 
 
 def test_an_empty_folder_name_starts_no_new_run(rejected):
-    assert rejected("grpo", "--resume", "") == "--resume '': names no folder"
+    assert rejected("grpo", "--resume", "") == "--resume '': must name a folder"
 
 
 def test_run_of_another_script(begin, rejected):

@@ -915,7 +915,7 @@ def test_text_unknown_to_the_tokenizer_ends_no_turn(rejection):
     assert named_stop_tokens(args, tokenizer) == [2, 0, 1]
     args.stop_tokens = ("Question:",)
     line = rejection(named_stop_tokens, args, tokenizer)
-    assert line == "--stop-tokens Question:: is no token of words"
+    assert line == "--stop-tokens Question:: is not a token of words"
 
 
 def test_prompts_that_hold_the_templates_tokens(load_rows, capsys, rejection):
