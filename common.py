@@ -269,7 +269,7 @@ def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     """0 up to max_length - buffer, then linearly down to -1/2 at max_length (DAPO Eq. 13).
 
-    lengths: [P, G] tokens. Half of DAPO's penalty: there rewards are 1 and -1, here 1 and 0.
+    lengths: [P, G] tokens. Half of DAPO's penalty: DAPO's rewards are 1 and -1, these 1 and 0.
     """
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
@@ -308,7 +308,7 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token of n rollouts, and entropy of the distribution there.
 
-    Two [n, T] in float32, 0 outside the mask. The entropy is in nats and has no gradient.
+    Two float32 tensors [n, T], 0 outside the mask. The entropy is in nats and has no gradient.
     """
     hidden = hidden_states(model, rollouts, index, args)
     return head_logp(model, rollouts, index, hidden, args)
@@ -371,8 +371,8 @@ def needs_scoring_pass(policy: nn.Module, rollouts: Rollouts, args: RunArgs) -> 
 class MicroBatch:
     """The whole groups of p problems, scored. Tensors are [p, G, T], 0 outside the mask.
 
-    If a group exceeds the token budget, several micro-batches hold it. The loss of each is that of
-    some of its rollouts, those of `index`.
+    If a group exceeds the token budget, several micro-batches hold it. Each computes the loss of
+    the rollouts in `index`.
     """
 
     problems: Tensor  # [p] their indices
@@ -436,7 +436,7 @@ def scored_micro_batches(
 
 
 def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
-    """How far the engine's log-probabilities are from the trainer's, mean and maximum in nats.
+    """Difference between engine and trainer log-probabilities, mean and maximum in nats.
 
     Raises StopRun if the mean exceeds --max-logp-gap, because then the engine probably sampled from
     other weights than those being trained, or if a log-probability is not finite.

@@ -191,7 +191,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(error: BaseException, gpu_memory: float, lower: str) -> str:
-    """What to change if memory ran out, else "". lower: settings that take less memory if lower."""
+    """What to change if memory ran out, else "". lower: the settings to lower."""
     if "Try increasing `gpu_memory_utilization`" in str(error):  # vLLM
         if not torch.cuda.is_available():
             name = "VLLM_CPU_KVCACHE_SPACE"

@@ -85,7 +85,7 @@ class Problems(list[Problem]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StopRun if a checkpoint is of a run on other problems."""
         if state["digest"] != self.digest:
-            raise StopRun("the prompts of --dataset are not those that the run began with")
+            raise StopRun("the problems of --dataset have changed since the run began")
         self.position = state["position"]
 
 
@@ -108,7 +108,7 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold a lone surrogate; no tokenizer reads it
+SURROGATE = re.compile("[\ud800-\udfff]")  # unpaired; no tokenizer reads it
 # Ends the reason for discarding a prompt that holds tokens of the chat template.
 WHY_TEMPLATED = (
     "which the chat template writes too; --template-args "
@@ -138,7 +138,7 @@ def load_problems(args: Any, flag: str, tokenizer: Any, grader: Grader) -> Probl
         elif any(token in message["content"] for message in chat for token in written):
             discarded[f"prompts hold {' or '.join(written)}, {WHY_TEMPLATED}"] += 1
         elif any(SURROGATE.search(message["content"]) for message in chat):
-            discarded["problems hold a lone surrogate, half a character"] += 1
+            discarded["problems hold an unpaired surrogate, which is invalid Unicode"] += 1
         elif not readable:
             unreadable.append(repr(answer)[:40])
         else:
@@ -452,7 +452,7 @@ def template_arguments(args: Any) -> dict[str, Any]:
 def prompt_tokens(tokenizer: Any, chat: list[Row], **arguments: Any) -> list[int]:
     """Messages through the chat template, or joined by blank lines if there is none.
 
-    Raises ValueError if the template fails or leaves the question out.
+    Raises ValueError if the template fails or omits the question.
     """
     if not arguments.get("chat_template", tokenizer.chat_template):
         return tokenizer.encode("\n\n".join(message["content"] for message in chat))
@@ -481,18 +481,18 @@ def apply_template(tokenizer: Any, chat: list[Row], **arguments: Any) -> str:
             continue
         if wanted in without_space(text):
             return text
-        failures.append("it leaves the question out")
+        failures.append("it omits the question")
     raise ValueError(failures[0])
 
 
 def check_system_prompt(tokenizer: Any, text: str, arguments: dict[str, Any]) -> None:
-    """Reject --system-prompt if the chat template leaves it out."""
+    """Reject --system-prompt if the chat template omits it."""
     if not text:
         return
     with contextlib.suppress(ValueError):  # a template that fails is rejected with the problems
         prompt = prompt_tokens(tokenizer, EXAMPLE[:2], **arguments)
         same = prompt == prompt_tokens(tokenizer, EXAMPLE[1:2], **arguments)
-        require(not same, "--system-prompt", text, "the chat template leaves it out")
+        require(not same, "--system-prompt", text, "the chat template omits it")
 
 
 def special_tokens(tokenizer: Any) -> set[int]:

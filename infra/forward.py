@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from infra.models import TokenIds, base_model, is_recurrent
 
-# A pass of fewer tokens does not become cheaper with less padding.
+# Below this size of a pass, less padding saves no time.
 MIN_TOKENS = 1024
 
 

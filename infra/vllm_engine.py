@@ -153,7 +153,7 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
-            raise StopRun("vLLM keeps its prefix cache, which is that of the old weights")
+            raise StopRun("vLLM did not reset its prefix cache, which is that of the old weights")
 
     def weights(self, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, weight in merged_weights(policy):
@@ -218,7 +218,7 @@ def why_not_vllm(args: Any, policy: nn.Module) -> str:
     if any(name.endswith(".experts") for name, _ in policy.named_modules()):
         return "the model is a mixture of experts, whose logits differ in vLLM after a sync"
     if is_recurrent(policy):
-        return "some layers keep a recurrent state, which was not tried with vLLM"
+        return "some layers keep a recurrent state, which is untested with vLLM"
     from vllm.platforms import current_platform
 
     of_vllm, wanted = current_platform.device_type, device(args).type

@@ -459,7 +459,7 @@ def test_norm_weights_that_did_not_arrive_stop_the_first_five_syncs(setup, monke
     monkeypatch.setattr(vllm, "syncs", 0)
     vllm.sync(setup.policy)
     monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(StopRun, match="keeps its prefix cache"):
+    with pytest.raises(StopRun, match="did not reset its prefix cache"):
         vllm.sync(setup.policy)
 
 

@@ -173,7 +173,7 @@ def test_half_a_character_discards_a_row(load, tmp_path, capsys):
     )
     (problem,) = load(tmp_path / "data.jsonl")
     assert problem.answer == "5"
-    assert "discarded 1 of 2: problems hold a lone surrogate" in capsys.readouterr().err
+    assert "discarded 1 of 2: problems hold an unpaired surrogate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("answer", ['["\\frac{1}{2}"]', "['\\frac{1}{2}']", '["\\\\frac{1}{2}"]'])
@@ -946,7 +946,7 @@ def test_a_question_without_a_chat_template():
         ("{{ raise_exception('not today') }}", {}, ": not today"),
         ("{{ 1 / 0 }}", {}, ": division by zero"),
         ("{{ unclosed", {}, ": "),
-        ("hello", {}, ": it leaves the question out"),
+        ("hello", {}, ": it omits the question"),
         ({"rag": TRIMMED}, {}, ": "),
         (NO_SYSTEM + TRIMMED, {"system_prompt": "S"}, ", given --system-prompt S: no system"),
         (TRIMMED, {"template_args": '{"tokenize": 1}'}, ', given --template-args {"tokenize": 1}:'),
@@ -964,7 +964,7 @@ def test_a_template_that_fails(prompt, template, settings, why, rejection):
 def test_a_template_that_leaves_the_system_prompt_out(prompt, template_args, rejection):
     settings = {"system_prompt": "Think.", "template_args": template_args}
     line = rejection(prompt, TRIMMED, **settings)
-    assert line == "--system-prompt Think.: the chat template leaves it out"
+    assert line == "--system-prompt Think.: the chat template omits it"
 
 
 def test_a_system_prompt_may_be_the_templates_default(tokenizer):

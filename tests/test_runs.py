@@ -514,7 +514,7 @@ def test_another_dataset_under_the_same_name_is_noticed(finished, tmp_path, caps
     (folder / "args.json").write_text(json.dumps(args))
     assert resume(folder) == 1
     *_, what, _ = capsys.readouterr().err.splitlines()
-    assert what == "stopped: the prompts of --dataset are not those that the run began with"
+    assert what == "stopped: the problems of --dataset have changed since the run began"
 
 
 def test_cudas_generator_is_restored(small_run, monkeypatch):
