@@ -234,7 +234,7 @@ def main(args: Args) -> None:
         # </method>
 
         # 4. Update on one share of the problems at a time.
-        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name, of trained tokens
+        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):

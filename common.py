@@ -56,7 +56,7 @@ class RunArgs:
     eval_dataset: str = "tiny/test.jsonl"  # held-out problems, in the same form; no split: test
     question_column: str = ""  # column of the problem; empty: found by its name, see docs/data.md
     answer_column: str = ""  # column of the reference answer; empty: found by its name
-    references: Literal["any", "all"] = "any"  # all: several reference answers are joined into one
+    references: Literal["any", "all"] = "any"  # of several reference answers, how many must match
     system_prompt: str = ""  # for problems without a system message
     instruction: str = ""  # appended to each problem, for example to ask for a \boxed{} answer
     answer_format: Literal["boxed", "line", "auto"] = "boxed"  # line: `Answer: 7`; auto: either

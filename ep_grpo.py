@@ -7,7 +7,7 @@ grpo.py with a KL penalty by default, and with another advantage: outcome + prog
   bucket. A token's bucket is floor(K τ), where τ is the share of the rollout's total entropy up to
   and including the token.
 In a group of equal rewards A is 0, but progress can train the policy: there the sign is that of
-reward - θ.
+reward - θ. Progress is 0 until the policy differs from the initial one. γ, η, K, θ: see Args.
 Comments "Eq. ..." refer to rows of docs/ep_grpo.md. [paper]: the paper; [open]: our choice.
 
     python ep_grpo.py --lr 2e-4 --max-new-tokens 64        # the tiny model, on a laptop
@@ -95,7 +95,8 @@ def entropy_buckets(entropy: Tensor, mask: Tensor, buckets: int) -> Tensor:
     running = torch.where(mask, entropy, 0.0).cumsum(-1)
     total = running[..., -1:].clamp(min=torch.finfo(running.dtype).tiny)  # all entropies may be 0
     position = buckets * running / total  # K τ  # Eq. 23 [paper]
-    # Rounding can make an entropy negative, and divided by a total near 0 it can exceed an integer.
+    # Rounding can make an entropy slightly negative; a total near 0 can make a position too large
+    # for an integer.
     return position.clamp(0, buckets - 1).long()  # Eq. 23, last bucket [open]
 
 
@@ -209,11 +210,11 @@ def main(args: Args) -> None:
 
         # 3. Compute the advantages.
         # <method>
-        # In phase 4, whose forward pass may be the first to compute what they need.
+        # Done in phase 4, whose forward pass may be the first to compute what they need.
         # </method>
 
         # 4. Update on one share of the problems at a time.
-        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name, of trained tokens
+        per_token = common.TokenValues(mask)  # for the log: [P, G, T] by name
         with run.time("update"):
             seed = common.seed_for(args.seed, step, "updates")
             for share in common.shuffled_shares(len(groups), args.updates_per_rollout, seed):
