@@ -269,7 +269,7 @@ def stack(groups: list[Group], stop_tokens: list[int], target: torch.device) -> 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     """0 up to max_length - buffer, then linearly down to -1/2 at max_length (DAPO Eq. 13).
 
-    lengths: [P, G] tokens. Half of DAPO's penalty: DAPO's rewards are 1 and -1, these 1 and 0.
+    lengths: [P, G] tokens. Half of DAPO's penalty: DAPO's rewards are 1 and -1, ours 1 and 0.
     """
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
@@ -436,7 +436,7 @@ def scored_micro_batches(
 
 
 def check_engine(rollouts: Rollouts, args: RunArgs) -> dict[str, float]:
-    """Difference between engine and trainer log-probabilities, mean and maximum in nats.
+    """Absolute difference of engine and trainer log-probabilities, mean and maximum in nats.
 
     Raises StopRun if the mean exceeds --max-logp-gap, because then the engine probably sampled from
     other weights than those being trained, or if a log-probability is not finite.

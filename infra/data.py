@@ -108,7 +108,7 @@ def grade(grader: Grader, responses: list[str], problems: list[Problem]) -> list
     return correct
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # unpaired; no tokenizer reads it
+SURROGATE = re.compile("[\ud800-\udfff]")  # unpaired ones; no tokenizer reads them
 # Ends the reason for discarding a prompt that holds tokens of the chat template.
 WHY_TEMPLATED = (
     "which the chat template writes too; --template-args "

@@ -36,6 +36,11 @@ def precision(args: Any) -> torch.dtype:
     return getattr(torch, args.precision)
 
 
+def precision_name(args: Any) -> str:
+    """`precision` as --precision and vLLM write it: float32 or bfloat16."""
+    return str(precision(args)).removeprefix("torch.")
+
+
 def autocast(args: Any) -> torch.autocast:
     """Run the forward pass in bfloat16 if `precision` says so; a no-op in float32."""
     in_bfloat16 = precision(args) is torch.bfloat16

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.cli import StopRun, first_line, out_of_memory, reject, report, require
-from infra.models import device, load_weights, precision, save_model, seed_for
+from infra.models import device, load_weights, precision_name, save_model, seed_for
 
 # ------------------------------------------------------------------ files
 
@@ -169,7 +169,8 @@ class Run:
         name = time.strftime(f"runs/{self.script}-{args.seed}-%Y%m%d-%H%M%S")
         args.run_dir = args.run_dir or new_folder(name)
         # args.json records what auto chose here, so that a run resumed elsewhere keeps it.
-        args.device, args.precision = device(args).type, str(precision(args)).removeprefix("torch.")
+        args.device = device(args).type
+        args.precision = precision_name(args)
         self.args, self.folder = args, Path(args.run_dir)
         self.metrics_file = self.folder / "metrics.jsonl"
         self.rollouts_file = self.folder / "rollouts.jsonl"
@@ -358,7 +359,9 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, in order of their steps."""
-        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
+        folders = (self.folder / "checkpoints").glob("step-*")
+        complete = [folder for folder in folders if folder.name.removeprefix("step-").isdigit()]
+        return sorted(complete, key=step_of)
 
     def restore(self, policy: nn.Module, **state: Any) -> None:
         """Load the newest checkpoint that loads, if there is one, then open the logs.

@@ -25,6 +25,7 @@ from infra.models import (
     merged_weights,
     named_stop_tokens,
     precision,
+    precision_name,
     seed_for,
 )
 
@@ -75,7 +76,8 @@ class Engine:
             libc.malloc_trim(0)
 
 
-# The last of them follows an update, even if the first has a learning rate of 0 (warm-up).
+# The syncs of a run after which vLLM's weights are compared. The fifth at the latest follows an
+# update that changed them: a warm-up's first update has a learning rate of 0.
 CHECKED_SYNCS = 5
 
 
@@ -101,7 +103,7 @@ class VLLMEngine(Engine):
         self.on_cuda = on_cuda
         self.llm = vllm.LLM(
             args.model,
-            dtype=str(precision(args)).removeprefix("torch."),
+            dtype=precision_name(args),
             max_model_len=context,
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled
             hf_overrides={"head_dtype": "float32"},  # as the trainer computes its logits

@@ -449,6 +449,16 @@ def test_latest_and_best_are_kept(small_run):
     assert small.checkpoints() == ["5", "7", "8"]
 
 
+def test_a_copy_beside_a_checkpoint_is_left_alone(small_run):
+    small = small_run(steps=9, save_every=1, keep_checkpoints=1)
+    small.train(1)
+    copy = small.folder / "checkpoints" / "step-000001-copy2"
+    shutil.copytree(small.folder / "checkpoints" / "step-000001", copy)
+    small.train(1)
+    assert small.checkpoints() == ["2"]
+    assert copy.is_dir()
+
+
 def test_only_what_this_run_left_unfinished_is_deleted(small_run, tmp_path):
     small = small_run(steps=4)
     names = ("inner/checkpoints/step-000001.unfinished", ".git", "notes.txt", "args.unfinished")

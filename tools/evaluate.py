@@ -46,7 +46,7 @@ from infra.cli import (
 )
 from infra.data import Problems, grade, load_problems
 from infra.hf_engine import HFEngine
-from infra.models import device, load_model, load_tokenizer, precision, seed_for
+from infra.models import device, load_model, load_tokenizer, precision, precision_name, seed_for
 from infra.run import atomic_write, lock_folder, read_lines
 from infra.vllm_engine import Engine, make_engine
 from tools.metrics import Record, difference, majority, summary, table
@@ -285,7 +285,7 @@ class Results:
         settings = {name: getattr(args, name) for name in FIXED}
         settings["stop_tokens"] = list(args.stop_tokens)  # JSON has no tuples
         settings["device"] = device(args).type
-        settings["precision"] = str(precision(args)).removeprefix("torch.")
+        settings["precision"] = precision_name(args)
         settings["models"] = f"{model} ({weights_digest(model)})"
         settings["datasets"] = f"{dataset} ({digest(prompts)})"
 
